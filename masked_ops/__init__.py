@@ -1,0 +1,30 @@
+"""Pruned PyTorch layers that run at the speed of their sparsity."""
+
+from ._ops import cache_info, clear_cache, is_available, use_path
+from .functional import (
+    apply_mask,
+    masked_conv1d,
+    masked_conv2d,
+    masked_conv3d,
+    masked_conv_transpose1d,
+    masked_conv_transpose2d,
+    masked_conv_transpose3d,
+    masked_linear,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "apply_mask",
+    "cache_info",
+    "clear_cache",
+    "is_available",
+    "masked_conv1d",
+    "masked_conv2d",
+    "masked_conv3d",
+    "masked_conv_transpose1d",
+    "masked_conv_transpose2d",
+    "masked_conv_transpose3d",
+    "masked_linear",
+    "use_path",
+]

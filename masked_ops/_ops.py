@@ -1,0 +1,268 @@
+"""The operations as torch sees them: schemas, fake kernels, the plain-torch fallback, and the loader of the compiled library.
+
+Schemas and fakes exist from ``import masked_ops`` on. The compiled kernels arrive with the first real use: ``load()``
+builds them if need be. Until then, and where nothing can be compiled, the Python kernels registered here serve: they sit
+under the alias keys ``Autograd`` and ``CompositeExplicitAutograd``, which the library's own registrations (under
+``CPU``, ``AutogradCPU`` and so on) outrank without replacing them, so that no call ever meets a gap.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _build, reference
+
+_CONV_ARGS = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool transposed, SymInt[] output_padding, SymInt groups"
+_SCHEMAS = (
+    "linear(Tensor input, Tensor weight, Tensor mask, Tensor? bias=None) -> Tensor",
+    "linear_grad_input(Tensor grad_output, Tensor weight, Tensor mask) -> Tensor",
+    "linear_grad_weight(Tensor grad_output, Tensor input, Tensor mask) -> Tensor",
+    f"convolution(Tensor input, Tensor weight, Tensor mask, Tensor? bias, {_CONV_ARGS}) -> Tensor",
+    f"convolution_grad_input(Tensor grad_output, Tensor weight, Tensor mask, SymInt[] input_size, {_CONV_ARGS}) -> Tensor",
+    f"convolution_grad_weight(Tensor grad_output, Tensor input, Tensor mask, {_CONV_ARGS}) -> Tensor",
+    "apply_mask(Tensor weight, Tensor mask) -> Tensor",
+)
+
+_library = torch.library.Library("masked_ops", "DEF")
+for _schema in _SCHEMAS:
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+linear = torch.ops.masked_ops.linear.default
+linear_grad_input = torch.ops.masked_ops.linear_grad_input.default
+linear_grad_weight = torch.ops.masked_ops.linear_grad_weight.default
+convolution = torch.ops.masked_ops.convolution.default
+convolution_grad_input = torch.ops.masked_ops.convolution_grad_input.default
+convolution_grad_weight = torch.ops.masked_ops.convolution_grad_weight.default
+apply_mask = torch.ops.masked_ops.apply_mask.default
+
+
+# --- the compiled library --------------------------------------------------------------------------------------------
+
+_COMPILED_DEVICES = frozenset({"cpu", "cuda", "meta"})
+_lock = threading.RLock()
+_loaded: bool | None = None  # None until the first load(); then whether the compiled kernels serve
+_module: ModuleType | None = None
+_fallback_reason: str | None = None
+
+
+def _reset_lock() -> None:
+    """A child forked while another thread was loading must not wait for that thread for ever."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_reset_lock)
+
+
+def load() -> bool:
+    """Load the compiled kernels, building them at the first use; True if they serve, False on the fallback."""
+    return _load() if _loaded is None else _loaded
+
+
+# What torch.compiler.assume_constant_result sets, without its import of all of Dynamo: load() runs while Dynamo traces.
+load._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _load() -> bool:
+    global _loaded, _module, _fallback_reason
+    with _lock:
+        if _loaded is None:
+            try:
+                _module = _build.load_library(_build.build())
+                _loaded = True
+            except _build.BuildError as error:
+                if os.environ.get("MASKED_OPS_REQUIRE_BUILD", "0") not in ("", "0"):
+                    raise
+                _fallback_reason = str(error)
+                _loaded = False
+                warnings.warn(
+                    f"masked_ops runs on plain torch, right but without its kernels' speed: {error}",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+            else:
+                path = os.environ.get("MASKED_OPS_PATH")
+                if path:
+                    _module.set_path(path)
+        return _loaded
+
+
+def is_available() -> bool:
+    """Whether the compiled kernels serve; builds and loads them if that was not tried yet.
+
+    Example:
+        >>> isinstance(masked_ops.is_available(), bool)
+        True
+    """
+    return load()
+
+
+def fallback_reason() -> str | None:
+    """Why plain torch serves in place of the compiled kernels; None if it does not, or nothing was loaded yet."""
+    return _fallback_reason
+
+
+def _compiled() -> ModuleType | None:
+    return _module if load() else None
+
+
+# --- paths and cache -------------------------------------------------------------------------------------------------
+
+
+def paths() -> tuple[str, ...]:
+    """The names that :func:`use_path` takes."""
+    module = _compiled()
+    return tuple(module.paths()) if module else ("reference",)
+
+
+@contextlib.contextmanager
+def use_path(name: str | None) -> Iterator[None]:
+    """Force every masked operation onto one path, by its name in ``report()``; None leaves the choice to the cost model.
+
+    A call that the path cannot serve raises ``RuntimeError``. The setting is the process's, not the thread's; the
+    environment variable ``MASKED_OPS_PATH`` sets it from the start.
+
+    Raises:
+        ValueError: if there is no path of that name.
+
+    Example:
+        >>> with masked_ops.use_path("copy"):
+        ...     y = masked_ops.masked_linear(torch.ones(1, 2), torch.ones(3, 2), torch.ones(3, 2))
+    """
+    module = _compiled()
+    if name is not None and name not in paths():
+        raise ValueError(f"path must be one of {', '.join(paths())}, got {name!r}")
+    if module is None:
+        yield
+        return
+    before = module.set_path(name)
+    try:
+        yield
+    finally:
+        module.set_path(before)
+
+
+def cache_info() -> dict[str, int]:
+    """What is cached of the masks seen: ``entries``, ``bytes``, ``limit_bytes``, ``hits``, ``misses``, ``repacks``.
+
+    Example:
+        >>> masked_ops.clear_cache()
+        >>> masked_ops.cache_info()["entries"]
+        0
+    """
+    module = _compiled()
+    if module is None:
+        return dict.fromkeys(("entries", "bytes", "limit_bytes", "hits", "misses", "repacks"), 0)
+    return dict(module.cache_info())
+
+
+def clear_cache() -> None:
+    """Forget everything derived from masks; needed only after a write that torch cannot see (``mask.data``, numpy)."""
+    module = _compiled()
+    if module is not None:
+        module.clear_cache()
+
+
+def explain_linear(weight: Tensor, mask: Tensor, batch: int) -> tuple[str, str]:
+    """The path that ``linear`` takes for ``batch`` rows of input, and why."""
+    module = _compiled()
+    if module is None:
+        return "reference", _fallback_reason or "no compiled kernels"
+    path, reason = torch.ops.masked_ops.explain_linear(weight, mask, batch)
+    return path, reason
+
+
+def explain_convolution(weight: Tensor, mask: Tensor, batch: int) -> tuple[str, str]:
+    """The path that ``convolution`` takes for ``batch`` inputs, and why."""
+    module = _compiled()
+    if module is None:
+        return "reference", _fallback_reason or "no compiled kernels"
+    path, reason = torch.ops.masked_ops.explain_convolution(weight, mask, batch)
+    return path, reason
+
+
+# --- kernels in Python -----------------------------------------------------------------------------------------------
+
+
+def _until_loaded(op: Any, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The kernel behind the alias keys: loads the library and calls again, or computes in plain torch."""
+
+    def kernel(*args: Any, **kwargs: Any) -> Tensor:
+        # Where the compiled kernels serve this device they outrank this function: no recursion.
+        if args[0].device.type in _COMPILED_DEVICES and load():
+            return op(*args, **kwargs)
+        return plain(*args, **kwargs)
+
+    return kernel
+
+
+for _op in (
+    linear,
+    linear_grad_input,
+    linear_grad_weight,
+    convolution,
+    convolution_grad_input,
+    convolution_grad_weight,
+    apply_mask,
+):
+    _name = _op._opname
+    _plain = getattr(reference, _name)
+    for _key in ("Autograd", "CompositeExplicitAutograd"):
+        _library.impl(_name, _until_loaded(_op, _plain), _key)
+    for _key in ("FuncTorchBatched", "Batched"):
+        _library.impl(_name, _plain, _key)
+
+
+# --- fake kernels ----------------------------------------------------------------------------------------------------
+
+
+def _check(condition: Any, message: Callable[[], str]) -> None:
+    torch._check(condition, message)
+
+
+@torch.library.register_fake("masked_ops::linear", lib=_library)
+def _(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:
+    _check(mask.dim() == weight.dim(), lambda: "mask must have the shape of weight")
+    return input.new_empty(input.shape[:-1] + weight.shape[:-1])
+
+
+@torch.library.register_fake("masked_ops::linear_grad_input", lib=_library)
+def _(grad_output: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    return grad_output.new_empty(grad_output.shape[:-1] + weight.shape[1:])
+
+
+@torch.library.register_fake("masked_ops::linear_grad_weight", lib=_library)
+def _(grad_output: Tensor, input: Tensor, mask: Tensor) -> Tensor:
+    return grad_output.new_empty(mask.shape)
+
+
+@torch.library.register_fake("masked_ops::convolution", lib=_library)
+def _(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+    return torch.ops.aten.convolution(input, weight, bias, *args)
+
+
+@torch.library.register_fake("masked_ops::convolution_grad_input", lib=_library)
+def _(grad_output: Tensor, weight: Tensor, mask: Tensor, input_size: list[int], *args: Any) -> Tensor:
+    input = grad_output.new_empty(input_size)
+    return torch.ops.aten.convolution_backward(grad_output, input, weight, None, *args, [True, False, False])[0]
+
+
+@torch.library.register_fake("masked_ops::convolution_grad_weight", lib=_library)
+def _(grad_output: Tensor, input: Tensor, mask: Tensor, *args: Any) -> Tensor:
+    weight = grad_output.new_empty(mask.shape)
+    return torch.ops.aten.convolution_backward(grad_output, input, weight, None, *args, [False, True, False])[1]
+
+
+@torch.library.register_fake("masked_ops::apply_mask", lib=_library)
+def _(weight: Tensor, mask: Tensor) -> Tensor:
+    return torch.empty_like(weight)

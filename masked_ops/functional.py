@@ -1,0 +1,357 @@
+"""Masked linear layers and convolutions as functions: torch's own signatures with ``mask`` after ``weight``.
+
+``masked_X(input, weight, mask, ...)`` returns what ``F.X(input, where(mask == 0, 0, weight * mask), ...)`` returns, with
+its gradients; ``grad_weight`` is masked and the mask gets no gradient. ``mask`` has exactly the shape of ``weight`` and
+any dtype. If all of its values are 0 or 1 it is binary, and the fused kernels run: a pruned weight counts as absent,
+whatever it holds, Inf and NaN included. Any other mask is soft and multiplies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import _ops
+
+__all__ = [
+    "apply_mask",
+    "masked_conv1d",
+    "masked_conv2d",
+    "masked_conv3d",
+    "masked_conv_transpose1d",
+    "masked_conv_transpose2d",
+    "masked_conv_transpose3d",
+    "masked_linear",
+]
+
+_IntOrInts = int | Sequence[int]
+
+
+def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
+    """The masked weight, ``where(mask == 0, 0, weight * mask)``, in one pass.
+
+    Args:
+        weight: floating-point or complex tensor of any shape and layout.
+        mask: tensor of the same shape and device, any dtype; taken in the weight's dtype.
+
+    Returns:
+        A tensor like ``weight``, in its memory format; differentiable in ``weight``.
+
+    Raises:
+        RuntimeError: if the shapes or devices differ or ``weight`` is an integer tensor.
+
+    Example:
+        >>> w = torch.tensor([1.0, -2.0, float("inf")])
+        >>> masked_ops.apply_mask(w, torch.tensor([1, 1, 0]))
+        tensor([ 1., -2.,  0.])
+    """
+    _ops.load()
+    return _ops.apply_mask(weight, mask)
+
+
+def masked_linear(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Linear layer with a masked weight; :func:`torch.nn.functional.linear` with ``mask`` after ``weight``.
+
+    Args:
+        input: ``[..., K]``, floating point.
+        weight: ``[N, K]`` (or ``[K]``), of the input's dtype.
+        mask: the shape of ``weight``, any dtype.
+        bias: ``[N]`` or None.
+
+    Returns:
+        ``[..., N]``, of the input's dtype.
+
+    Raises:
+        RuntimeError: as ``F.linear`` for arguments that do not fit; naming ``mask`` if its shape or device differs.
+
+    Example:
+        >>> x, w = torch.ones(2, 3), torch.tensor([[1.0, 2.0, 3.0]])
+        >>> masked_ops.masked_linear(x, w, torch.tensor([[1, 0, 1]]))
+        tensor([[4.],
+                [4.]])
+    """
+    _ops.load()
+    return _ops.linear(input, weight, mask, bias)
+
+
+def _expand(name: str, value: _IntOrInts, n: int) -> list[int]:
+    """One int or ``n`` of them, as a list of ``n``."""
+    if isinstance(value, Sequence):
+        values = list(value)
+        if len(values) == 1:
+            return values * n
+        if len(values) != n:
+            raise RuntimeError(f"{name} must be one integer or {n} of them, got {values}")
+        return values
+    return [value] * n
+
+
+def _check_rank(input: Tensor, weight: Tensor, n: int) -> None:
+    if weight.dim() != n + 2:
+        raise RuntimeError(f"weight must have {n + 2} dimensions, got shape {list(weight.shape)}")
+    if input.dim() not in (n + 1, n + 2):
+        raise RuntimeError(
+            f"input must have {n + 2} dimensions, or {n + 1} without a batch, got shape {list(input.shape)}"
+        )
+
+
+def _conv(
+    n: int,
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    stride: _IntOrInts,
+    padding: str | _IntOrInts,
+    dilation: _IntOrInts,
+    groups: int,
+    transposed: bool = False,
+    output_padding: _IntOrInts = 0,
+) -> Tensor:
+    _ops.load()
+    _check_rank(input, weight, n)
+    stride = _expand("stride", stride, n)
+    dilation = _expand("dilation", dilation, n)
+    if isinstance(padding, str):
+        input, padding = _pad_by_name(input, weight, padding, stride, dilation)
+    else:
+        padding = _expand("padding", padding, n)
+    output_padding = _expand("output_padding", output_padding, n)
+    batched = input.dim() == n + 2
+    out = _ops.convolution(
+        input if batched else input.unsqueeze(0),
+        weight,
+        mask,
+        bias,
+        stride,
+        padding,
+        dilation,
+        transposed,
+        output_padding,
+        groups,
+    )
+    return out if batched else out.squeeze(0)
+
+
+def _pad_by_name(
+    input: Tensor, weight: Tensor, padding: str, stride: list[int], dilation: list[int]
+) -> tuple[Tensor, list[int]]:
+    """``'valid'`` and ``'same'`` as numbers; an odd total goes to the right, where torch puts it."""
+    if padding == "valid":
+        return input, [0] * len(stride)
+    if padding != "same":
+        raise RuntimeError(f"padding must be integers, 'valid' or 'same', got {padding!r}")
+    if any(s != 1 for s in stride):
+        raise RuntimeError(f"padding='same' is not supported for strided convolutions, got stride {stride}")
+    total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    left = [t // 2 for t in total]
+    if any(t % 2 for t in total):
+        extra = [side for t in reversed(total) for side in (0, t % 2)]
+        input = F.pad(input, extra)
+    return input, left
+
+
+def masked_conv1d(
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None = None,
+    stride: _IntOrInts = 1,
+    padding: str | _IntOrInts = 0,
+    dilation: _IntOrInts = 1,
+    groups: int = 1,
+) -> Tensor:
+    """1-D convolution with a masked weight; :func:`torch.nn.functional.conv1d` with ``mask`` after ``weight``.
+
+    Args:
+        input: ``[B, C, L]`` or ``[C, L]``.
+        weight: ``[O, C / groups, k]``, of the input's dtype.
+        mask: the shape of ``weight``, any dtype.
+        bias: ``[O]`` or None.
+        stride, padding, dilation, groups: as in ``F.conv1d``.
+
+    Returns:
+        ``[B, O, L']`` or ``[O, L']``, of the input's dtype.
+
+    Raises:
+        RuntimeError: as ``F.conv1d``; naming ``mask`` if its shape or device differs from the weight's.
+
+    Example:
+        >>> x, w = torch.ones(1, 1, 4), torch.tensor([[[1.0, 5.0]]])
+        >>> masked_ops.masked_conv1d(x, w, torch.tensor([[[1, 0]]]))
+        tensor([[[1., 1., 1.]]])
+    """
+    return _conv(1, input, weight, mask, bias, stride, padding, dilation, groups)
+
+
+def masked_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None = None,
+    stride: _IntOrInts = 1,
+    padding: str | _IntOrInts = 0,
+    dilation: _IntOrInts = 1,
+    groups: int = 1,
+) -> Tensor:
+    """2-D convolution with a masked weight; :func:`torch.nn.functional.conv2d` with ``mask`` after ``weight``.
+
+    Args:
+        input: ``[B, C, H, W]`` or ``[C, H, W]``, contiguous or channels_last.
+        weight: ``[O, C / groups, kH, kW]``, of the input's dtype.
+        mask: the shape of ``weight``, any dtype.
+        bias: ``[O]`` or None.
+        stride, padding, dilation, groups: as in ``F.conv2d``.
+
+    Returns:
+        ``[B, O, H', W']`` or ``[O, H', W']``, of the input's dtype.
+
+    Raises:
+        RuntimeError: as ``F.conv2d``; naming ``mask`` if its shape or device differs from the weight's.
+
+    Example:
+        >>> x, w = torch.ones(1, 1, 3, 3), torch.ones(1, 1, 2, 2)
+        >>> masked_ops.masked_conv2d(x, w, torch.eye(2).view(1, 1, 2, 2))
+        tensor([[[[2., 2.],
+                  [2., 2.]]]])
+    """
+    return _conv(2, input, weight, mask, bias, stride, padding, dilation, groups)
+
+
+def masked_conv3d(
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None = None,
+    stride: _IntOrInts = 1,
+    padding: str | _IntOrInts = 0,
+    dilation: _IntOrInts = 1,
+    groups: int = 1,
+) -> Tensor:
+    """3-D convolution with a masked weight; :func:`torch.nn.functional.conv3d` with ``mask`` after ``weight``.
+
+    Args:
+        input: ``[B, C, D, H, W]`` or ``[C, D, H, W]``.
+        weight: ``[O, C / groups, kD, kH, kW]``, of the input's dtype.
+        mask: the shape of ``weight``, any dtype.
+        bias: ``[O]`` or None.
+        stride, padding, dilation, groups: as in ``F.conv3d``.
+
+    Returns:
+        ``[B, O, D', H', W']`` or ``[O, D', H', W']``, of the input's dtype.
+
+    Raises:
+        RuntimeError: as ``F.conv3d``; naming ``mask`` if its shape or device differs from the weight's.
+
+    Example:
+        >>> x, w = torch.ones(1, 2, 3, 3, 3), torch.ones(4, 2, 3, 3, 3)
+        >>> masked_ops.masked_conv3d(x, w, torch.zeros_like(w)).shape
+        torch.Size([1, 4, 1, 1, 1])
+    """
+    return _conv(3, input, weight, mask, bias, stride, padding, dilation, groups)
+
+
+def masked_conv_transpose1d(
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None = None,
+    stride: _IntOrInts = 1,
+    padding: _IntOrInts = 0,
+    output_padding: _IntOrInts = 0,
+    groups: int = 1,
+    dilation: _IntOrInts = 1,
+) -> Tensor:
+    """Transposed 1-D convolution with a masked weight; :func:`torch.nn.functional.conv_transpose1d` plus ``mask``.
+
+    Args:
+        input: ``[B, C, L]`` or ``[C, L]``.
+        weight: ``[C, O / groups, k]``, of the input's dtype.
+        mask: the shape of ``weight``, any dtype.
+        bias: ``[O]`` or None.
+        stride, padding, output_padding, groups, dilation: as in ``F.conv_transpose1d``.
+
+    Returns:
+        ``[B, O, L']`` or ``[O, L']``, of the input's dtype.
+
+    Raises:
+        RuntimeError: as ``F.conv_transpose1d``; naming ``mask`` if its shape or device differs from the weight's.
+
+    Example:
+        >>> x, w = torch.ones(1, 1, 2), torch.tensor([[[1.0, 5.0]]])
+        >>> masked_ops.masked_conv_transpose1d(x, w, torch.tensor([[[1, 0]]]))
+        tensor([[[1., 1., 0.]]])
+    """
+    return _conv(1, input, weight, mask, bias, stride, padding, dilation, groups, True, output_padding)
+
+
+def masked_conv_transpose2d(
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None = None,
+    stride: _IntOrInts = 1,
+    padding: _IntOrInts = 0,
+    output_padding: _IntOrInts = 0,
+    groups: int = 1,
+    dilation: _IntOrInts = 1,
+) -> Tensor:
+    """Transposed 2-D convolution with a masked weight; :func:`torch.nn.functional.conv_transpose2d` plus ``mask``.
+
+    Args:
+        input: ``[B, C, H, W]`` or ``[C, H, W]``, contiguous or channels_last.
+        weight: ``[C, O / groups, kH, kW]``, of the input's dtype.
+        mask: the shape of ``weight``, any dtype.
+        bias: ``[O]`` or None.
+        stride, padding, output_padding, groups, dilation: as in ``F.conv_transpose2d``.
+
+    Returns:
+        ``[B, O, H', W']`` or ``[O, H', W']``, of the input's dtype.
+
+    Raises:
+        RuntimeError: as ``F.conv_transpose2d``; naming ``mask`` if its shape or device differs from the weight's.
+
+    Example:
+        >>> x, w = torch.ones(1, 1, 1, 1), torch.full((1, 1, 2, 2), 3.0)
+        >>> masked_ops.masked_conv_transpose2d(x, w, torch.eye(2).view(1, 1, 2, 2))
+        tensor([[[[3., 0.],
+                  [0., 3.]]]])
+    """
+    return _conv(2, input, weight, mask, bias, stride, padding, dilation, groups, True, output_padding)
+
+
+def masked_conv_transpose3d(
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None = None,
+    stride: _IntOrInts = 1,
+    padding: _IntOrInts = 0,
+    output_padding: _IntOrInts = 0,
+    groups: int = 1,
+    dilation: _IntOrInts = 1,
+) -> Tensor:
+    """Transposed 3-D convolution with a masked weight; :func:`torch.nn.functional.conv_transpose3d` plus ``mask``.
+
+    Args:
+        input: ``[B, C, D, H, W]`` or ``[C, D, H, W]``.
+        weight: ``[C, O / groups, kD, kH, kW]``, of the input's dtype.
+        mask: the shape of ``weight``, any dtype.
+        bias: ``[O]`` or None.
+        stride, padding, output_padding, groups, dilation: as in ``F.conv_transpose3d``.
+
+    Returns:
+        ``[B, O, D', H', W']`` or ``[O, D', H', W']``, of the input's dtype.
+
+    Raises:
+        RuntimeError: as ``F.conv_transpose3d``; naming ``mask`` if its shape or device differs from the weight's.
+
+    Example:
+        >>> x, w = torch.ones(1, 2, 3, 3, 3), torch.ones(2, 4, 3, 3, 3)
+        >>> masked_ops.masked_conv_transpose3d(x, w, torch.zeros_like(w)).shape
+        torch.Size([1, 4, 5, 5, 5])
+    """
+    return _conv(3, input, weight, mask, bias, stride, padding, dilation, groups, True, output_padding)

@@ -1,0 +1,117 @@
+"""Every operation in plain torch: the oracle of the tests, and what runs where nothing can be compiled.
+
+Each function has the name and the arguments of an operation of ``torch.ops.masked_ops`` and is differentiable through
+torch's own operations, so that it works under every transform (``vmap``, forward AD, ``torch.compile``) by itself.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def _check_mask(weight: Tensor, mask: Tensor) -> None:
+    if not (weight.is_floating_point() or weight.is_complex()):
+        raise RuntimeError(f"weight must have a floating-point dtype, got {weight.dtype}")
+    if mask.shape != weight.shape:
+        raise RuntimeError(f"mask must have the shape of weight, {list(weight.shape)}, got {list(mask.shape)}")
+    if mask.device != weight.device:
+        raise RuntimeError(f"mask must be on the device of weight, {weight.device}, got {mask.device}")
+
+
+def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
+    """``where(mask == 0, 0, weight * mask)``, the mask taken in the weight's dtype."""
+    _check_mask(weight, mask)
+    factor = mask.detach().to(weight.dtype)
+    return torch.where(factor == 0, 0, weight * factor)
+
+
+def linear(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(input, apply_mask(weight, mask), bias)
+
+
+def linear_grad_input(grad_output: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    return torch.matmul(grad_output, apply_mask(weight, mask).conj())
+
+
+def linear_grad_weight(grad_output: Tensor, input: Tensor, mask: Tensor) -> Tensor:
+    rows = list(range(grad_output.dim() - 1))
+    return apply_mask(torch.tensordot(grad_output, input.conj(), (rows, rows)), mask)
+
+
+def convolution(
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+) -> Tensor:
+    masked = apply_mask(weight, mask)
+    return torch.ops.aten.convolution(
+        input, masked, bias, stride, padding, dilation, transposed, output_padding, groups
+    )
+
+
+def convolution_grad_input(
+    grad_output: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    input_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+) -> Tensor:
+    masked = apply_mask(weight, mask)
+    # Only the input's sizes are read; an expanded scalar has them without the memory.
+    input = grad_output.new_zeros(()).expand(input_size)
+    grads = torch.ops.aten.convolution_backward(
+        grad_output,
+        input,
+        masked,
+        None,
+        stride,
+        padding,
+        dilation,
+        transposed,
+        output_padding,
+        groups,
+        [True, False, False],
+    )
+    return grads[0]
+
+
+def convolution_grad_weight(
+    grad_output: Tensor,
+    input: Tensor,
+    mask: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+) -> Tensor:
+    weight = grad_output.new_zeros(()).expand(mask.shape)
+    grads = torch.ops.aten.convolution_backward(
+        grad_output,
+        input,
+        weight,
+        None,
+        stride,
+        padding,
+        dilation,
+        transposed,
+        output_padding,
+        groups,
+        [False, True, False],
+    )
+    return apply_mask(grads[1], mask)
