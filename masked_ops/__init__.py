@@ -1,6 +1,7 @@
 """Pruned PyTorch layers that run at the speed of their sparsity."""
 
 from ._ops import cache_info, clear_cache, is_available, use_path
+from ._version import __version__
 from .functional import (
     apply_mask,
     masked_conv1d,
@@ -12,9 +13,8 @@ from .functional import (
     masked_linear,
 )
 
-__version__ = "0.1.0"
-
 __all__ = [
+    "__version__",
     "apply_mask",
     "cache_info",
     "clear_cache",
