@@ -1,0 +1,309 @@
+"""What the C++ library is made of: capability, sources, flags, and the key that tells one library from another.
+
+Nothing here runs a program or imports torch before its facts are asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+class BuildError(RuntimeError):
+    """The library cannot be built or loaded; the message says why, and what to do about it."""
+
+
+def enabled(variable: str) -> bool:
+    """Whether an environment variable is set, to anything but 0."""
+    return os.environ.get(variable, "0") not in ("", "0")
+
+
+# --- capability ------------------------------------------------------------------------------------------------------
+
+# Per capability, best first: what the CPU must report (as in /proc/cpuinfo) and the compiler flag that relies on it. Never
+# -march=native: GCC 12 takes a Zen 5 for a Zen 3, without AVX-512, and home folders are shared by unlike machines.
+_AVX2 = {
+    "avx2": "-mavx2",
+    "fma": "-mfma",
+    "f16c": "-mf16c",
+    "bmi1": "-mbmi",
+    "bmi2": "-mbmi2",
+    "popcnt": "-mpopcnt",
+    "abm": "-mlzcnt",
+}
+_AVX512 = _AVX2 | {
+    "avx512f": "-mavx512f",
+    "avx512bw": "-mavx512bw",
+    "avx512dq": "-mavx512dq",
+    "avx512vl": "-mavx512vl",
+}
+CAPABILITIES: dict[str, dict[str, str]] = {"avx512": _AVX512, "avx2": _AVX2, "default": {}}
+# Used where the building machine has it, and then needed by the library; never part of a build ahead of time.
+_EXTRAS: dict[str, dict[str, str]] = {"avx512": {"avx512_bf16": "-mavx512bf16"}, "avx2": {}, "default": {}}
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """The instruction sets that the CPU reports and the kernel allows; empty where they are unknown."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
+        for line in lines:
+            if line.startswith("flags"):
+                return frozenset(line.partition(":")[2].split())
+    return frozenset()
+
+
+def usable_capabilities() -> list[str]:
+    """The capabilities that may be used in this process, best first."""
+    names = list(CAPABILITIES)
+    limit = os.environ.get("MASKED_OPS_CAPABILITY")
+    if limit:
+        names = names[names.index(_checked(limit, "MASKED_OPS_CAPABILITY")) :]
+    return [name for name in names if cpu_flags().issuperset(CAPABILITIES[name])]
+
+
+def capability() -> str:
+    """The best capability that the CPU has: "avx512", "avx2" or "default"; MASKED_OPS_CAPABILITY lowers it."""
+    return usable_capabilities()[0]
+
+
+def _checked(name: str, variable: str) -> str:
+    name = name.strip().lower()
+    if name not in CAPABILITIES:
+        raise BuildError(f"{variable} takes {', '.join(CAPABILITIES)}, got {name!r}")
+    return name
+
+
+# --- flags -----------------------------------------------------------------------------------------------------------
+
+_COMMON_FLAGS = (
+    "-std=c++20",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fvisibility-inlines-hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-DNDEBUG",
+)
+_TORCH_FLAGS = ("-O2",)
+_KERNEL_FLAGS = ("-O3", "-ffp-contract=fast")
+_LINK_FLAGS = ("-shared", "-Wl,--as-needed", "-Wl,-O1", "-Wl,-z,relro,-z,now")
+# vptr would need the type information of torch's hidden classes.
+_SANITIZE_FLAGS = (
+    "-O1",
+    "-g",
+    "-fno-omit-frame-pointer",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize=vptr",
+    "-fno-sanitize-recover=undefined",
+)
+
+
+def _sanitize_flags() -> tuple[str, ...]:
+    return _SANITIZE_FLAGS if enabled("MASKED_OPS_SANITIZE") else ()
+
+
+def link_flags() -> tuple[str, ...]:
+    return _LINK_FLAGS + _sanitize_flags()
+
+
+# --- recipe ----------------------------------------------------------------------------------------------------------
+
+
+class Object(NamedTuple):
+    """One run of the compiler."""
+
+    source: str  # below source_root
+    name: str  # of the object file
+    flags: tuple[str, ...]
+    label: str
+    seconds: float  # a rough guess, for the order and for the time that is announced
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What goes into one library.
+
+    ``csrc/*.cpp`` sees torch and is compiled once, for any CPU of the platform. ``csrc/cpu/*.cpp`` sees no torch and is
+    compiled once per capability, into a namespace of that name (``MASKED_OPS_CAPABILITY``), or once for any CPU if its
+    first line says ``capability: none``. New files are found by themselves.
+    """
+
+    version: str
+    source_root: Path
+    capabilities: tuple[str, ...]
+    extras: frozenset[str] = frozenset()
+    torch: bool = True  # whether the sources see torch
+
+    @functools.cached_property
+    def sources(self) -> dict[str, bytes]:
+        """Every source and header by its path below ``source_root``."""
+        suffixes = {".cpp", ".h", ".cu", ".cuh"}
+        paths = sorted(path for path in self.source_root.rglob("*") if path.suffix in suffixes)
+        return {path.relative_to(self.source_root).as_posix(): path.read_bytes() for path in paths}
+
+    @functools.cached_property
+    def requirements(self) -> dict[str, Any]:
+        """What a library must share with this process to be the right one; all else only decides how it was compiled."""
+        digest = hashlib.sha256()
+        for name, content in self.sources.items():
+            digest.update(f"{name}\0{len(content)}\0".encode() + content)
+        facts: dict[str, Any] = {
+            "version": self.version,
+            "sources": digest.hexdigest(),
+            "python": str(sysconfig.get_config_var("SOABI")),
+            "machine": f"{sys.platform} {platform.machine()}",
+            "sanitize": enabled("MASKED_OPS_SANITIZE"),
+        }
+        if self.torch:
+            import torch
+
+            runtime = openmp_runtime()
+            facts["torch"] = f"{torch.__version__} {torch.version.git_version}"
+            facts["openmp"] = runtime.name if runtime else None
+        return facts
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Equal keys mean equal libraries."""
+        facts = {
+            "requirements": self.requirements,
+            "objects": [(item.name, item.flags) for item in self.objects],
+            "link": link_flags(),
+            "libc": os.confstr("CS_GNU_LIBC_VERSION"),
+            "compiler": _identity(compiler()),
+            "pybind11": _pybind11_version() if self.torch else None,
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def folder_name(self) -> str:
+        return f"{self.version}-{self.key}"
+
+    def cpu_flags(self, capability: str) -> dict[str, str]:
+        """What the CPU must report for the kernels of ``capability``, and the compiler's flag for it."""
+        extras = {flag: option for flag, option in _EXTRAS[capability].items() if flag in self.extras}
+        return CAPABILITIES[capability] | extras
+
+    @functools.cached_property
+    def objects(self) -> list[Object]:
+        """The object files in the order of linking."""
+        common = _COMMON_FLAGS + _sanitize_flags()
+        have = tuple(f"-DMASKED_OPS_HAVE_{name.upper()}=1" for name in self.capabilities)
+        objects = []
+        kernels = []
+        for source, content in self.sources.items():
+            folder, _, file = source.rpartition("/")
+            stem, _, suffix = file.rpartition(".")
+            if suffix != "cpp":
+                continue
+            if folder == "":
+                seconds = 12 if b"#include <torch/" in content else 6
+                objects.append(Object(source, f"{stem}.o", (*_TORCH_FLAGS, *common, *have), source, seconds))
+            elif folder == "cpu" and b"capability: none" in content.partition(b"\n")[0]:
+                objects.append(Object(source, f"cpu.{stem}.o", (*_KERNEL_FLAGS, *common, *have), source, 1))
+            elif folder == "cpu":
+                kernels.append((source, stem))
+        # The linker keeps the first copy of an inline function that several files define. With the lowest capability first,
+        # the copy that is kept runs wherever one of its users does; std::vector compiled for AVX-512 would not.
+        for name in reversed([name for name in CAPABILITIES if name in self.capabilities]):
+            flags = (*_KERNEL_FLAGS, *common, *self.cpu_flags(name).values(), f"-DMASKED_OPS_CAPABILITY={name.upper()}")
+            for source, stem in kernels:
+                objects.append(Object(source, f"cpu.{stem}.{name}.o", flags, f"{source} ({name})", 2))
+        return objects
+
+
+def source_root() -> Path:
+    """Where ``csrc`` is: in the installed package, or beside it in the source tree."""
+    for folder in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc"):
+        if folder.is_dir():
+            return folder
+    raise BuildError(f"the C++ sources are missing: no csrc in {_PACKAGE}; install masked_ops again")
+
+
+def this_process(*, ahead: bool = False) -> Recipe:
+    """The recipe for this process: for its capability, or for those in MASKED_OPS_BUILD_CAPABILITIES ("avx2,default", "all").
+
+    A build ahead of time takes all of the platform, and nothing that only this machine has.
+    """
+    from ._version import __version__
+
+    of_platform = list(CAPABILITIES) if platform.machine() in ("x86_64", "AMD64") else ["default"]
+    chosen = os.environ.get("MASKED_OPS_BUILD_CAPABILITIES", "all" if ahead else "")
+    if chosen == "all":
+        names = of_platform
+    elif chosen:
+        names = [_checked(name, "MASKED_OPS_BUILD_CAPABILITIES") for name in chosen.split(",")]
+    else:
+        names = [capability()]
+    if not ahead and not set(names) & set(usable_capabilities()):
+        usable = ", ".join(usable_capabilities())
+        raise BuildError(
+            f"MASKED_OPS_BUILD_CAPABILITIES is {chosen!r}, of which this process can use none; it can: {usable}"
+        )
+    extras = frozenset(flag for extra in _EXTRAS.values() for flag in extra) & cpu_flags()
+    ordered = tuple(name for name in CAPABILITIES if name in names)
+    return Recipe(__version__, source_root(), ordered, frozenset() if ahead else extras)
+
+
+# --- what the library is compiled and linked with ----------------------------------------------------------------------
+
+
+def compiler() -> list[str]:
+    """The C++ compiler's command: CXX, or the first of g++, c++ and clang++; empty if there is none."""
+    chosen = os.environ.get("CXX")
+    for command in [shlex.split(chosen)] if chosen else [["g++"], ["c++"], ["clang++"]]:
+        program = shutil.which(command[0]) if command else None
+        if program:
+            return [program, *command[1:]]
+    return []
+
+
+def _identity(command: list[str]) -> list[Any]:
+    """What tells one compiler from another without running it: file, size and time, through all links and wrappers."""
+    identity: list[Any] = []
+    for word in command:
+        program = shutil.which(word)
+        if program is None:
+            identity.append(word)
+        else:
+            status = os.stat(program)
+            identity.append([os.path.realpath(program), status.st_size, status.st_mtime_ns])
+    return identity
+
+
+def openmp_runtime() -> Path | None:
+    """The OpenMP runtime that torch has loaded.
+
+    Wheels may carry one under a name of their own; linking another would put two thread pools into the process.
+    """
+    import torch
+
+    with contextlib.suppress(OSError), open("/proc/self/maps") as maps:
+        paths = {line.split(maxsplit=5)[5].rstrip("\n") for line in maps if "omp" in line and ".so" in line}
+        runtimes = sorted(Path(path) for path in paths if re.match(r"lib(gomp|iomp5|omp)\b", os.path.basename(path)))
+        home = os.path.dirname(torch.__file__)
+        own = [path for path in runtimes if path.is_relative_to(home) or path.is_relative_to(f"{home}.libs")]
+        return next(iter(own or runtimes), None)
+    return None
+
+
+def _pybind11_version() -> str | None:
+    try:
+        import pybind11
+    except ImportError:
+        return None
+    return str(pybind11.__version__)
