@@ -2,8 +2,8 @@
 
 A library lives in ``<cache_root()>/<version>-<key>/`` beside a record of its size, its SHA-256 and what it was built
 for. The key covers all that decides its bits or whether it can be loaded: sources, flags, compiler, torch, Python,
-machine. It is compiled in a temporary folder under an OS lock and renamed into place, so that whoever looks sees a whole
-library or none. It is hashed before it is loaded, since a truncated library would end the process with a signal.
+machine. It is compiled in a temporary folder under an OS lock and renamed into place, so that whoever looks sees a
+whole library or none. It is hashed before it is loaded, since a truncated library would end the process with a signal.
 
 Finding a library that is there takes a few ms, runs no program, and needs no compiler.
 """
@@ -148,7 +148,7 @@ def build(recipe: Recipe | None = None) -> Path:
             return library
         if enabled("MASKED_OPS_NO_BUILD"):
             raise BuildError(
-                f"MASKED_OPS_NO_BUILD is set and no library for this process is in {cache_root()}; unset it"
+                f"MASKED_OPS_NO_BUILD is set, and {cache_root()} has no library for this process; unset it"
             )
         tools = find_tools(recipe)
         refused = []

@@ -116,7 +116,7 @@ def _jobs() -> int:
 
 
 def compile_library(recipe: Recipe, tools: Tools, scratch: Path, destination: Path) -> None:
-    """Make the library and its record in the empty folder ``scratch``; ``destination`` is where the caller will put them.
+    """Make the library and its record in the empty folder ``scratch``; ``destination`` is told to the user.
 
     Raises:
         CompilationError: with the compiler's output.
@@ -280,9 +280,7 @@ def _first_error(output: str) -> str:
 def no_space(output: str) -> str | None:
     """What to do if ``output`` tells of a full disk, else None."""
     if re.search(r"No space left on device|Disk quota exceeded|File size limit exceeded|File too large", output):
-        return (
-            "there is no space left for the kernels; make room, or set MASKED_OPS_CACHE_DIR to a folder that has some"
-        )
+        return "there is no space left for the kernels; make room, or set MASKED_OPS_CACHE_DIR to a folder with space"
     return None
 
 

@@ -34,8 +34,8 @@ def enabled(variable: str) -> bool:
 
 # --- capability ------------------------------------------------------------------------------------------------------
 
-# Per capability, best first: what the CPU must report (as in /proc/cpuinfo) and the compiler flag that relies on it. Never
-# -march=native: GCC 12 takes a Zen 5 for a Zen 3, without AVX-512, and home folders are shared by unlike machines.
+# Per capability, best first: what the CPU must report (as in /proc/cpuinfo) and the compiler flag that relies on it.
+# Never -march=native: GCC 12 takes a Zen 5 for a Zen 3, without AVX-512, and unlike machines share home folders.
 _AVX2 = {
     "avx2": "-mavx2",
     "fma": "-mfma",
@@ -157,7 +157,7 @@ class Recipe:
 
     @functools.cached_property
     def requirements(self) -> dict[str, Any]:
-        """What a library must share with this process to be the right one; all else only decides how it was compiled."""
+        """What a library must share with this process to be the right one; all else is only how it was compiled."""
         digest = hashlib.sha256()
         for name, content in self.sources.items():
             digest.update(f"{name}\0{len(content)}\0".encode() + content)
@@ -217,8 +217,8 @@ class Recipe:
                 objects.append(Object(source, f"cpu.{stem}.o", (*_KERNEL_FLAGS, *common, *have), source, 1))
             elif folder == "cpu":
                 kernels.append((source, stem))
-        # The linker keeps the first copy of an inline function that several files define. With the lowest capability first,
-        # the copy that is kept runs wherever one of its users does; std::vector compiled for AVX-512 would not.
+        # The linker keeps the first copy of an inline function that several files define. With the lowest capability
+        # first, the copy that is kept runs wherever one of its users does; std::vector built for AVX-512 would not.
         for name in reversed([name for name in CAPABILITIES if name in self.capabilities]):
             flags = (*_KERNEL_FLAGS, *common, *self.cpu_flags(name).values(), f"-DMASKED_OPS_CAPABILITY={name.upper()}")
             for source, stem in kernels:
@@ -235,9 +235,10 @@ def source_root() -> Path:
 
 
 def this_process(*, ahead: bool = False) -> Recipe:
-    """The recipe for this process: for its capability, or for those in MASKED_OPS_BUILD_CAPABILITIES ("avx2,default", "all").
+    """The recipe for this process.
 
-    A build ahead of time takes all of the platform, and nothing that only this machine has.
+    It is for the best capability, or for those in MASKED_OPS_BUILD_CAPABILITIES ("avx2,default", or "all"). A build ahead
+    of time takes all of the platform, and nothing that only this machine has.
     """
     from ._version import __version__
 
@@ -251,15 +252,13 @@ def this_process(*, ahead: bool = False) -> Recipe:
         names = [capability()]
     if not ahead and not set(names) & set(usable_capabilities()):
         usable = ", ".join(usable_capabilities())
-        raise BuildError(
-            f"MASKED_OPS_BUILD_CAPABILITIES is {chosen!r}, of which this process can use none; it can: {usable}"
-        )
+        raise BuildError(f"MASKED_OPS_BUILD_CAPABILITIES is {chosen!r}, but this process can only use {usable}")
     extras = frozenset(flag for extra in _EXTRAS.values() for flag in extra) & cpu_flags()
     ordered = tuple(name for name in CAPABILITIES if name in names)
     return Recipe(__version__, source_root(), ordered, frozenset() if ahead else extras)
 
 
-# --- what the library is compiled and linked with ----------------------------------------------------------------------
+# --- what the library is compiled and linked with --------------------------------------------------------------------
 
 
 def compiler() -> list[str]:
