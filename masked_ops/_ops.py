@@ -30,6 +30,8 @@ _SCHEMAS = (
     f"convolution_grad_input(Tensor grad_output, Tensor weight, Tensor mask, SymInt[] input_size, {_CONV_ARGS}) -> Tensor",
     f"convolution_grad_weight(Tensor grad_output, Tensor input, Tensor mask, {_CONV_ARGS}) -> Tensor",
     "apply_mask(Tensor weight, Tensor mask) -> Tensor",
+    "explain_linear(Tensor weight, Tensor mask, int batch) -> (str, str)",
+    "explain_convolution(Tensor weight, Tensor mask, int batch) -> (str, str)",
 )
 
 _library = torch.library.Library("masked_ops", "DEF")
@@ -178,7 +180,7 @@ def explain_linear(weight: Tensor, mask: Tensor, batch: int) -> tuple[str, str]:
     module = _compiled()
     if module is None:
         return "reference", _fallback_reason or "no compiled kernels"
-    path, reason = torch.ops.masked_ops.explain_linear(weight, mask, batch)
+    path, reason = torch.ops.masked_ops.explain_linear(weight.detach(), mask, batch)
     return path, reason
 
 
@@ -187,7 +189,7 @@ def explain_convolution(weight: Tensor, mask: Tensor, batch: int) -> tuple[str, 
     module = _compiled()
     if module is None:
         return "reference", _fallback_reason or "no compiled kernels"
-    path, reason = torch.ops.masked_ops.explain_convolution(weight, mask, batch)
+    path, reason = torch.ops.masked_ops.explain_convolution(weight.detach(), mask, batch)
     return path, reason
 
 

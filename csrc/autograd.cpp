@@ -1,0 +1,345 @@
+// The Autograd kernels of the closed family: the derivative of each operation is written with the others, so that
+// derivatives of any order are exact.
+//
+// Three ways in, in this order: functorch transforms and forward-mode tangents take the composite of torch's own
+// operations, for which every transform is defined; inputs that need a gradient take a Function, whose backward calls
+// the family through the dispatcher; everything else goes straight below autograd.
+#include "autograd.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/tensordot.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "masking.h"
+
+namespace masked_ops {
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using OptionalTensor = std::optional<Tensor>;
+
+template <typename Signature>
+c10::TypedOperatorHandle<Signature> find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+#define MASKED_OPS_HANDLE(name)                                               \
+  const auto& name##_op() {                                                   \
+    static const auto handle = find<decltype(name##_autograd)>("masked_ops::" #name); \
+    return handle;                                                            \
+  }
+MASKED_OPS_HANDLE(apply_mask)
+MASKED_OPS_HANDLE(linear)
+MASKED_OPS_HANDLE(linear_grad_input)
+MASKED_OPS_HANDLE(linear_grad_weight)
+MASKED_OPS_HANDLE(convolution)
+MASKED_OPS_HANDLE(convolution_grad_input)
+MASKED_OPS_HANDLE(convolution_grad_weight)
+#undef MASKED_OPS_HANDLE
+
+// Complex tensors too: their gradients need conjugates that the family does not write.
+bool is_special(const Tensor& t) { return t.defined() && (t.is_complex() || t._fw_grad(/*level=*/0).defined()); }
+bool is_special(const OptionalTensor& t) { return t && is_special(*t); }
+bool needs_grad(const Tensor& t) { return t.defined() && t.requires_grad(); }
+bool needs_grad(const OptionalTensor& t) { return t && needs_grad(*t); }
+
+template <typename... Tensors>
+bool takes_composite(const Tensors&... tensors) {
+  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode) ||
+         (is_special(tensors) || ...);
+}
+
+template <typename... Tensors>
+bool takes_function(const Tensors&... tensors) {
+  return c10::GradMode::is_enabled() && (needs_grad(tensors) || ...);
+}
+
+std::vector<int64_t> all_but(int64_t dim, int64_t rank) {
+  std::vector<int64_t> dims;
+  for (int64_t i = 0; i < rank; ++i) {
+    if (i != dim) dims.push_back(i);
+  }
+  return dims;
+}
+
+struct ApplyMask : torch::autograd::Function<ApplyMask> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& weight, const Tensor& mask) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({mask});
+    return apply_mask_op().call(weight, mask);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    return {apply_mask_op().call(grads[0], ctx->get_saved_variables()[0]), Tensor()};
+  }
+};
+
+struct Linear : torch::autograd::Function<Linear> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight, const Tensor& mask,
+                        const OptionalTensor& bias) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({input, weight, mask});
+    ctx->saved_data["has_bias"] = bias && bias->defined();
+    return linear_op().call(input, weight, mask, bias);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &dy = grads[0], &input = saved[0], &weight = saved[1], &mask = saved[2];
+    variable_list result(4);
+    if (ctx->needs_input_grad(0)) result[0] = linear_grad_input_op().call(dy, weight, mask);
+    if (ctx->needs_input_grad(1)) result[1] = linear_grad_weight_op().call(dy, input, mask);
+    // Without a bias the node has no fourth input to ask about.
+    if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(3)) {
+      result[3] = dy.dim() > 1 ? dy.sum(all_but(dy.dim() - 1, dy.dim())) : dy;
+    }
+    return result;
+  }
+};
+
+struct LinearGradInput : torch::autograd::Function<LinearGradInput> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& weight, const Tensor& mask) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({grad_output, weight, mask});
+    return linear_grad_input_op().call(grad_output, weight, mask);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &g = grads[0], &grad_output = saved[0], &weight = saved[1], &mask = saved[2];
+    variable_list result(3);
+    if (ctx->needs_input_grad(0)) result[0] = linear_op().call(g, weight, mask, std::nullopt);
+    if (ctx->needs_input_grad(1)) result[1] = linear_grad_weight_op().call(grad_output, g, mask);
+    return result;
+  }
+};
+
+struct LinearGradWeight : torch::autograd::Function<LinearGradWeight> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& input, const Tensor& mask) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({grad_output, input, mask});
+    return linear_grad_weight_op().call(grad_output, input, mask);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &g = grads[0], &grad_output = saved[0], &input = saved[1], &mask = saved[2];
+    variable_list result(3);
+    if (ctx->needs_input_grad(0)) result[0] = linear_op().call(input, g, mask, std::nullopt);
+    if (ctx->needs_input_grad(1)) result[1] = linear_grad_input_op().call(grad_output, g, mask);
+    return result;
+  }
+};
+
+// The geometry of a convolution, between the dispatcher's arguments and the node's saved data.
+struct Geometry {
+  std::vector<c10::SymInt> stride, padding, dilation;
+  bool transposed;
+  std::vector<c10::SymInt> output_padding;
+  c10::SymInt groups;
+
+  void save(AutogradContext* ctx) const {
+    ctx->saved_data["stride"] = stride;
+    ctx->saved_data["padding"] = padding;
+    ctx->saved_data["dilation"] = dilation;
+    ctx->saved_data["transposed"] = transposed;
+    ctx->saved_data["output_padding"] = output_padding;
+    ctx->saved_data["groups"] = groups;
+  }
+  static Geometry load(AutogradContext* ctx) {
+    return {ctx->saved_data["stride"].toSymIntVector(),
+            ctx->saved_data["padding"].toSymIntVector(),
+            ctx->saved_data["dilation"].toSymIntVector(),
+            ctx->saved_data["transposed"].toBool(),
+            ctx->saved_data["output_padding"].toSymIntVector(),
+            ctx->saved_data["groups"].toSymInt()};
+  }
+
+  Tensor forward(const Tensor& input, const Tensor& weight, const Tensor& mask, const OptionalTensor& bias) const {
+    return convolution_op().call(input, weight, mask, bias, stride, padding, dilation, transposed, output_padding,
+                                 groups);
+  }
+  Tensor grad_input(const Tensor& grad_output, const Tensor& weight, const Tensor& mask,
+                    c10::SymIntArrayRef input_size) const {
+    return convolution_grad_input_op().call(grad_output, weight, mask, input_size, stride, padding, dilation,
+                                            transposed, output_padding, groups);
+  }
+  Tensor grad_weight(const Tensor& grad_output, const Tensor& input, const Tensor& mask) const {
+    return convolution_grad_weight_op().call(grad_output, input, mask, stride, padding, dilation, transposed,
+                                             output_padding, groups);
+  }
+};
+
+struct Convolution : torch::autograd::Function<Convolution> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight, const Tensor& mask,
+                        const OptionalTensor& bias, const Geometry& geometry) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({input, weight, mask});
+    ctx->saved_data["has_bias"] = bias && bias->defined();
+    geometry.save(ctx);
+    return geometry.forward(input, weight, mask, bias);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Geometry geometry = Geometry::load(ctx);
+    const Tensor &dy = grads[0], &input = saved[0], &weight = saved[1], &mask = saved[2];
+    variable_list result(5);
+    if (ctx->needs_input_grad(0)) result[0] = geometry.grad_input(dy, weight, mask, input.sym_sizes());
+    if (ctx->needs_input_grad(1)) result[1] = geometry.grad_weight(dy, input, mask);
+    if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(3)) result[3] = dy.sum(all_but(1, dy.dim()));
+    return result;
+  }
+};
+
+struct ConvolutionGradInput : torch::autograd::Function<ConvolutionGradInput> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& weight, const Tensor& mask,
+                        c10::SymIntArrayRef input_size, const Geometry& geometry) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({grad_output, weight, mask});
+    geometry.save(ctx);
+    return geometry.grad_input(grad_output, weight, mask, input_size);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Geometry geometry = Geometry::load(ctx);
+    const Tensor &g = grads[0], &grad_output = saved[0], &weight = saved[1], &mask = saved[2];
+    variable_list result(5);
+    if (ctx->needs_input_grad(0)) result[0] = geometry.forward(g, weight, mask, std::nullopt);
+    if (ctx->needs_input_grad(1)) result[1] = geometry.grad_weight(grad_output, g, mask);
+    return result;
+  }
+};
+
+struct ConvolutionGradWeight : torch::autograd::Function<ConvolutionGradWeight> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& input, const Tensor& mask,
+                        const Geometry& geometry) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({grad_output, input, mask});
+    geometry.save(ctx);
+    return geometry.grad_weight(grad_output, input, mask);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Geometry geometry = Geometry::load(ctx);
+    const Tensor &g = grads[0], &grad_output = saved[0], &input = saved[1], &mask = saved[2];
+    variable_list result(4);
+    if (ctx->needs_input_grad(0)) result[0] = geometry.forward(input, g, mask, std::nullopt);
+    if (ctx->needs_input_grad(1)) result[1] = geometry.grad_input(grad_output, g, mask, input.sym_sizes());
+    return result;
+  }
+};
+
+}  // namespace
+
+Tensor apply_mask_autograd(const Tensor& weight, const Tensor& mask) {
+  if (takes_composite(weight)) {
+    check_mask(weight, mask);
+    return masked_weight_composite(weight, mask);
+  }
+  if (takes_function(weight)) return ApplyMask::apply(weight, mask);
+  at::AutoDispatchBelowADInplaceOrView below;
+  return apply_mask_op().call(weight, mask);
+}
+
+Tensor linear_autograd(const Tensor& input, const Tensor& weight, const Tensor& mask, const OptionalTensor& bias) {
+  const bool has_bias = bias && bias->defined();
+  // A bias that is no vector of N broadcasts, a weight of one dimension drops one: torch's own rules, by torch.
+  const bool plain =
+      weight.dim() == 2 && (!has_bias || (bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0)));
+  if (takes_composite(input, weight, bias) || !plain) {
+    check_mask(weight, mask);
+    return at::linear(input, masked_weight_composite(weight, mask), bias);
+  }
+  if (takes_function(input, weight, bias)) return Linear::apply(input, weight, mask, bias);
+  at::AutoDispatchBelowADInplaceOrView below;
+  return linear_op().call(input, weight, mask, bias);
+}
+
+Tensor linear_grad_input_autograd(const Tensor& grad_output, const Tensor& weight, const Tensor& mask) {
+  if (takes_composite(grad_output, weight)) {
+    check_mask(weight, mask);
+    return at::matmul(grad_output, masked_weight_composite(weight, mask).conj());
+  }
+  if (takes_function(grad_output, weight)) return LinearGradInput::apply(grad_output, weight, mask);
+  at::AutoDispatchBelowADInplaceOrView below;
+  return linear_grad_input_op().call(grad_output, weight, mask);
+}
+
+Tensor linear_grad_weight_autograd(const Tensor& grad_output, const Tensor& input, const Tensor& mask) {
+  if (takes_composite(grad_output, input)) {
+    const std::vector<int64_t> rows = all_but(grad_output.dim() - 1, grad_output.dim());
+    const Tensor grad_weight = at::tensordot(grad_output, input.conj(), rows, rows);
+    check_mask(grad_weight, mask);
+    return masked_weight_composite(grad_weight, mask);
+  }
+  if (takes_function(grad_output, input)) return LinearGradWeight::apply(grad_output, input, mask);
+  at::AutoDispatchBelowADInplaceOrView below;
+  return linear_grad_weight_op().call(grad_output, input, mask);
+}
+
+Tensor convolution_autograd(const Tensor& input, const Tensor& weight, const Tensor& mask, const OptionalTensor& bias,
+                            c10::SymIntArrayRef stride, c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
+                            bool transposed, c10::SymIntArrayRef output_padding, c10::SymInt groups) {
+  if (takes_composite(input, weight, bias)) {
+    check_mask(weight, mask);
+    return at::convolution_symint(input, masked_weight_composite(weight, mask), bias, stride, padding, dilation,
+                                  transposed, output_padding, groups);
+  }
+  const Geometry geometry = {stride.vec(), padding.vec(), dilation.vec(), transposed, output_padding.vec(), groups};
+  if (takes_function(input, weight, bias)) return Convolution::apply(input, weight, mask, bias, geometry);
+  at::AutoDispatchBelowADInplaceOrView below;
+  return geometry.forward(input, weight, mask, bias);
+}
+
+Tensor convolution_grad_input_autograd(const Tensor& grad_output, const Tensor& weight, const Tensor& mask,
+                                       c10::SymIntArrayRef input_size, c10::SymIntArrayRef stride,
+                                       c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, bool transposed,
+                                       c10::SymIntArrayRef output_padding, c10::SymInt groups) {
+  if (takes_composite(grad_output, weight)) {
+    check_mask(weight, mask);
+    const Tensor input = grad_output.new_empty_symint(input_size);
+    return std::get<0>(at::convolution_backward_symint(grad_output, input, masked_weight_composite(weight, mask),
+                                                       std::nullopt, stride, padding, dilation, transposed,
+                                                       output_padding, groups, {true, false, false}));
+  }
+  const Geometry geometry = {stride.vec(), padding.vec(), dilation.vec(), transposed, output_padding.vec(), groups};
+  if (takes_function(grad_output, weight)) {
+    return ConvolutionGradInput::apply(grad_output, weight, mask, input_size, geometry);
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  return geometry.grad_input(grad_output, weight, mask, input_size);
+}
+
+Tensor convolution_grad_weight_autograd(const Tensor& grad_output, const Tensor& input, const Tensor& mask,
+                                        c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
+                                        c10::SymIntArrayRef dilation, bool transposed,
+                                        c10::SymIntArrayRef output_padding, c10::SymInt groups) {
+  if (takes_composite(grad_output, input)) {
+    const Tensor weight = grad_output.new_empty_symint(mask.sym_sizes());
+    check_mask(weight, mask);
+    const Tensor grad_weight = std::get<1>(
+        at::convolution_backward_symint(grad_output, input, weight, std::nullopt, stride, padding, dilation, transposed,
+                                        output_padding, groups, {false, true, false}));
+    return masked_weight_composite(grad_weight, mask);
+  }
+  const Geometry geometry = {stride.vec(), padding.vec(), dilation.vec(), transposed, output_padding.vec(), groups};
+  if (takes_function(grad_output, input)) return ConvolutionGradWeight::apply(grad_output, input, mask, geometry);
+  at::AutoDispatchBelowADInplaceOrView below;
+  return geometry.grad_weight(grad_output, input, mask);
+}
+
+Tensor call_linear(const Tensor& input, const Tensor& weight, const Tensor& mask, const OptionalTensor& bias) {
+  return linear_op().call(input, weight, mask, bias);
+}
+
+Tensor call_convolution(const Tensor& input, const Tensor& weight, const Tensor& mask, const OptionalTensor& bias,
+                        c10::SymIntArrayRef stride, c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
+                        bool transposed, c10::SymIntArrayRef output_padding, c10::SymInt groups) {
+  return convolution_op().call(input, weight, mask, bias, stride, padding, dilation, transposed, output_padding,
+                               groups);
+}
+
+}  // namespace masked_ops

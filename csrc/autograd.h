@@ -1,0 +1,37 @@
+// The Autograd kernels, with the signatures of the operations themselves.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace masked_ops {
+
+at::Tensor apply_mask_autograd(const at::Tensor& weight, const at::Tensor& mask);
+
+at::Tensor linear_autograd(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask,
+                           const std::optional<at::Tensor>& bias);
+at::Tensor linear_grad_input_autograd(const at::Tensor& grad_output, const at::Tensor& weight, const at::Tensor& mask);
+at::Tensor linear_grad_weight_autograd(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mask);
+
+at::Tensor convolution_autograd(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask,
+                                const std::optional<at::Tensor>& bias, c10::SymIntArrayRef stride,
+                                c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, bool transposed,
+                                c10::SymIntArrayRef output_padding, c10::SymInt groups);
+at::Tensor convolution_grad_input_autograd(const at::Tensor& grad_output, const at::Tensor& weight,
+                                           const at::Tensor& mask, c10::SymIntArrayRef input_size,
+                                           c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
+                                           c10::SymIntArrayRef dilation, bool transposed,
+                                           c10::SymIntArrayRef output_padding, c10::SymInt groups);
+at::Tensor convolution_grad_weight_autograd(const at::Tensor& grad_output, const at::Tensor& input,
+                                            const at::Tensor& mask, c10::SymIntArrayRef stride,
+                                            c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, bool transposed,
+                                            c10::SymIntArrayRef output_padding, c10::SymInt groups);
+
+// The operations through the dispatcher.
+at::Tensor call_linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask,
+                       const std::optional<at::Tensor>& bias);
+at::Tensor call_convolution(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask,
+                            const std::optional<at::Tensor>& bias, c10::SymIntArrayRef stride,
+                            c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, bool transposed,
+                            c10::SymIntArrayRef output_padding, c10::SymInt groups);
+
+}  // namespace masked_ops

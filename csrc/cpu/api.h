@@ -1,0 +1,72 @@
+// What the torch side may call: raw pointers and sizes in, nothing thrown but std::bad_alloc.
+//
+// Every kernel is compiled once per capability into a namespace of that name; a Kernels table collects its entry
+// points, and kernels() is the table in use. No file below cpu/ knows of tensors, OpenMP or torch.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace masked_ops::cpu {
+
+// Runs body(context, i) for every i in [0, tasks), on the threads that torch owns; returns when all are done. Tasks may
+// run one after the other on one thread, so they never wait for each other.
+struct Team {
+  int threads;  // how many tasks can run at once
+  void (*run)(int64_t tasks, void* context, void (*body)(void* context, int64_t task));
+
+  template <typename Body>
+  void for_each(int64_t tasks, const Body& body) const {
+    run(tasks, const_cast<void*>(static_cast<const void*>(&body)),
+        [](void* context, int64_t task) { (*static_cast<const Body*>(context))(task); });
+  }
+};
+
+// Memory that is reused from call to call: one block per thread and slot, aligned to a page, growing only.
+enum class Slot { kPanelA, kPanelB, kAccumulator, kCount };
+void* scratch(Slot slot, size_t bytes);  // contents undefined; throws std::bad_alloc
+void release_scratch();                  // of the calling thread
+
+// One bit per weight, row-major; rows are padded with zero bits to whole 64-bit words, so that a kernel may use the
+// bits of any aligned group of lanes as a predicate without looking at the tail.
+struct Bits {
+  const uint64_t* words;
+  int64_t stride;  // words per row
+  const uint64_t* row(int64_t i) const { return words + i * stride; }
+};
+
+enum class Dtype : int8_t { kByte, kInt8, kInt16, kInt32, kInt64, kHalf, kBFloat16, kFloat, kDouble };
+
+struct MaskFacts {
+  int64_t nnz;
+  bool binary;  // every value is 0 or 1
+};
+
+struct Kernels {
+  const char* capability;
+
+  // mask.cpp. Bits of mask[rows][cols] (contiguous), set where the value is not zero.
+  MaskFacts (*pack_mask)(const Team&, Dtype, const void* mask, int64_t rows, int64_t cols, uint64_t* words);
+  // out[rows][cols] = bit ? weight : 0, bitwise copies of elements of 1, 2, 4, 8 or 16 bytes; out may be weight.
+  void (*mask_copy)(const Team&, size_t element_size, const void* weight, Bits, int64_t rows, int64_t cols, void* out);
+  // out[i] = mask[i] == 0 ? 0 : weight[i] * mask[i]; floating dtypes.
+  void (*mask_multiply)(const Team&, Dtype, const void* weight, const void* mask, int64_t n, void* out);
+
+  // gemm.cpp, with weight [N][K] under its bits, all row-major and contiguous.
+  // output[M][N] = input[M][K] * masked(weight)^T + bias[N] (may be null)
+  void (*linear)(const Team&, int64_t M, int64_t N, int64_t K, const float* input, const float* weight, Bits,
+                 const float* bias, float* output);
+  // grad_input[M][K] = grad_output[M][N] * masked(weight)
+  void (*linear_grad_input)(const Team&, int64_t M, int64_t N, int64_t K, const float* grad_output, const float* weight,
+                            Bits, float* grad_input);
+  // grad_weight[N][K] = masked(grad_output[M][N]^T * input[M][K])
+  void (*linear_grad_weight)(const Team&, int64_t M, int64_t N, int64_t K, const float* grad_output, const float* input,
+                             Bits, float* grad_weight);
+};
+
+// dispatch.cpp
+const Kernels& kernels();                       // the table in use: the best that is linked and that the CPU runs
+const Kernels* const* available_kernels();      // those that this CPU runs, best first, ended by null
+bool select_kernels(const char* capability);    // false if it is not available
+
+}  // namespace masked_ops::cpu

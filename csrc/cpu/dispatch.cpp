@@ -1,0 +1,110 @@
+// capability: none (compiled once: chooses among the tables that the other files make)
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "api.h"
+
+namespace masked_ops::cpu {
+
+// Declared here rather than in a header: a table exists only where its capability was built.
+#define MASKED_OPS_DECLARE(capability) \
+  namespace capability {               \
+  extern const Kernels table;          \
+  }
+#ifdef MASKED_OPS_HAVE_AVX512
+MASKED_OPS_DECLARE(AVX512)
+#endif
+#ifdef MASKED_OPS_HAVE_AVX2
+MASKED_OPS_DECLARE(AVX2)
+#endif
+#ifdef MASKED_OPS_HAVE_DEFAULT
+MASKED_OPS_DECLARE(DEFAULT)
+#endif
+#undef MASKED_OPS_DECLARE
+
+namespace {
+
+struct Available {
+  const Kernels* tables[4] = {};
+
+  Available() {
+    [[maybe_unused]] int n = 0;
+#ifdef MASKED_OPS_HAVE_AVX512
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) {
+      tables[n++] = &AVX512::table;
+    }
+#endif
+#ifdef MASKED_OPS_HAVE_AVX2
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) {
+      tables[n++] = &AVX2::table;
+    }
+#endif
+#ifdef MASKED_OPS_HAVE_DEFAULT
+    tables[n++] = &DEFAULT::table;
+#endif
+  }
+};
+
+const Available& available() {
+  static const Available instance;
+  return instance;
+}
+
+std::atomic<const Kernels*>& selected() {
+  static std::atomic<const Kernels*> table{available().tables[0]};
+  return table;
+}
+
+struct Blocks {
+  void* data[static_cast<int>(Slot::kCount)] = {};
+  size_t bytes[static_cast<int>(Slot::kCount)] = {};
+
+  void release() {
+    for (int i = 0; i < static_cast<int>(Slot::kCount); ++i) {
+      std::free(data[i]);
+      data[i] = nullptr;
+      bytes[i] = 0;
+    }
+  }
+  ~Blocks() { release(); }
+};
+
+thread_local Blocks blocks;
+
+}  // namespace
+
+const Kernels& kernels() { return *selected().load(std::memory_order_relaxed); }
+
+const Kernels* const* available_kernels() { return available().tables; }
+
+bool select_kernels(const char* capability) {
+  for (const Kernels* const* table = available_kernels(); *table; ++table) {
+    if (std::strcmp((*table)->capability, capability) == 0) {
+      selected().store(*table);
+      return true;
+    }
+  }
+  return false;
+}
+
+void* scratch(Slot slot, size_t bytes) {
+  constexpr size_t kPage = 4096;
+  const int i = static_cast<int>(slot);
+  if (blocks.bytes[i] < bytes) {
+    std::free(blocks.data[i]);
+    blocks.data[i] = nullptr;
+    blocks.bytes[i] = 0;
+    const size_t rounded = (bytes + kPage - 1) / kPage * kPage;
+    blocks.data[i] = std::aligned_alloc(kPage, rounded);
+    if (!blocks.data[i]) throw std::bad_alloc();
+    blocks.bytes[i] = rounded;
+  }
+  return blocks.data[i];
+}
+
+void release_scratch() { blocks.release(); }
+
+}  // namespace masked_ops::cpu

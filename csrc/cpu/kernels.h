@@ -1,0 +1,20 @@
+// What each kernel file gives to the capability's table; see api.h for the contracts.
+#pragma once
+
+#include "api.h"
+#include "simd.h"
+
+namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
+
+MaskFacts pack_mask(const Team&, Dtype, const void* mask, int64_t rows, int64_t cols, uint64_t* words);
+void mask_copy(const Team&, size_t element_size, const void* weight, Bits, int64_t rows, int64_t cols, void* out);
+void mask_multiply(const Team&, Dtype, const void* weight, const void* mask, int64_t n, void* out);
+
+void linear(const Team&, int64_t M, int64_t N, int64_t K, const float* input, const float* weight, Bits,
+            const float* bias, float* output);
+void linear_grad_input(const Team&, int64_t M, int64_t N, int64_t K, const float* grad_output, const float* weight,
+                       Bits, float* grad_input);
+void linear_grad_weight(const Team&, int64_t M, int64_t N, int64_t K, const float* grad_output, const float* input,
+                        Bits, float* grad_weight);
+
+}  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY

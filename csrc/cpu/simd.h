@@ -1,0 +1,223 @@
+// A vector of floats and what the kernels do with it; the only file with intrinsics. Everything lies in a namespace named
+// by the capability, so that several builds of one kernel can share a library.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define MASKED_OPS_STRING_(x) #x
+#define MASKED_OPS_STRING(x) MASKED_OPS_STRING_(x)
+#define MASKED_OPS_INLINE inline __attribute__((always_inline))
+// GCC unrolls a counted loop whole only when told to; arrays of vectors stay in registers only when it does.
+#define MASKED_OPS_UNROLL _Pragma("GCC unroll 32")
+
+namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
+
+// Not std::min: an inline function of the standard library that was compiled for one capability may be the copy that the
+// linker keeps for all.
+template <typename T>
+MASKED_OPS_INLINE constexpr T min(T a, T b) { return a < b ? a : b; }
+template <typename T>
+MASKED_OPS_INLINE constexpr T max(T a, T b) { return a > b ? a : b; }
+MASKED_OPS_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+using Word16 __attribute__((may_alias)) = uint16_t;
+
+#if defined(__AVX512F__)
+
+struct Vec {
+  static constexpr int kLanes = 16;
+  using Predicate = __mmask16;
+  __m512 v;
+
+  static MASKED_OPS_INLINE Vec zero() { return {_mm512_setzero_ps()}; }
+  static MASKED_OPS_INLINE Vec set1(float x) { return {_mm512_set1_ps(x)}; }
+  static MASKED_OPS_INLINE Vec load(const float* p) { return {_mm512_load_ps(p)}; }
+  static MASKED_OPS_INLINE Vec loadu(const float* p) { return {_mm512_loadu_ps(p)}; }
+  // Lanes without a bit are zero and their memory is not touched.
+  static MASKED_OPS_INLINE Vec loadu(Predicate m, const float* p) { return {_mm512_maskz_loadu_ps(m, p)}; }
+  MASKED_OPS_INLINE void store(float* p) const { _mm512_store_ps(p, v); }
+  MASKED_OPS_INLINE void storeu(float* p) const { _mm512_storeu_ps(p, v); }
+  MASKED_OPS_INLINE void storeu(Predicate m, float* p) const { _mm512_mask_storeu_ps(p, m, v); }
+  MASKED_OPS_INLINE Vec select(Predicate m) const { return {_mm512_maskz_mov_ps(m, v)}; }
+  MASKED_OPS_INLINE float sum() const { return _mm512_reduce_add_ps(v); }
+
+  // The bits of lanes [k, k + kLanes) of a row; k is a multiple of kLanes.
+  static MASKED_OPS_INLINE Predicate predicate(const uint64_t* row, int64_t k) {
+    return reinterpret_cast<const Word16*>(row)[k / 16];
+  }
+  static MASKED_OPS_INLINE Predicate first(int64_t n) {
+    return n >= 16 ? Predicate(0xffff) : Predicate((1u << (n > 0 ? n : 0)) - 1);
+  }
+};
+
+MASKED_OPS_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+MASKED_OPS_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+MASKED_OPS_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+
+// Rows become columns: unpack pairs, then quads, then 128-bit lanes twice.
+MASKED_OPS_INLINE void transpose(Vec (&r)[16]) {
+  __m512 t[16];
+  MASKED_OPS_UNROLL
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i].v, r[i + 1].v);
+    t[i + 1] = _mm512_unpackhi_ps(r[i].v, r[i + 1].v);
+  }
+  __m512 q[16];
+  MASKED_OPS_UNROLL
+  for (int i = 0; i < 16; i += 4) {
+    const __m512d a = _mm512_castps_pd(t[i]), b = _mm512_castps_pd(t[i + 1]);
+    const __m512d c = _mm512_castps_pd(t[i + 2]), d = _mm512_castps_pd(t[i + 3]);
+    q[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+    q[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+    q[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+    q[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+  }
+  MASKED_OPS_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_f32x4(q[i], q[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_f32x4(q[i], q[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_f32x4(q[i + 8], q[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_f32x4(q[i + 8], q[i + 12], 0xdd);
+  }
+  MASKED_OPS_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    r[i].v = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+    r[i + 8].v = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4].v = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12].v = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+#elif defined(__AVX2__)
+
+struct Vec {
+  static constexpr int kLanes = 8;
+  using Predicate = uint8_t;
+  __m256 v;
+
+  static MASKED_OPS_INLINE __m256i lanes(Predicate m) {
+    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(m), bit), bit);
+  }
+  static MASKED_OPS_INLINE Vec zero() { return {_mm256_setzero_ps()}; }
+  static MASKED_OPS_INLINE Vec set1(float x) { return {_mm256_set1_ps(x)}; }
+  static MASKED_OPS_INLINE Vec load(const float* p) { return {_mm256_load_ps(p)}; }
+  static MASKED_OPS_INLINE Vec loadu(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static MASKED_OPS_INLINE Vec loadu(Predicate m, const float* p) { return {_mm256_maskload_ps(p, lanes(m))}; }
+  MASKED_OPS_INLINE void store(float* p) const { _mm256_store_ps(p, v); }
+  MASKED_OPS_INLINE void storeu(float* p) const { _mm256_storeu_ps(p, v); }
+  MASKED_OPS_INLINE void storeu(Predicate m, float* p) const { _mm256_maskstore_ps(p, lanes(m), v); }
+  MASKED_OPS_INLINE Vec select(Predicate m) const { return {_mm256_and_ps(_mm256_castsi256_ps(lanes(m)), v)}; }
+  MASKED_OPS_INLINE float sum() const {
+    const __m128 a = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 b = _mm_add_ps(a, _mm_movehl_ps(a, a));
+    return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+  }
+
+  static MASKED_OPS_INLINE Predicate predicate(const uint64_t* row, int64_t k) {
+    return reinterpret_cast<const uint8_t*>(row)[k / 8];
+  }
+  static MASKED_OPS_INLINE Predicate first(int64_t n) {
+    return n >= 8 ? Predicate(0xff) : Predicate((1u << (n > 0 ? n : 0)) - 1);
+  }
+};
+
+MASKED_OPS_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+MASKED_OPS_INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+MASKED_OPS_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+
+MASKED_OPS_INLINE void transpose(Vec (&r)[8]) {
+  __m256 t[8], q[8];
+  MASKED_OPS_UNROLL
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i].v, r[i + 1].v);
+    t[i + 1] = _mm256_unpackhi_ps(r[i].v, r[i + 1].v);
+  }
+  MASKED_OPS_UNROLL
+  for (int i = 0; i < 8; i += 4) {
+    q[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    q[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    q[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    q[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  MASKED_OPS_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    r[i].v = _mm256_permute2f128_ps(q[i], q[i + 4], 0x20);
+    r[i + 4].v = _mm256_permute2f128_ps(q[i], q[i + 4], 0x31);
+  }
+}
+
+#else  // any CPU: the compiler's own vectors of four floats
+
+struct Vec {
+  static constexpr int kLanes = 4;
+  using Predicate = uint8_t;
+  typedef float Floats __attribute__((vector_size(16)));
+  typedef float LooseFloats __attribute__((vector_size(16), aligned(4), may_alias));
+  Floats v;
+
+  static MASKED_OPS_INLINE Vec zero() { return {Floats{0, 0, 0, 0}}; }
+  static MASKED_OPS_INLINE Vec set1(float x) { return {Floats{x, x, x, x}}; }
+  static MASKED_OPS_INLINE Vec load(const float* p) { return loadu(p); }
+  static MASKED_OPS_INLINE Vec loadu(const float* p) { return {*reinterpret_cast<const LooseFloats*>(p)}; }
+  static MASKED_OPS_INLINE Vec loadu(Predicate m, const float* p) {
+    return {Floats{m & 1 ? p[0] : 0, m & 2 ? p[1] : 0, m & 4 ? p[2] : 0, m & 8 ? p[3] : 0}};
+  }
+  MASKED_OPS_INLINE void store(float* p) const { storeu(p); }
+  MASKED_OPS_INLINE void storeu(float* p) const { *reinterpret_cast<LooseFloats*>(p) = v; }
+  MASKED_OPS_INLINE void storeu(Predicate m, float* p) const {
+    for (int i = 0; i < 4; ++i) {
+      if (m >> i & 1) p[i] = v[i];
+    }
+  }
+  MASKED_OPS_INLINE Vec select(Predicate m) const {
+    return {Floats{m & 1 ? v[0] : 0, m & 2 ? v[1] : 0, m & 4 ? v[2] : 0, m & 8 ? v[3] : 0}};
+  }
+  MASKED_OPS_INLINE float sum() const { return (v[0] + v[2]) + (v[1] + v[3]); }
+
+  static MASKED_OPS_INLINE Predicate predicate(const uint64_t* row, int64_t k) {
+    return Predicate(row[k / 64] >> (k % 64) & 15);
+  }
+  static MASKED_OPS_INLINE Predicate first(int64_t n) {
+    return n >= 4 ? Predicate(15) : Predicate((1u << (n > 0 ? n : 0)) - 1);
+  }
+};
+
+MASKED_OPS_INLINE Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
+MASKED_OPS_INLINE Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
+MASKED_OPS_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+
+MASKED_OPS_INLINE void transpose(Vec (&r)[4]) {
+  const Vec a = r[0], b = r[1], c = r[2], d = r[3];
+  for (int i = 0; i < 4; ++i) r[i].v = Vec::Floats{a.v[i], b.v[i], c.v[i], d.v[i]};
+}
+
+#endif
+
+MASKED_OPS_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+// out[i] = bit i ? in[i] : 0 for i < 64; elements without a bit are not read. Element is an unsigned integer type.
+template <typename Element>
+MASKED_OPS_INLINE void select64(uint64_t bits, const Element* in, Element* out) {
+#if defined(__AVX512F__)
+  constexpr int kLanes = 64 / sizeof(Element);
+  MASKED_OPS_UNROLL
+  for (int i = 0; i < 64; i += kLanes) {
+    __m512i v;
+    if constexpr (sizeof(Element) == 1) v = _mm512_maskz_loadu_epi8(bits >> i, in + i);
+    if constexpr (sizeof(Element) == 2) v = _mm512_maskz_loadu_epi16(__mmask32(bits >> i), in + i);
+    if constexpr (sizeof(Element) == 4) v = _mm512_maskz_loadu_epi32(__mmask16(bits >> i), in + i);
+    if constexpr (sizeof(Element) == 8) v = _mm512_maskz_loadu_epi64(__mmask8(bits >> i), in + i);
+    _mm512_storeu_si512(out + i, v);
+  }
+#else
+  for (int i = 0; i < 64; ++i) out[i] = in[i] & (Element(0) - Element(bits >> i & 1));
+#endif
+}
+
+}  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY

@@ -1,0 +1,17 @@
+// The capability's kernels, in the order of api.h: one line here for each new one.
+#include "kernels.h"
+
+namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
+
+extern const Kernels table;
+const Kernels table = {
+    .capability = MASKED_OPS_STRING(MASKED_OPS_CAPABILITY),
+    .pack_mask = pack_mask,
+    .mask_copy = mask_copy,
+    .mask_multiply = mask_multiply,
+    .linear = linear,
+    .linear_grad_input = linear_grad_input,
+    .linear_grad_weight = linear_grad_weight,
+};
+
+}  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY

@@ -1,0 +1,33 @@
+// The numbers that steer, per capability; each with the measurement that chose it. Machine: two Zen 5 cores, 48 KB L1d,
+// 1 MB L2 a core, 32 MB L3.
+#pragma once
+
+#include "simd.h"
+
+namespace masked_ops::cpu::MASKED_OPS_CAPABILITY::tuning {
+
+// Register tile of the microkernel, kMR x kNV vectors: as many accumulators as leave room for kNV operands and a
+// broadcast. AVX-512: 24 of 32 registers, 11 loads for 24 FMAs. The others: 12 of 16.
+#if defined(__AVX512F__)
+constexpr int kMR = 8, kNV = 3;
+#else
+constexpr int kMR = 6, kNV = 2;
+#endif
+constexpr int kNR = kNV * Vec::kLanes;
+
+// Depth of a packed panel of B: kKC x kNR floats stay in L2 beside the A panels that pass.
+constexpr int64_t kKC = 768;
+
+// Packed A is shared by the team; more rows than fit here are taken in chunks, each of which packs B again.
+constexpr int64_t kPanelABytes = int64_t{16} << 20;
+
+// Rows of a task below which splitting a panel of B among threads costs more (B is packed twice) than it gains.
+constexpr int64_t kMinRowsPerTask = 64;
+
+// Distance of the software prefetch while packing, in floats: rows of W at a power-of-two pitch defeat the hardware's.
+constexpr int64_t kPrefetch = 64;
+
+// Elements per task of the passes over a mask or a weight (64 KB of floats: several tasks a thread, little overhead).
+constexpr int64_t kPassGrain = int64_t{1} << 14;
+
+}  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY::tuning

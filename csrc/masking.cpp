@@ -1,0 +1,71 @@
+#include "masking.h"
+
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/where.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <numeric>
+
+#include "parallel.h"
+
+namespace masked_ops {
+namespace {
+
+// Dimensions from the slowest to the fastest in memory.
+c10::SmallVector<int64_t, 5> memory_order(const at::Tensor& t) {
+  c10::SmallVector<int64_t, 5> order(t.dim());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return t.stride(a) > t.stride(b); });
+  return order;
+}
+
+}  // namespace
+
+void check_mask(const at::Tensor& weight, const at::Tensor& mask) {
+  TORCH_CHECK(weight.is_floating_point() || weight.is_complex(), "weight must have a floating-point dtype, got ",
+              weight.scalar_type());
+  TORCH_CHECK(mask.sym_sizes() == weight.sym_sizes(), "mask must have the shape of weight, ", weight.sym_sizes(),
+              ", got ", mask.sym_sizes());
+  TORCH_CHECK(mask.device() == weight.device(), "mask must be on the device of weight, ", weight.device(), ", got ",
+              mask.device());
+}
+
+PatternPtr try_pattern_of(const at::Tensor& mask) {
+  return mask.is_cpu() && mask.layout() == at::kStrided && packable(mask.scalar_type()) ? pattern_of(mask) : nullptr;
+}
+
+at::Tensor masked_weight_composite(const at::Tensor& weight, const at::Tensor& mask) {
+  const at::Tensor factor = mask.detach().to(weight.scalar_type());
+  return at::where(factor.eq(0), at::Scalar(0), weight.mul(factor)).to(weight.scalar_type());
+}
+
+at::Tensor masked_weight(const at::Tensor& weight, const at::Tensor& mask) {
+  if (!weight.is_cpu() || weight.layout() != at::kStrided || !packable(mask.scalar_type())) {
+    return masked_weight_composite(weight, mask);
+  }
+  // The kernels walk memory: both tensors are seen in the weight's order, in which it is contiguous.
+  const at::Tensor dense = weight.is_non_overlapping_and_dense() ? weight : weight.contiguous();
+  at::Tensor w = dense, m = mask;
+  if (!w.is_contiguous()) {
+    const auto order = memory_order(w);
+    w = w.permute(order);
+    m = m.permute(order);
+  }
+  const PatternPtr pattern = pattern_of(m);
+  const cpu::Team team = team_for(w.numel());
+  if (pattern->binary()) {
+    at::Tensor out = at::empty_like(dense);
+    cpu::kernels().mask_copy(team, w.element_size(), w.const_data_ptr(), pattern->bits(), pattern->rows(),
+                             pattern->cols(), out.data_ptr());
+    return out;
+  }
+  if (w.scalar_type() != at::kFloat && w.scalar_type() != at::kDouble) return masked_weight_composite(weight, mask);
+  const at::Tensor factor = m.to(w.scalar_type()).contiguous();
+  at::Tensor out = at::empty_like(dense);
+  cpu::kernels().mask_multiply(team, w.scalar_type() == at::kFloat ? cpu::Dtype::kFloat : cpu::Dtype::kDouble,
+                               w.const_data_ptr(), factor.const_data_ptr(), w.numel(), out.data_ptr());
+  return out;
+}
+
+}  // namespace masked_ops

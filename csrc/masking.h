@@ -1,0 +1,23 @@
+// weight∘mask as a tensor: what apply_mask returns, and the first half of the copy path.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "pattern.h"
+
+namespace masked_ops {
+
+// Throws, naming the argument, unless the mask fits the weight: shape, device, a dtype that can be multiplied.
+void check_mask(const at::Tensor& weight, const at::Tensor& mask);
+
+// where(mask == 0, 0, weight * mask) with the mask in the weight's dtype, in the memory format of weight. One pass for
+// binary masks (a pruned weight counts as absent) and for soft ones in float32 and float64.
+at::Tensor masked_weight(const at::Tensor& weight, const at::Tensor& mask);
+
+// The same by torch's own differentiable operations.
+at::Tensor masked_weight_composite(const at::Tensor& weight, const at::Tensor& mask);
+
+// The pattern where there is one: a packable mask in CPU memory; else null.
+PatternPtr try_pattern_of(const at::Tensor& mask);
+
+}  // namespace masked_ops

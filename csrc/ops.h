@@ -1,0 +1,32 @@
+// The operations below autograd, as register.cpp binds them to CPU and CUDA.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <string>
+#include <tuple>
+
+namespace masked_ops {
+
+at::Tensor apply_mask(const at::Tensor& weight, const at::Tensor& mask);
+
+at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask,
+                  const std::optional<at::Tensor>& bias);
+at::Tensor linear_grad_input(const at::Tensor& grad_output, const at::Tensor& weight, const at::Tensor& mask);
+at::Tensor linear_grad_weight(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mask);
+std::tuple<std::string, std::string> explain_linear(const at::Tensor& weight, const at::Tensor& mask, int64_t batch);
+
+at::Tensor convolution(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask,
+                       const std::optional<at::Tensor>& bias, at::IntArrayRef stride, at::IntArrayRef padding,
+                       at::IntArrayRef dilation, bool transposed, at::IntArrayRef output_padding, int64_t groups);
+at::Tensor convolution_grad_input(const at::Tensor& grad_output, const at::Tensor& weight, const at::Tensor& mask,
+                                  at::IntArrayRef input_size, at::IntArrayRef stride, at::IntArrayRef padding,
+                                  at::IntArrayRef dilation, bool transposed, at::IntArrayRef output_padding,
+                                  int64_t groups);
+at::Tensor convolution_grad_weight(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mask,
+                                   at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                                   bool transposed, at::IntArrayRef output_padding, int64_t groups);
+std::tuple<std::string, std::string> explain_convolution(const at::Tensor& weight, const at::Tensor& mask,
+                                                         int64_t batch);
+
+}  // namespace masked_ops

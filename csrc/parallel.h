@@ -1,0 +1,12 @@
+// Torch's threads for the kernels.
+#pragma once
+
+#include "cpu/api.h"
+
+namespace masked_ops {
+
+// The team for a piece of work of about `operations` arithmetic or memory operations: one thread where starting others
+// would cost more than they save, and inside somebody else's parallel region.
+cpu::Team team_for(int64_t operations);
+
+}  // namespace masked_ops

@@ -1,0 +1,37 @@
+// Which way a call takes. The one place that decides; linear.cpp and convolution.cpp ask and obey.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "pattern.h"
+
+namespace masked_ops {
+
+enum class Path {
+  kCopy,   // mask the weight in one pass, then torch's own dense operation; serves everything
+  kFused,  // masked GEMM: the mask rides in the load of the weight
+};
+
+struct Choice {
+  Path path;
+  const char* reason;
+};
+
+const char* path_name(Path path);
+std::vector<std::string> path_names();
+
+// The path that use_path forces; none lets the cost model choose.
+std::optional<Path> forced_path();
+void force_path(std::optional<Path> path);
+std::optional<Path> path_by_name(const std::string& name);
+
+// For linear and both of its gradients: rows is M, weight is [N][K] (or anything of its dtype and layout), pattern is
+// null if the mask is not in CPU memory or cannot be packed. Throws if the forced path cannot serve.
+Choice choose_linear(int64_t rows, const at::Tensor& weight, const Pattern* pattern);
+Choice choose_convolution(const at::Tensor& weight, const Pattern* pattern);
+
+}  // namespace masked_ops

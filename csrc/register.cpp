@@ -1,0 +1,129 @@
+// The table of contents: which function serves which operation under which dispatch key, and the Python module with what
+// is no operation. The schemas stand in masked_ops/_ops.py, where they exist before this library is loaded.
+#include <ATen/autocast_mode.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/library.h>
+
+#include "autograd.h"
+#include "ops.h"
+#include "path.h"
+#include "pattern.h"
+
+namespace py = pybind11;
+
+namespace masked_ops {
+namespace {
+
+// Autocast as torch's linear and convolution have it: lower precision for all but the mask, which is never cast.
+template <c10::DeviceType kDevice>
+struct Autocast {
+  static at::Tensor cast(const at::Tensor& t) {
+    return at::autocast::cached_cast(at::autocast::get_autocast_dtype(kDevice), t, kDevice);
+  }
+  static std::optional<at::Tensor> cast(const std::optional<at::Tensor>& t) {
+    return t ? std::optional<at::Tensor>(cast(*t)) : std::nullopt;
+  }
+  static constexpr c10::DispatchKey kKey =
+      kDevice == c10::kCUDA ? c10::DispatchKey::AutocastCUDA : c10::DispatchKey::AutocastCPU;
+
+  static at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask,
+                           const std::optional<at::Tensor>& bias) {
+    c10::impl::ExcludeDispatchKeyGuard below(kKey);
+    return call_linear(cast(input), cast(weight), mask, cast(bias));
+  }
+  static at::Tensor convolution(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask,
+                                const std::optional<at::Tensor>& bias, c10::SymIntArrayRef stride,
+                                c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, bool transposed,
+                                c10::SymIntArrayRef output_padding, c10::SymInt groups) {
+    c10::impl::ExcludeDispatchKeyGuard below(kKey);
+    return call_convolution(cast(input), cast(weight), mask, cast(bias), stride, padding, dilation, transposed,
+                            output_padding, groups);
+  }
+};
+
+template <c10::DeviceType kDevice>
+void register_autocast(torch::Library& m) {
+  m.impl("linear", &Autocast<kDevice>::linear);
+  m.impl("convolution", &Autocast<kDevice>::convolution);
+}
+
+void register_backend(torch::Library& m) {
+  m.impl("apply_mask", &apply_mask);
+  m.impl("linear", &linear);
+  m.impl("linear_grad_input", &linear_grad_input);
+  m.impl("linear_grad_weight", &linear_grad_weight);
+  m.impl("convolution", &convolution);
+  m.impl("convolution_grad_input", &convolution_grad_input);
+  m.impl("convolution_grad_weight", &convolution_grad_weight);
+  m.impl("explain_linear", &explain_linear);
+  m.impl("explain_convolution", &explain_convolution);
+}
+
+void register_autograd(torch::Library& m) {
+  m.impl("apply_mask", &apply_mask_autograd);
+  m.impl("linear", &linear_autograd);
+  m.impl("linear_grad_input", &linear_grad_input_autograd);
+  m.impl("linear_grad_weight", &linear_grad_weight_autograd);
+  m.impl("convolution", &convolution_autograd);
+  m.impl("convolution_grad_input", &convolution_grad_input_autograd);
+  m.impl("convolution_grad_weight", &convolution_grad_weight_autograd);
+}
+
+std::vector<std::string> capabilities() {
+  std::vector<std::string> names;
+  for (auto table = cpu::available_kernels(); *table; ++table) names.emplace_back((*table)->capability);
+  return names;
+}
+
+std::optional<std::string> set_path(const std::optional<std::string>& name) {
+  const std::optional<Path> before = forced_path();
+  std::optional<Path> path;
+  if (name) {
+    path = path_by_name(*name);
+    if (!path) {
+      std::string names;
+      for (const std::string& known : path_names()) names += (names.empty() ? "" : ", ") + known;
+      throw py::value_error("path must be one of " + names + ", got '" + *name + "'");
+    }
+  }
+  force_path(path);
+  return before ? std::optional<std::string>(path_name(*before)) : std::nullopt;
+}
+
+py::dict cache_info_dict() {
+  const CacheInfo info = cache_info();
+  py::dict result;
+  result["entries"] = info.entries;
+  result["bytes"] = info.bytes;
+  result["limit_bytes"] = info.limit_bytes;
+  result["hits"] = info.hits;
+  result["misses"] = info.misses;
+  result["repacks"] = info.repacks;
+  return result;
+}
+
+}  // namespace
+}  // namespace masked_ops
+
+// Backend keys rather than the alias keys Autograd and CompositeExplicitAutograd: those hold the Python fallback, which a
+// registration under a backend key outranks without replacing it.
+TORCH_LIBRARY_IMPL(masked_ops, CPU, m) { masked_ops::register_backend(m); }
+TORCH_LIBRARY_IMPL(masked_ops, CUDA, m) { masked_ops::register_backend(m); }
+TORCH_LIBRARY_IMPL(masked_ops, AutogradCPU, m) { masked_ops::register_autograd(m); }
+TORCH_LIBRARY_IMPL(masked_ops, AutogradCUDA, m) { masked_ops::register_autograd(m); }
+TORCH_LIBRARY_IMPL(masked_ops, AutogradMeta, m) { masked_ops::register_autograd(m); }
+TORCH_LIBRARY_IMPL(masked_ops, AutocastCPU, m) { masked_ops::register_autocast<c10::kCPU>(m); }
+TORCH_LIBRARY_IMPL(masked_ops, AutocastCUDA, m) { masked_ops::register_autocast<c10::kCUDA>(m); }
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of masked_ops, and what steers them.";
+  m.def("paths", &masked_ops::path_names, "Names of the paths.");
+  m.def("set_path", &masked_ops::set_path, py::arg("name") = py::none(), "Force a path; returns the one before.");
+  m.def("cache_info", &masked_ops::cache_info_dict, "Counters of the cache of mask patterns.");
+  m.def("clear_cache", &masked_ops::clear_cache, "Forget all mask patterns.");
+  m.def("capabilities", &masked_ops::capabilities, "Capabilities built in that this CPU runs, best first.");
+  m.def("capability", [] { return std::string(masked_ops::cpu::kernels().capability); }, "The one in use.");
+  m.def("set_capability", &masked_ops::cpu::select_kernels, py::arg("name"), "Use another; False if not available.");
+  m.def("release_scratch", &masked_ops::cpu::release_scratch, "Free the calling thread's scratch memory.");
+}
