@@ -1,0 +1,60 @@
+"""Masks kept in one bit an entry: what the pruning methods remember of their rounds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _pack(flags: Tensor) -> Tensor:
+    """Bool tensor of any shape -> uint8 ``[ceil(n / 8)]`` on the CPU, first entry in the lowest bit."""
+    flat = flags.detach().reshape(-1).to("cpu", torch.uint8)
+    octets = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
+    return (octets << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def _unpack(bits: Tensor, shape: torch.Size) -> Tensor:
+    octets = (bits.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)) & 1
+    return octets.view(-1)[: shape.numel()].view(shape).bool()
+
+
+class PackedMask:
+    """A copy of a mask: one bit an entry if it holds 0 and 1 only, as it is otherwise.
+
+    It lies on the CPU, so that a model that was pruned on an accelerator can be unpickled where there is none.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        mask = mask.detach()
+        self.shape = mask.shape
+        self.dtype = mask.dtype
+        # The values of a meta tensor cannot be looked at.
+        binary = not mask.is_meta and bool(((mask == 0) | (mask == 1)).all())
+        self.data = _pack(mask != 0) if binary else mask.clone() if mask.is_meta else mask.to("cpu", copy=True)
+        self.binary = binary
+
+    def unpack(self) -> Tensor:
+        """The mask again, on the CPU, in its own dtype."""
+        return _unpack(self.data, self.shape).to(self.dtype) if self.binary else self.data.clone()
+
+
+class MaskChange:
+    """What one round of pruning did to a mask, kept so that :meth:`revert` can take it back.
+
+    Only the entries that the round changed are remembered: one bit each, plus their values where those were not all 1.
+    """
+
+    def __init__(self, before: Tensor, after: Tensor) -> None:
+        changed = before.detach() != after.detach()
+        values = before.detach()[changed]
+        self.dtype = before.dtype
+        self.shape = before.shape
+        self.changed = _pack(changed)
+        self.values = None if bool((values == 1).all()) else values.cpu()
+
+    def revert(self, mask: Tensor) -> Tensor:
+        """``mask`` with the changed entries as they were before the round, in the dtype of before the round."""
+        reverted = mask.detach().to(self.dtype, copy=True)
+        changed = _unpack(self.changed, self.shape).to(mask.device)
+        reverted[changed] = 1 if self.values is None else self.values.to(mask.device)
+        return reverted

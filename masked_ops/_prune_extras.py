@@ -1,0 +1,293 @@
+"""What :mod:`masked_ops.prune` offers beyond ``torch.nn.utils.prune``: recovery, sparse tensors, checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.parameter import is_lazy
+
+from . import nn
+from ._pairs import M, Pairs, over_pairs
+from ._pruning_methods import (
+    FROM_DENSE,
+    BasePruningMethod,
+    PruningContainer,
+    adopt,
+    drop_hook,
+    find_hook,
+    first_round,
+    pruned_names,
+    pruned_parameters,
+    refresh,
+    replace_hook,
+    require_pruned,
+)
+
+
+@overload
+def restore(module: M, name: str | None = None) -> M: ...
+@overload
+def restore(module: Pairs) -> list[Module]: ...
+@over_pairs
+def restore(module: Module, name: str | None = None) -> Module:
+    """Take pruning back: ``module.<name>`` is a plain parameter again, with the values that were beneath the mask.
+
+    Args:
+        module: the module, or a list of (module, name) pairs.
+        name: the parameter; None for all that is pruned in ``module`` and below.
+
+    Returns:
+        ``module``; for a list, its modules.
+
+    Raises:
+        ValueError: if that is not pruned.
+
+    Example:
+        >>> layer = torch.nn.Linear(4, 2)
+        >>> before = layer.weight.clone()
+        >>> layer = prune.restore(prune.l1_unstructured(layer, "weight", amount=0.5), "weight")
+        >>> torch.equal(layer.weight, before)
+        True
+    """
+    if name is not None:
+        require_pruned(module, name, "it can be restored")
+    pairs = list(pruned_parameters(module)) if name is None else [(module, name)]
+    if not pairs:
+        raise ValueError(f"nothing in {type(module).__name__} is pruned, so there is nothing to restore")
+    with nn.atomic([submodule for submodule, _ in pairs]):
+        for submodule, pruned_name in pairs:
+            adopt(submodule, pruned_name)
+            nn.detach(submodule, pruned_name, apply_mask=False)
+            drop_hook(submodule, pruned_name)
+    return module
+
+
+@overload
+def undo(module: M, name: str) -> M: ...
+@overload
+def undo(module: Pairs) -> list[Module]: ...
+@over_pairs
+def undo(module: Module, name: str) -> Module:
+    """Take back the last round of pruning of ``module.<name>``; the first round's undo is :func:`restore`.
+
+    Entries that the round pruned come back with the values that ``<name>_orig`` holds now.
+
+    Args:
+        module: the module, or a list of (module, name) pairs, as after a round of :func:`global_unstructured`.
+        name: the parameter.
+
+    Returns:
+        ``module``; for a list, its modules.
+
+    Raises:
+        ValueError: if it is not pruned, or the last round left no record: a mask given to a masked module's
+            constructor is no round, and torch's own functions keep no record.
+
+    Example:
+        >>> layer = prune.l1_unstructured(torch.nn.Linear(4, 2), "weight", amount=2)
+        >>> int(prune.l1_unstructured(layer, "weight", amount=3).weight_mask.sum())
+        3
+        >>> int(prune.undo(layer, "weight").weight_mask.sum())
+        6
+    """
+    require_pruned(module, name, "a round can be undone")
+    with nn.atomic([module]):
+        adopt(module, name)
+        found = find_hook(module, name)
+        rounds = () if not found else tuple(found[1]) if isinstance(found[1], PruningContainer) else (found[1],)
+        change = getattr(rounds[-1], "_undo", None) if rounds else None
+        if change is None:
+            raise ValueError(f"the last round of pruning of {name!r} of {type(module).__name__} left no record to undo")
+        if change == FROM_DENSE:
+            nn.detach(module, name, apply_mask=False)
+            drop_hook(module, name)
+            return module
+        nn.set_mask(module, name, change.revert(getattr(module, f"{name}_mask")))
+        if len(rounds) == 1:
+            drop_hook(module, name)
+        elif len(rounds) == 2 and isinstance(rounds[0], BasePruningMethod):
+            replace_hook(module, name, rounds[0])
+        else:
+            replace_hook(module, name, PruningContainer(*rounds[:-1]))
+        refresh(module, name)
+    return module
+
+
+@overload
+def unprune(module: M, name: str, where: Any) -> M: ...
+@overload
+def unprune(module: Pairs, *, where: Any) -> list[Module]: ...
+@over_pairs
+def unprune(module: Module, name: str, where: Any) -> Module:
+    """Revive chosen entries of ``module.<name>``: where they were pruned their mask becomes 1.
+
+    Args:
+        module: the module, or a list of (module, name) pairs.
+        name: the parameter.
+        where: a bool tensor of the parameter's shape, or whatever indexes a tensor of that shape: an integer, a slice,
+            integer tensors, a tuple of these. For a list, one for all or a dict with one for each (module, name).
+
+    Returns:
+        ``module``; for a list, its modules.
+
+    Raises:
+        ValueError: if the parameter is not pruned.
+        IndexError: if ``where`` does not fit.
+
+    Example:
+        >>> layer = prune.custom_from_mask(torch.nn.Linear(3, 2), "weight", mask=torch.zeros(2, 3))
+        >>> prune.unprune(layer, "weight", where=0).weight_mask
+        tensor([[1., 1., 1.],
+                [0., 0., 0.]])
+    """
+    require_pruned(module, name, "entries can be revived")
+    with nn.atomic([module]):
+        adopt(module, name)
+        mask = getattr(module, f"{name}_mask")
+        chosen = torch.zeros(mask.shape, dtype=torch.bool, device=mask.device)
+        chosen[where] = True
+        nn.set_mask(module, name, mask.detach().masked_fill(chosen & (mask == 0), 1))
+        refresh(module, name)
+    return module
+
+
+_SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
+
+def to_sparse(
+    module: Module,
+    name: str = "weight",
+    layout: torch.layout = torch.sparse_csr,
+    blocksize: tuple[int, int] | None = None,
+) -> Tensor:
+    """The pruned parameter as a sparse tensor; the module stays as it is.
+
+    Args:
+        module: any module, pruned or not; after :func:`remove` the zeros are in the parameter itself.
+        name: the parameter. More than two dimensions (convolutions) are flattened to ``[first, rest]``.
+        layout: ``torch.sparse_coo``, ``sparse_csr``, ``sparse_csc``, ``sparse_bsr`` or ``sparse_bsc``.
+        blocksize: rows and columns of a block, for the last two; they must divide the matrix.
+
+    Returns:
+        A detached sparse matrix on the parameter's device, of its dtype, with an entry for each value that is not zero
+        (each block that is not all zero).
+
+    Raises:
+        ValueError: if ``layout`` or ``blocksize`` does not fit, or the parameter has fewer than two dimensions.
+
+    Example:
+        >>> layer = prune.l1_unstructured(torch.nn.Conv2d(2, 4, 3), "weight", amount=0.75)
+        >>> sparse = prune.to_sparse(layer)
+        >>> sparse.layout, tuple(sparse.shape), sparse.values().numel()
+        (torch.sparse_csr, (4, 18), 18)
+    """
+    if layout not in _SPARSE:
+        raise ValueError(f"layout must be one of {', '.join(map(str, _SPARSE))}, got {layout}")
+    weight = getattr(module, name)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{type(module).__name__}.{name} must be a Tensor, got {type(weight).__name__}")
+    if weight.dim() < 2:
+        raise ValueError(f"{name} must have two dimensions or more, got shape {list(weight.shape)}")
+    matrix = weight.detach().flatten(1)
+    if layout not in (torch.sparse_bsr, torch.sparse_bsc):
+        if blocksize is not None:
+            raise ValueError(f"blocksize is for torch.sparse_bsr and torch.sparse_bsc, got {blocksize} for {layout}")
+        return matrix.to_sparse(layout=layout)
+    rows, columns = matrix.shape
+    if blocksize is None or len(blocksize) != 2 or min(blocksize) < 1 or rows % blocksize[0] or columns % blocksize[1]:
+        raise ValueError(f"blocksize must be two numbers that divide {list(matrix.shape)}, got {blocksize}")
+    return matrix.to_sparse(layout=layout, blocksize=blocksize)
+
+
+def load_state_dict(model: Module, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    """Load a dense, a torch-pruned or a masked_ops checkpoint into a model that is in any of these states.
+
+    Where the checkpoint has a mask the model gets it, as by :func:`custom_from_mask` if it was not pruned there. Where
+    the model is masked and the checkpoint is dense, the values go beneath the mask, which stays: this rewinds a pruned
+    model to earlier weights. To load a dense checkpoint as it is, call :func:`restore` first.
+
+    Args:
+        model: any module.
+        state_dict: what ``model.state_dict()`` returned once.
+        strict: as for ``Module.load_state_dict``: raise if keys are missing or left over.
+        assign: as for ``Module.load_state_dict``: take the checkpoint's tensors instead of copying them.
+
+    Returns:
+        The named tuple ``(missing_keys, unexpected_keys)`` of ``Module.load_state_dict``.
+
+    Raises:
+        RuntimeError: as ``Module.load_state_dict``; the model is then as it was, values included.
+
+    Example:
+        >>> pruned = prune.l1_unstructured(torch.nn.Linear(4, 2), "weight", amount=0.5)
+        >>> layer = torch.nn.Linear(4, 2)
+        >>> prune.load_state_dict(layer, pruned.state_dict())
+        <All keys matched successfully>
+        >>> torch.equal(layer.weight, pruned.weight)
+        True
+    """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict must be a mapping of names to tensors, got {type(state_dict).__name__}")
+    state = OrderedDict(state_dict)
+    if hasattr(state_dict, "_metadata"):  # the versions that Module.load_state_dict reads
+        state._metadata = state_dict._metadata  # type: ignore[attr-defined]
+    modules = list(model.modules())
+    with _values_kept(modules, copied=not assign), nn.atomic(modules):
+        for module, name in pruned_parameters(model):
+            adopt(module, name)
+        for prefix, module in model.named_modules(remove_duplicate=False):
+            _fit(module, f"{prefix}." if prefix else "", state)
+        before = {(m, n): getattr(m, f"{n}_mask").clone() for m, n in pruned_parameters(model)}
+        keys = model.load_state_dict(state, strict=strict, assign=assign)
+        for (module, name), old_mask in before.items():
+            mask = getattr(module, f"{name}_mask")
+            # The rounds that led to another mask are no longer this one's history.
+            if find_hook(module, name) and not (mask.is_meta or torch.equal(mask, old_mask)):
+                replace_hook(module, name, first_round(name, mask))
+            refresh(module, name)
+    return keys
+
+
+def _fit(module: Module, prefix: str, state: dict[str, Any]) -> None:
+    """Mask what is dense in ``module`` and pruned in ``state``; rename what is the other way round."""
+    for name in pruned_names(module):
+        dense, orig, mask = (f"{prefix}{name}{suffix}" for suffix in ("", "_orig", "_mask"))
+        current = getattr(module, f"{name}_mask")
+        if dense in state and orig not in state and mask not in state:
+            state[orig], state[mask] = state.pop(dense), current
+        elif isinstance(state.get(mask), Tensor) and not torch.can_cast(state[mask].dtype, current.dtype):
+            # A soft mask would not survive in a bool buffer.
+            module.register_buffer(f"{name}_mask", current.to(state[mask].dtype))
+    for name, parameter in list(module._parameters.items()):
+        loaded = state.get(f"{prefix}{name}_mask")
+        if parameter is None or hasattr(module, f"{name}_mask"):
+            continue
+        if f"{prefix}{name}_orig" not in state or not isinstance(loaded, Tensor):
+            continue
+        if loaded.shape != parameter.shape:
+            raise RuntimeError(
+                f"size mismatch for {prefix}{name}_mask: {list(loaded.shape)} in the checkpoint, "
+                f"{list(parameter.shape)} in the model"
+            )
+        nn.attach(module, name, loaded.to(parameter.device))
+        replace_hook(module, name, first_round(name, loaded))
+
+
+@contextlib.contextmanager
+def _values_kept(modules: list[Module], copied: bool) -> Iterator[None]:
+    """Put the values of parameters and buffers back on failure; ``copied``: they will be written to in place."""
+    tensors = {id(t): t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None}
+    kept = [(t, t.detach().clone()) for t in tensors.values() if copied and not is_lazy(t)]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for tensor, values in kept:
+                tensor.detach().copy_(values)
+        raise
