@@ -12,8 +12,24 @@ from .functional import (
     masked_conv_transpose3d,
     masked_linear,
 )
+from .nn import (
+    MaskedConv1d,
+    MaskedConv2d,
+    MaskedConv3d,
+    MaskedConvTranspose1d,
+    MaskedConvTranspose2d,
+    MaskedConvTranspose3d,
+    MaskedLinear,
+)
 
 __all__ = [
+    "MaskedConv1d",
+    "MaskedConv2d",
+    "MaskedConv3d",
+    "MaskedConvTranspose1d",
+    "MaskedConvTranspose2d",
+    "MaskedConvTranspose3d",
+    "MaskedLinear",
     "__version__",
     "apply_mask",
     "cache_info",

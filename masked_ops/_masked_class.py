@@ -1,9 +1,9 @@
 """The classes of modules with masked parameters.
 
 A masked parameter ``weight`` is a property of the module's class: computed from ``weight_orig`` and ``weight_mask``
-when it is read. The class of a masked ``X`` is made on demand, with the bases ``(X, stand-in)``. The stand-in of a torch
-class (``MaskedLinear`` for ``nn.Linear``) derives from that class alone and so comes right before it in the method
-resolution order: a user's ``forward`` that calls ``super().forward(input)`` gets the fused one.
+when it is read. The class of a masked ``X`` is made on demand, with the bases ``(X, stand-in)``. The stand-in of a
+torch class (``MaskedLinear`` for ``nn.Linear``) derives from that class alone and so comes right before it in the
+method resolution order: a user's ``forward`` that calls ``super().forward(input)`` gets the fused one.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.nn.parameter import Parameter
 from . import functional
 
 _M = TypeVar("_M", bound="type[Masked]")
+_ABSENT = object()
 
 
 def orig_name(name: str) -> str:
@@ -44,8 +45,8 @@ def _masked_property(name: str) -> Any:
     # Plain getattr, and the mask first: within a constructor nothing is masked yet, a parametrized weight_orig is a
     # property itself, and the replicas of DataParallel hold their parameters as attributes.
     def get(self: nn.Module) -> Any:
-        mask_tensor = getattr(self, mask, None)
-        if mask_tensor is None:
+        mask_tensor: Any = getattr(self, mask, _ABSENT)
+        if mask_tensor is _ABSENT:
             return self.__dict__[name] if name in self.__dict__ else self.__getattr__(name)
         try:
             return masked_value(getattr(self, orig), mask_tensor)
@@ -54,7 +55,7 @@ def _masked_property(name: str) -> Any:
             raise RuntimeError(f"{type(self).__name__}.{name} cannot be computed: {error}") from error
 
     def set_(self: nn.Module, value: object) -> None:
-        if getattr(self, mask, None) is None:
+        if not hasattr(self, mask):
             self.__dict__[name] = value
             return
         raise TypeError(
@@ -63,7 +64,7 @@ def _masked_property(name: str) -> Any:
         )
 
     def delete(self: nn.Module) -> None:
-        if getattr(self, mask, None) is None:
+        if not hasattr(self, mask):
             del self.__dict__[name]
             return
         raise AttributeError(f"cannot delete the masked parameter '{name}': remove its mask first")
@@ -175,7 +176,7 @@ def masked_class(dense: type[nn.Module], names: tuple[str, ...]) -> type[Masked]
     inherited = getattr(dense, "_masked_names", ())
     namespace = {
         **_overrides(dense, tuple(name for name in names if name not in inherited)),
-        "__module__": __name__,
+        "__module__": dense.__module__,  # torch.fx and Dynamo tell torch's own modules from others by it
         "__doc__": f"{dense.__name__} with masked {', '.join(names)}.",
         "__reduce_ex__": _reduce_ex,
         "_masked_dense": dense,
@@ -290,6 +291,10 @@ class MaskedRNNBase(_DenseForward):
     """Keeps ``_flat_weights``, the list from which torch's recurrent modules read their parameters, live."""
 
     _flat_weights_names: list[str]
+
+    # RNNBase's read and write the list, of a replica before that has its parameters.
+    __setattr__ = nn.Module.__setattr__
+    _replicate_for_data_parallel = nn.Module._replicate_for_data_parallel
 
     @property
     def _flat_weights(self) -> list[Tensor | None]:

@@ -282,7 +282,7 @@ def _swap_back(module: nn.Module) -> None:
         module.__class__ = dense if set(left) <= below else masked_class(dense, left)
 
 
-# --- torch's mechanics, where the class cannot be swapped --------------------------------------------------------------
+# --- torch's mechanics, where the class cannot be swapped -------------------------------------------------------------
 
 
 class _MaskHook:

@@ -196,8 +196,13 @@ class MaskedLinear(_MaskedWeight, nn.Linear):
         return functional.masked_linear(input, weight, mask, bias)
 
 
+@torch.fx.wrap  # a node of its own in a symbolic trace, as a torch.nn module is: it asks for the input's rank
+def _convolve(op: str, *args: Any) -> Tensor:
+    return getattr(functional, op)(*args)
+
+
 class _MaskedConv(_MaskedWeight):
-    _masked_op: ClassVar[Callable[..., Tensor]]
+    _masked_op: ClassVar[str]
     _masked_torch: ClassVar[type[_ConvNd]]
 
     padding: Any
@@ -234,7 +239,7 @@ class _MaskedConv(_MaskedWeight):
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        return self._masked_op(input, weight, mask, bias, self.stride, padding, self.dilation, self.groups)
+        return _convolve(self._masked_op, input, weight, mask, bias, self.stride, padding, self.dilation, self.groups)
 
     def _calls_torch_conv(self) -> bool:
         """A subclass may change what becomes of the weight by a ``_conv_forward`` of its own."""
@@ -246,7 +251,7 @@ class _MaskedConv(_MaskedWeight):
 
 
 class _MaskedConvTranspose(_MaskedWeight):
-    _masked_op: ClassVar[Callable[..., Tensor]]
+    _masked_op: ClassVar[str]
     _output_padding: Callable[..., list[int]]
     kernel_size: Any
 
@@ -291,8 +296,17 @@ class _MaskedConvTranspose(_MaskedWeight):
         output_padding = self._output_padding(
             input, output_size, self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation
         )
-        return self._masked_op(
-            input, weight, mask, bias, self.stride, self.padding, output_padding, self.groups, self.dilation
+        return _convolve(
+            self._masked_op,
+            input,
+            weight,
+            mask,
+            bias,
+            self.stride,
+            self.padding,
+            output_padding,
+            self.groups,
+            self.dilation,
         )
 
 
@@ -321,7 +335,7 @@ class MaskedConv1d(_MaskedConv, nn.Conv1d):
         tensor(0)
     """
 
-    _masked_op = staticmethod(functional.masked_conv1d)
+    _masked_op = "masked_conv1d"
     _masked_torch = nn.Conv1d
 
 
@@ -350,7 +364,7 @@ class MaskedConv2d(_MaskedConv, nn.Conv2d):
         tensor(0)
     """
 
-    _masked_op = staticmethod(functional.masked_conv2d)
+    _masked_op = "masked_conv2d"
     _masked_torch = nn.Conv2d
 
 
@@ -379,7 +393,7 @@ class MaskedConv3d(_MaskedConv, nn.Conv3d):
         tensor(0)
     """
 
-    _masked_op = staticmethod(functional.masked_conv3d)
+    _masked_op = "masked_conv3d"
     _masked_torch = nn.Conv3d
 
 
@@ -406,7 +420,7 @@ class MaskedConvTranspose1d(_MaskedConvTranspose, nn.ConvTranspose1d):
         tensor(0)
     """
 
-    _masked_op = staticmethod(functional.masked_conv_transpose1d)
+    _masked_op = "masked_conv_transpose1d"
 
 
 @stands_in_for(nn.ConvTranspose2d, "weight")
@@ -432,7 +446,7 @@ class MaskedConvTranspose2d(_MaskedConvTranspose, nn.ConvTranspose2d):
         tensor(0)
     """
 
-    _masked_op = staticmethod(functional.masked_conv_transpose2d)
+    _masked_op = "masked_conv_transpose2d"
 
 
 @stands_in_for(nn.ConvTranspose3d, "weight")
@@ -458,4 +472,4 @@ class MaskedConvTranspose3d(_MaskedConvTranspose, nn.ConvTranspose3d):
         tensor(0)
     """
 
-    _masked_op = staticmethod(functional.masked_conv_transpose3d)
+    _masked_op = "masked_conv_transpose3d"
