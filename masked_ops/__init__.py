@@ -1,6 +1,8 @@
 """Pruned PyTorch layers that run at the speed of their sparsity."""
 
+from . import prune
 from ._ops import cache_info, clear_cache, is_available, use_path
+from ._report import report
 from ._version import __version__
 from .functional import (
     apply_mask,
@@ -42,5 +44,7 @@ __all__ = [
     "masked_conv_transpose2d",
     "masked_conv_transpose3d",
     "masked_linear",
+    "prune",
+    "report",
     "use_path",
 ]
