@@ -8,7 +8,7 @@ Where a class cannot be swapped, a forward-pre-hook sets the attribute before ea
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -136,23 +136,36 @@ def path_of(module: nn.Module, name: str) -> str:
 # --- the transaction -------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def atomic(modules: Iterable[nn.Module]) -> Iterator[None]:
+def atomic(modules: Iterable[nn.Module]) -> contextlib.AbstractContextManager[None]:
     """Whatever is raised within, KeyboardInterrupt included, the ``modules`` are afterwards what they were before.
 
     Covers, of each module itself (not of its children): class, attributes, parameters, buffers, hooks, the parameters'
     ``.data``, the values of the masks, and the attributes of the pruning methods among the hooks.
     """
-    undo = [_snapshot(module) for module in {id(module): module for module in modules}.values()]
-    try:
-        yield
-    except BaseException:
-        while undo:
-            # To restore twice does no harm; a second Ctrl-C half way would.
-            with contextlib.suppress(KeyboardInterrupt):
-                undo[-1]()
-                undo.pop()
-        raise
+    return _Atomic(modules)
+
+
+class _Atomic:
+    # Not a generator: one that is interrupted between the body and its last step would restore when it is collected.
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._modules = {id(module): module for module in modules}.values()
+
+    def __enter__(self) -> None:
+        self._undo = [_snapshot(module) for module in self._modules]
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
+        if kind is None:
+            return
+        try:
+            self._restore()
+        except KeyboardInterrupt:
+            self._restore()  # to restore once more does no harm; half of it would
+            raise
+
+    def _restore(self) -> None:
+        for restore in self._undo:
+            restore()
 
 
 def _snapshot(module: nn.Module) -> Callable[[], None]:
