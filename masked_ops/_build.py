@@ -44,7 +44,8 @@ __all__ = [
 
 _MODULE = "masked_ops._C"
 _PREBUILT = Path(__file__).resolve().parent / "_prebuilt"
-_WAIT_LIMIT = 30 * 60  # seconds that a process waits for the build of another
+_QUIET_WAIT = 2  # seconds that a process waits for the build of another before it says so
+_WAIT_LIMIT = 30 * 60  # and before it gives up
 
 
 class _NotWritableError(Exception):
@@ -227,13 +228,13 @@ def _locked(root: _Root, recipe: Recipe) -> Iterator[None]:
         else:
             root.path.mkdir(parents=True, exist_ok=True)
         try:
-            lock.acquire(timeout=2)
+            lock.acquire(timeout=_QUIET_WAIT)
         except filelock.Timeout:
             say(f"another process is building the kernels; waiting for {root.path / recipe.folder_name}")
             lock.acquire(timeout=_WAIT_LIMIT)
     except filelock.Timeout:
         raise BuildError(
-            f"another process has held {lock.lock_file} for {_WAIT_LIMIT // 60} minutes; end it and try again"
+            f"another process has held {lock.lock_file} for {_WAIT_LIMIT / 60:.0f} minutes; end it and try again"
         ) from None
     except OSError as error:
         raise _NotWritableError(f"{root.path}: {error.strerror or error}") from error

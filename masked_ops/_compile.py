@@ -256,9 +256,13 @@ def _run_ninja(tools: Tools, scratch: Path, environment: dict[str, str]) -> None
         progress.clear()
     if status != 0:
         output = "".join(lines)
-        more = [f"({len(lines) - 60} more lines)\n"] if len(lines) > 60 else []
-        say("the compilation failed:\n" + "".join(lines[:60] + more).rstrip())
-        raise CompilationError(no_space(output) or f"the kernels cannot be compiled: {_first_error(output)}", output)
+        # What the compilers said, without the commands and what ninja adds.
+        commands = ("FAILED: ", "ninja: ", shlex.join(tools.compiler))
+        said = [line for line in lines if not line.startswith(commands)]
+        more = [f"({len(said) - 60} more lines)\n"] if len(said) > 60 else []
+        say("the compilation failed:\n" + "".join(said[:60] + more).rstrip())
+        reason = _first_error("".join(said)) or f"{tools.compiler[0]} says nothing"
+        raise CompilationError(no_space(output) or f"the kernels cannot be compiled: {reason}", output)
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
@@ -291,7 +295,9 @@ class _Progress:
     """One line that is rewritten on a terminal; elsewhere a line every ten seconds."""
 
     def __init__(self) -> None:
-        self._terminal = sys.stderr is not None and sys.stderr.isatty()
+        self._terminal = False
+        with contextlib.suppress(ValueError, AttributeError):  # stderr is closed, or there is none
+            self._terminal = sys.stderr.isatty()
         self._last = time.monotonic()
 
     def show(self, line: str) -> None:
@@ -312,6 +318,6 @@ def say(message: str) -> None:
 
 
 def _write(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr is closed, or there is none
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stderr.write(text)
         sys.stderr.flush()

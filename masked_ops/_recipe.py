@@ -237,8 +237,8 @@ def source_root() -> Path:
 def this_process(*, ahead: bool = False) -> Recipe:
     """The recipe for this process.
 
-    It is for the best capability, or for those in MASKED_OPS_BUILD_CAPABILITIES ("avx2,default", or "all"). A build ahead
-    of time takes all of the platform, and nothing that only this machine has.
+    It is for the best capability, or for those in MASKED_OPS_BUILD_CAPABILITIES ("avx2,default", or "all"). A build
+    ahead of time takes all of the platform, and nothing that only this machine has.
     """
     from ._version import __version__
 

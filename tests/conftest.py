@@ -1,0 +1,65 @@
+"""What all tests share: which ``masked_ops`` is tested, a seed, the number of threads, fresh interpreters."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+# The installed package is what users get; without one, the source tree.
+if importlib.util.find_spec("masked_ops") is None:
+    sys.path.insert(0, str(ROOT))
+
+# No deadline: machines that run tests are busy. CI draws the same examples each time, so that red can be repeated.
+hypothesis.settings.register_profile("masked_ops", deadline=None, print_blob=True)
+hypothesis.settings.register_profile("ci", parent=hypothesis.settings.get_profile("masked_ops"), derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "masked_ops")
+
+
+@pytest.fixture(autouse=True)
+def same_start() -> Iterator[None]:
+    """Every test starts from the same seed, threads, default dtype and grad mode, whatever the one before it did."""
+    threads = torch.get_num_threads()
+    dtype = torch.get_default_dtype()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+    torch.set_grad_enabled(True)
+
+
+RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def run_python() -> RunPython:
+    """``run_python(code, *arguments, timeout=120, **environment)`` runs code in a fresh interpreter on this masked_ops.
+
+    An environment variable given as None is removed.
+    """
+
+    def run(
+        code: str, *arguments: object, timeout: float = 120, **environment: object
+    ) -> subprocess.CompletedProcess[str]:
+        spec = importlib.util.find_spec("masked_ops")
+        assert spec is not None and spec.origin is not None
+        variables = {**os.environ, "PYTHONPATH": str(Path(spec.origin).parent.parent), **environment}
+        return subprocess.run(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            env={name: str(value) for name, value in variables.items() if value is not None},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    return run
