@@ -49,6 +49,8 @@ def _masked_property(name: str) -> Any:
         if mask_tensor is _ABSENT:
             return self.__dict__[name] if name in self.__dict__ else self.__getattr__(name)
         try:
+            if mask_tensor is None:
+                raise AttributeError(f"'{mask}' is None")
             return masked_value(getattr(self, orig), mask_tensor)
         except AttributeError as error:
             # Module.__getattr__ would replace it by "no attribute 'weight'".
