@@ -247,8 +247,9 @@ def load_state_dict(model: Module, state_dict: Mapping[str, Any], strict: bool =
         keys = model.load_state_dict(state, strict=strict, assign=assign)
         for (module, name), old_mask in before.items():
             mask = getattr(module, f"{name}_mask")
-            # The rounds that led to another mask are no longer this one's history.
-            if find_hook(module, name) and not (mask.is_meta or torch.equal(mask, old_mask)):
+            same = mask.is_meta or (not old_mask.is_meta and torch.equal(mask, old_mask.to(mask.device)))
+            if find_hook(module, name) and not same:
+                # The rounds that led to another mask are not this one's history.
                 replace_hook(module, name, first_round(name, mask))
             refresh(module, name)
     return keys

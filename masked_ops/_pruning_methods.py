@@ -299,7 +299,9 @@ class BasePruningMethod(torch_prune.BasePruningMethod):
             remove_below(self, name)
         elif self is None:
             remove_below(module, name)
-        elif self._tensor_name is not None and self._tensor_name in nn.masked_names(module):
+        elif self._tensor_name is None:
+            raise AssertionError(f"{type(self).__name__} has not been applied to a module")
+        elif self._tensor_name in nn.masked_names(module):
             with nn.atomic([module]):
                 nn.detach(module, self._tensor_name)
         else:

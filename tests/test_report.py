@@ -127,10 +127,8 @@ def test_paths_are_asked_for_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_ops, "explain_linear", explain("linear"))
     monkeypatch.setattr(_ops, "explain_convolution", explain("convolution"))
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Linear(2, 3))
-    prune.custom_from_mask(
-        [(net[0], "weight"), (net[1], "weight")],
-        mask={(net[0], "weight"): torch.zeros(2, 1, 3, 3), (net[1], "weight"): torch.zeros(3, 2)},
-    )
+    for layer in net:
+        prune.custom_from_mask(layer, "weight", torch.zeros_like(layer.weight))
     report = masked_ops.report(net, batch=64)
     assert asked == [("convolution", (2, 1, 3, 3), True, 64), ("linear", (3, 2), True, 64)]
     assert [(row.path, row.reason) for row in report] == [
@@ -168,8 +166,11 @@ def test_reasons_of_the_other_paths() -> None:
         "OwnForward",
         "Linear",
     ]
-    unused = masked_ops.report(nn.Sequential(nn.Identity(), prune.identity(nn.Linear(2, 2), "weight"))[0:1], 3)
-    assert len(unused) == 0 and unused.sparsity == 0 and unused.remaining_flops is None
+
+
+def test_a_model_without_weights() -> None:
+    report = masked_ops.report(nn.ReLU())
+    assert len(report) == 0 and report.sparsity == 0 and report.remaining_flops is None and "total" in str(report)
 
 
 def test_a_layer_that_the_example_does_not_reach() -> None:
