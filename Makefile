@@ -1,0 +1,83 @@
+# Everything is set up inside the project: packages in .venv, kernels in .cache.
+#
+# The package is installed as a user's would be, not in place, and the tests run on the installed one: they then also
+# find what is missing from the wheel. (pytest alone, without this Makefile, takes the source tree.)
+#
+#   make test        lint, then all tests, on kernels for all capabilities; ARGS="-k linear -x" goes to pytest
+#   make demo        prune a network on real scans, against torch.nn.utils.prune
+#   make lint        formatting, lint and types
+#   make format      put the formatting right
+#   make sanitize    the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
+#   make clean       remove everything that make has made
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+INSTALL := $(PIP) install --quiet --constraint requirements/torch.txt
+
+SOURCES := $(shell find masked_ops csrc -type f -not -path '*/__pycache__/*' -not -name '.*') \
+    $(wildcard README.md) LICENSE MANIFEST.in pyproject.toml setup.py
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+export MASKED_OPS_CACHE_DIR ?= $(CURDIR)/.cache/masked_ops
+
+.PHONY: test demo lint format sanitize clean
+
+test: export MASKED_OPS_BUILD_CAPABILITIES := all
+test: export MASKED_OPS_REQUIRE_BUILD := 1
+test: lint
+	@cd .venv && bin/python -m masked_ops
+	$(BIN)/pytest $(ARGS)
+
+demo: .venv/.demo
+	@cd .venv && bin/python -m masked_ops
+	$(BIN)/python examples/prune_digits.py
+
+lint: .venv/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+format: .venv/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+# The library is instrumented, Python is not: the sanitizer's runtime has to be there before it. Python and torch free
+# less than they allocate, so that leaks say nothing here.
+sanitize: export MASKED_OPS_SANITIZE := 1
+sanitize: export MASKED_OPS_BUILD_CAPABILITIES := all
+sanitize: export MASKED_OPS_REQUIRE_BUILD := 1
+sanitize: .venv/.test
+	@cd .venv && bin/python -c "from masked_ops import _build; _build.build()"
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
+	$(BIN)/pytest -p no:cacheprovider $(or $(ARGS),tests/test_kernels.py)
+
+clean:
+	rm -rf .venv .cache build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# --- set-up ---------------------------------------------------------------------------------------------------------
+
+# torch first and by itself, so that nothing else decides on its version.
+.venv/.torch: requirements/torch.txt
+	@requirements/system.sh $(PYTHON)
+	$(PYTHON) -m venv .venv
+	$(PIP) install --requirement requirements/torch.txt
+	@touch $@
+
+.venv/.%: .venv/.torch $(SOURCES)
+	@rm -rf build
+	$(INSTALL) ".[$(if $(filter test,$*),test$(comma)lint,$*)]"
+	@rm -rf build *.egg-info
+	@touch $@
+
+comma := ,
