@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, overload
 
 import torch
@@ -238,7 +237,7 @@ def load_state_dict(model: Module, state_dict: Mapping[str, Any], strict: bool =
     if hasattr(state_dict, "_metadata"):  # the versions that Module.load_state_dict reads
         state._metadata = state_dict._metadata  # type: ignore[attr-defined]
     modules = list(model.modules())
-    with _values_kept(modules, copied=not assign), nn.atomic(modules):
+    with _Loading(modules, in_place=not assign):
         for module, name in pruned_parameters(model):
             adopt(module, name)
         for prefix, module in model.named_modules(remove_duplicate=False):
@@ -280,15 +279,31 @@ def _fit(module: Module, prefix: str, state: dict[str, Any]) -> None:
         replace_hook(module, name, first_round(name, loaded))
 
 
-@contextlib.contextmanager
-def _values_kept(modules: list[Module], copied: bool) -> Iterator[None]:
-    """Put the values of parameters and buffers back on failure; ``copied``: they will be written to in place."""
-    tensors = {id(t): t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None}
-    kept = [(t, t.detach().clone()) for t in tensors.values() if copied and not is_lazy(t)]
-    try:
-        yield
-    except BaseException:
+class _Loading:
+    """``nn.atomic`` that puts back the values of all parameters and buffers too.
+
+    One context for both: an interrupt between the ends of two would undo the one and keep the other.
+    """
+
+    def __init__(self, modules: list[Module], in_place: bool) -> None:
+        tensors = {id(t): t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None}
+        self._kept = [(t, t.detach().clone()) for t in tensors.values() if in_place and not is_lazy(t)]
+        self._structure = nn.atomic(modules)
+
+    def __enter__(self) -> None:
+        self._structure.__enter__()
+
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        if kind is None:
+            return
+        try:
+            self._restore(kind, *error)
+        except KeyboardInterrupt:
+            self._restore(kind, *error)  # half of it would do harm; once more does none
+            raise
+
+    def _restore(self, *error: Any) -> None:
+        self._structure.__exit__(*error)
         with torch.no_grad():
-            for tensor, values in kept:
+            for tensor, values in self._kept:
                 tensor.detach().copy_(values)
-        raise

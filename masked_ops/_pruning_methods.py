@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Module
 from torch.nn.utils import prune as torch_prune
 
 from . import functional, nn
 from ._mask_bits import MaskChange, PackedMask
+from ._masking import _maskable as maskable
+from ._masking import _refuse_sharded as refuse_sharded
 
 FROM_DENSE = "dense"  # what a method remembers, in place of a MaskChange, of a round before which there was no mask
 
@@ -160,15 +162,13 @@ def mask_of(module: Module, name: str, parameter: Tensor) -> Tensor:
 
 
 def check_prunable(module: Module, name: str) -> None:
-    if not isinstance(module, Module):
-        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    """Raise what tells the caller why ``module.<name>`` cannot be pruned, if it cannot."""
     if not isinstance(name, str):
         raise TypeError(f"name must be a str, got {type(name).__name__}")
-    value = getattr(module, name)
-    if value is None:
-        raise TypeError(f"{type(module).__name__}.{name} is None: there is nothing to prune")
-    if not isinstance(module._parameters.get(name), Parameter) and name not in pruned_names(module):
-        raise TypeError(f"only parameters can be pruned; {type(module).__name__}.{name} is a {type(value).__name__}")
+    if isinstance(module, Module) and name in pruned_names(module):
+        refuse_sharded(module)
+    else:
+        maskable(module, name)
 
 
 def _checked(mask: Any, parameter: Tensor) -> Tensor:

@@ -296,7 +296,7 @@ def compare_training(module: nn.Module, names: list[str], run: Callable[[nn.Modu
 )
 def test_multihead_attention(names: list[str]) -> None:
     torch.manual_seed(0)
-    attention, x = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(2, 5, 8)
+    attention, x = nn.MultiheadAttention(8, 2, batch_first=True).double(), torch.randn(2, 5, 8).double()
     for name in names:
         owner, _, last = name.rpartition(".")
         prune.l1_unstructured(attention.get_submodule(owner), last, amount=0.5)
@@ -312,8 +312,8 @@ def test_multihead_attention(names: list[str]) -> None:
 )
 def test_transformer_encoder_layer(names: list[str]) -> None:
     torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(8, 2, dim_feedforward=16, dropout=0.0, batch_first=True)
-    x = torch.randn(2, 5, 8)
+    layer = nn.TransformerEncoderLayer(8, 2, dim_feedforward=16, dropout=0.0, batch_first=True).double()
+    x = torch.randn(2, 5, 8).double()
     for name in names:
         owner, _, last = name.rpartition(".")
         prune.l1_unstructured(layer.get_submodule(owner), last, amount=0.5)

@@ -205,8 +205,8 @@ def test_restored_values_are_those_of_now() -> None:
 
 STEPS: list[Callable[[nn.Module], Any]] = [
     lambda m: prune.l1_unstructured(m, "weight", 0.2),
-    lambda m: prune.random_unstructured(m, "weight", 3),
-    lambda m: prune.ln_structured(m, "weight", 1, 2, 0),
+    lambda m: prune.random_unstructured(m, "weight", 0.3),
+    lambda m: prune.ln_structured(m, "weight", 0.3, 2, 0),
     lambda m: prune.identity(m, "weight"),
     lambda m: prune.custom_from_mask(m, "weight", torch.randint(0, 3, m.weight.shape) / 2),
     lambda m: prune.custom_from_mask(m, "weight", torch.rand(m.weight.shape) > 0.3),
