@@ -50,8 +50,8 @@ format: .venv/.test
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-# The library is instrumented, Python is not: the sanitizer's runtime has to be there before it. Python and torch free
-# less than they allocate, so that leaks say nothing here.
+# The library is instrumented, Python is not: the sanitizer's runtime has to be there before it, and with it libstdc++,
+# whose exceptions it intercepts. Python and torch free less than they allocate, so that leaks say nothing here.
 sanitize: export MASKED_OPS_SANITIZE := 1
 sanitize: export MASKED_OPS_BUILD_CAPABILITIES := all
 sanitize: export MASKED_OPS_REQUIRE_BUILD := 1
@@ -59,7 +59,7 @@ sanitize: .venv/.test
 	@cd .venv && bin/python -c "from masked_ops import _build; _build.build()"
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
-	$(BIN)/pytest -p no:cacheprovider $(or $(ARGS),tests/test_kernels.py)
+	$(BIN)/pytest -p no:cacheprovider $(or $(ARGS),$(wildcard tests/test_kernels*.py tests/test_linear*.py tests/test_conv*.py))
 
 clean:
 	rm -rf .venv .cache build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

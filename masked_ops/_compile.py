@@ -131,7 +131,7 @@ def compile_library(recipe: Recipe, tools: Tools, scratch: Path, destination: Pa
     # Temporary files of compilers that are killed go with the folder, and their messages can be read below.
     environment |= {"TMPDIR": str(scratch), "LC_ALL": "C", "NINJA_STATUS": "[%f/%t] "}
     version = _try_compiler(recipe, tools, scratch, environment)
-    _write_ninja_file(recipe, tools, scratch, version)
+    _write_ninja_file(recipe, tools, scratch, _openmp_flags(tools, version))
 
     seconds = [item.seconds for item in recipe.objects]
     expected = max(sum(seconds) / min(tools.jobs, len(os.sched_getaffinity(0))), *seconds)
@@ -204,10 +204,16 @@ def _try_compiler(recipe: Recipe, tools: Tools, scratch: Path, environment: dict
     return version.partition("\n")[0]
 
 
-def _write_ninja_file(recipe: Recipe, tools: Tools, scratch: Path, compiler_version: str) -> None:
+def _openmp_flags(tools: Tools, compiler_version: str) -> list[str]:
+    """Clang's OpenMP code needs LLVM's or Intel's runtime, and beside GNU's they would be a second one."""
     runtime = tools.openmp_runtime
-    # Clang's OpenMP code needs LLVM's or Intel's runtime; beside GNU's, its code has to be serial.
-    openmp = [] if "clang" in compiler_version and runtime and "libgomp" in runtime.name else ["-fopenmp"]
+    if "clang" in compiler_version and runtime is not None and runtime.name.startswith("libgomp"):
+        say(f"Clang cannot use torch's {runtime.name}: the kernels will run on one thread; g++ makes parallel ones")
+        return []
+    return ["-fopenmp"]
+
+
+def _write_ninja_file(recipe: Recipe, tools: Tools, scratch: Path, openmp: list[str]) -> None:
     includes = [word for folder in tools.includes for word in ("-isystem", folder)]
 
     def step(output: str, inputs: list[str], words: list[str], label: str) -> str:
@@ -220,7 +226,7 @@ def _write_ninja_file(recipe: Recipe, tools: Tools, scratch: Path, compiler_vers
         source = f"csrc/{item.source}"
         steps.append(step(item.name, [source], [*item.flags, *openmp, *includes, "-c", source], item.label))
     # At linking, -fopenmp would add the compiler's own runtime to torch's.
-    libraries = [*tools.libraries, *([str(runtime)] if runtime else openmp)]
+    libraries = [*tools.libraries, *([str(tools.openmp_runtime)] if tools.openmp_runtime else openmp)]
     names = [item.name for item in recipe.objects]
     steps.append(step(LIBRARY, names, [*link_flags(), *names, *libraries], "linking"))
     (scratch / "build.ninja").write_text("".join(steps))

@@ -628,6 +628,42 @@ def test_max_jobs(
         _build.build(recipe)
 
 
+def test_clang_gets_no_second_openmp_runtime(capsys: pytest.CaptureFixture[str]) -> None:
+    gnu = _compile.Tools(["clang++"], "ninja", 1, [], [], Path("/torch/lib/libgomp.so.1"))
+    assert _compile._openmp_flags(gnu, "g++ (Debian) 12") == ["-fopenmp"]
+    assert capsys.readouterr().err == ""
+    assert _compile._openmp_flags(gnu, "Debian clang version 14") == []
+    assert "one thread" in capsys.readouterr().err
+    intel = replace(gnu, openmp_runtime=Path("/env/lib/libiomp5.so"))
+    assert _compile._openmp_flags(intel, "Debian clang version 14") == ["-fopenmp"]
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("fault", ["address", "undefined"])
+def test_sanitizers_see_faults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_python: RunPython, fault: str
+) -> None:
+    faults = """\
+// capability: none
+#define EXPORT extern "C" __attribute__((visibility("default"))) int
+__attribute__((noinline)) static int read(const int* p, int i) { return p[i]; }
+EXPORT address(int i) { int* p = new int[4](); int x = read(p, i); delete[] p; return x; }
+EXPORT undefined(int i) { return i + 0x7ffffff0; }
+"""
+    if shutil.which("g++") is None:
+        pytest.skip("other compilers name the runtime otherwise")
+    monkeypatch.setenv("CXX", "g++")
+    monkeypatch.setenv("MASKED_OPS_SANITIZE", "1")
+    library = _build.build(make_recipe(tmp_path / "csrc", {"cpu/faults.cpp": faults}))
+    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    preload = {"LD_PRELOAD": runtime.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
+    code = "import ctypes, sys; print(getattr(ctypes.CDLL(sys.argv[1]), sys.argv[2])(int(sys.argv[3])))"
+    assert run_python(code, library, fault, 3, **preload).returncode == 0
+    done = run_python(code, library, fault, 4 if fault == "address" else 16, **preload)
+    assert done.returncode != 0
+    assert ("heap-buffer-overflow" if fault == "address" else "signed integer overflow") in done.stderr
+
+
 # --- folders ---------------------------------------------------------------------------------------------------------
 
 
