@@ -229,7 +229,7 @@ def _on_originals(dense: type[nn.Module], names: tuple[str, ...], method: str) -
                 self._parameters[name] = param
             elif param is not originals[name]:
                 self._parameters[orig_name(name)] = param
-        kept = ("_parameters", "_flat_weights", "_flat_weight_refs")
+        kept = ("_parameters", "_flat_weights")
         vars(self).update({key: value for key, value in vars(view).items() if key not in kept})
 
     reset.__name__ = method
@@ -244,9 +244,7 @@ def _dense_view(module: nn.Module, values: dict[str, Tensor], dense: type[nn.Mod
     hidden = {orig_name(name) for name in values}
     view._parameters = {name: param for name, param in module._parameters.items() if name not in hidden} | values
     if isinstance(view, nn.RNNBase):
-        flat = [getattr(view, name, None) for name in view._flat_weights_names]
-        view._flat_weights = flat
-        view._flat_weight_refs = [None if weight is None else weakref.ref(weight) for weight in flat]
+        view._flat_weights = [getattr(view, name, None) for name in view._flat_weights_names]
     return view
 
 
@@ -275,13 +273,18 @@ def _rebuild(dense: type[nn.Module], names: tuple[str, ...], constructor: Callab
 
 
 class _DenseForward(Masked):
-    """Runs torch's own forward on a dense view, so that each parameter is masked once."""
+    """Runs torch's own forward on a throw-away dense module with the masked values, so that each is computed once."""
 
     _masked_torch: ClassVar[type[nn.Module]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        values = {name: getattr(self, name) for name in self._masked_names if hasattr(self, mask_name(name))}
-        return self._masked_torch.forward(_dense_view(self, values, self._masked_dense), *args, **kwargs)
+        view = object.__new__(self._masked_dense)
+        vars(view).update(vars(self))
+        vars(view).update(self._masked_attributes())
+        return self._masked_torch.forward(view, *args, **kwargs)
+
+    def _masked_attributes(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._masked_names if hasattr(self, mask_name(name))}
 
 
 @stands_in_for(nn.MultiheadAttention)
@@ -294,6 +297,12 @@ class MaskedRNNBase(_DenseForward):
 
     _flat_weights_names: list[str]
 
+    def _masked_attributes(self) -> dict[str, Any]:
+        weights = {name: getattr(self, name, None) for name in self._flat_weights_names}
+        flat = list(weights.values())
+        refs = [None if weight is None else weakref.ref(weight) for weight in flat]
+        return {**weights, "_flat_weights": flat, "_flat_weight_refs": refs}
+
     # RNNBase's read and write the list, of a replica before that has its parameters.
     __setattr__ = nn.Module.__setattr__
     _replicate_for_data_parallel = nn.Module._replicate_for_data_parallel
@@ -304,13 +313,7 @@ class MaskedRNNBase(_DenseForward):
 
     @_flat_weights.setter
     def _flat_weights(self, value: object) -> None:
-        """Torch caches the list wherever it may have changed."""
-
-    def _init_flat_weights(self) -> None:
-        """Nothing is cached."""
-
-    def _update_flat_weights(self) -> None:
-        """Nothing can be out of date."""
+        """Torch renews the list wherever it may have changed; it is never out of date here."""
 
 
 @stands_in_for(nn.RNN)

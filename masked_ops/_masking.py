@@ -50,7 +50,6 @@ def attach(module: nn.Module, name: str, mask: Tensor) -> None:
         parameters = module._parameters
         parameters[orig_name(name)] = parameters.pop(name)
         module._buffers[mask_name(name)] = mask
-        module._non_persistent_buffers_set.discard(mask_name(name))
         if isinstance(module, MaskedRNNBase):
             vars(module).pop("_flat_weights", None)  # a property now
         if not live:
@@ -83,6 +82,7 @@ def detach(module: nn.Module, name: str, *, apply_mask: bool = True) -> None:
             with torch.inference_mode(False), torch.no_grad():
                 param.data = functional.apply_mask(param.detach(), mask)
         del module._parameters[orig_name(name)], module._buffers[mask_name(name)]
+        module._non_persistent_buffers_set.discard(mask_name(name))
         hook = _hooks(module).get(name)
         if hook is not None:
             del module._forward_pre_hooks[hook]

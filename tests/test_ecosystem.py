@@ -548,6 +548,7 @@ def check_fsdp_weight_is_right_outside_forward(model: Any) -> None:
 
 def check_fsdp_refuses_what_it_cannot_do(model: Any) -> None:
     _fully_shard(model)
+    model(_tokens())  # the parameters of the root are whole now, and yet not to be touched
     state = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
     for module, call in (
         (model.head, lambda: detach(model.head, "weight")),

@@ -389,10 +389,11 @@ def test_set_mask_writes_in_place_if_the_dtype_is_the_same() -> None:
 def test_set_mask_of_a_module_built_for_inference() -> None:
     with torch.inference_mode():
         layer = linear(torch.ones(5, 6))
-    layer.set_mask(torch.zeros(5, 6))
-    assert layer.sparsity == 1
-    layer.set_mask(torch.ones(5, 6))
-    assert layer.sparsity == 0 and not layer.weight_mask.is_inference()
+        assert not layer.weight_mask.is_inference()
+        layer.double()
+    assert layer.weight_mask.is_inference()
+    layer.set_mask(torch.zeros(5, 6, dtype=torch.float64))
+    assert layer.sparsity == 1 and not layer.weight_mask.is_inference()
 
 
 @pytest.mark.parametrize(
@@ -618,6 +619,7 @@ def test_reset_parameters_of_other_modules() -> None:
     del module.was_reset
     mask = random_mask(module.weight)
     attach(module, "weight", mask)
+    module.weight_orig.data.zero_()
     module.reset_parameters()
     assert module.was_reset and list(module.state_dict()) == ["bias", "weight_orig", "weight_mask"]
     assert torch.equal(module.weight_orig, torch.full((5, 6), 3.0)) and torch.equal(module.weight_mask, mask)
@@ -713,6 +715,14 @@ def test_detach_under_inference_mode_leaves_a_parameter_that_trains() -> None:
         detach(layer, "weight")
     layer(torch.ones(1, 6)).sum().backward()
     assert layer.weight.grad is not None
+
+
+def test_a_mask_that_is_not_saved_leaves_no_trace() -> None:
+    layer = linear()
+    layer.register_buffer("weight_mask", layer.weight_mask, persistent=False)
+    assert list(layer.state_dict()) == ["bias", "weight_orig"]
+    detach(layer, "weight")
+    assert not layer._non_persistent_buffers_set
 
 
 def test_hooks_are_left_alone() -> None:
@@ -992,30 +1002,27 @@ def test_class_names_and_identity() -> None:
     assert type(module) is masked_ops.MaskedLinear
 
 
-def test_threads_agree_on_the_class() -> None:
-    for _ in range(30):
+def test_threads_that_race_agree_on_the_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Local(nn.Linear):
+        pass
 
-        class Local(nn.Linear):
-            pass
+    modules = [Local(2, 2) for _ in range(4)]
+    together = threading.Barrier(len(modules))
+    new_class = types.new_class
 
-        modules = [Local(2, 2) for _ in range(4)]
-        start = threading.Barrier(len(modules))
+    def slow(*args: Any) -> type:
+        together.wait(60)  # all have found nothing
+        made = new_class(*args)
+        together.wait(60)  # all have made a class of their own
+        return made
 
-        def work(module: nn.Module, start: threading.Barrier = start) -> None:
-            start.wait()
-            attach(module, "weight", torch.ones(2, 2))
-
-        threads = [threading.Thread(target=work, args=(module,)) for module in modules]
-        interval = sys.getswitchinterval()
-        sys.setswitchinterval(1e-6)
-        try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        finally:
-            sys.setswitchinterval(interval)
-        assert len({type(module) for module in modules}) == 1
+    monkeypatch.setattr(types, "new_class", slow)
+    threads = [threading.Thread(target=attach, args=(module, "weight", torch.ones(2, 2))) for module in modules]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not together.broken and len({type(module) for module in modules}) == 1
 
 
 def test_user_classes_are_not_kept_alive() -> None:
@@ -1104,7 +1111,7 @@ class Doubled(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["weight_orig", "weight_mask", "bias"])
-def test_parametrized_after_masking(name: str) -> None:
+def test_parametrized_after_masking(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = linear()
     x = torch.randn(2, 6)
     expected = nn.functional.linear(
@@ -1114,7 +1121,9 @@ def test_parametrized_after_masking(name: str) -> None:
     )
     dense = layer(x)
     parametrize.register_parametrization(layer, name, Doubled())
-    torch.testing.assert_close(layer(x), expected)
+    with counted(monkeypatch, functional, "masked_linear") as fused:
+        torch.testing.assert_close(layer(x), expected)
+    assert len(fused) == 1
     torch.testing.assert_close(layer.weight * 1, layer.weight_orig * layer.weight_mask)
     assert masked_names(layer) == ("weight",) and path_of(layer, "weight") == "fused"
     torch.testing.assert_close(copy.deepcopy(layer)(x), expected)
@@ -1304,7 +1313,13 @@ def fingerprint(module: nn.Module) -> Any:
         for key, value in vars(module).items()
         if isinstance(value, (dict, list, set))
     }
-    return type(module), list(vars(module)), tensors, containers, [vars(h) for h in module._forward_pre_hooks.values()]
+    return (
+        type(module),
+        list(vars(module)),
+        tensors,
+        containers,
+        [dict(vars(h)) for h in module._forward_pre_hooks.values()],
+    )
 
 
 def interrupted(line: int, function: Callable[[], object], start: str | None = None) -> bool:
