@@ -1,0 +1,187 @@
+"""What the benchmarks share: interleaved timing, the facts of the machine, tables, and results as JSON.
+
+Times of one machine differ from minute to minute by more than what is to be shown. So all contenders run in one
+process, in turns, in both orders, and only ratios and differences within one run are to be compared. The minimum is
+what the code takes when nothing disturbs it, the median what it takes on this machine as busy as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import os
+import platform
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+# The installed package is what users get; without one, the source tree.
+try:
+    import masked_ops
+except ModuleNotFoundError as error:
+    if error.name != "masked_ops":
+        raise
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import masked_ops
+
+from masked_ops import _ops
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call."""
+
+    minimum: float
+    median: float
+    calls: int
+    """In all, over all samples."""
+
+
+def interleaved(
+    contenders: Mapping[str, Callable[[], object]], seconds: float = 1.0, sample: float = 1e-3, label: str = ""
+) -> dict[str, Timing]:
+    """Time functions against each other.
+
+    Args:
+        contenders: name -> function of no arguments.
+        seconds: for all of them together, warm-up apart; each gets three samples at the least.
+        sample: the least duration of one sample, which repeats a quick function.
+        label: stands before the progress bar, which shows on terminals only.
+    """
+    counts = {name: _calls_in(function, sample) for name, function in contenders.items()}
+    names = list(contenders)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        with tqdm(desc=label, total=round(seconds, 1), unit="s", leave=False, disable=None, bar_format=_BAR) as bar:
+            while (elapsed := time.perf_counter() - start) < seconds or len(samples[names[0]]) < 3:
+                bar.update(min(elapsed, bar.total) - bar.n)
+                for name in (*names, *reversed(names)):
+                    samples[name].append(_time(contenders[name], counts[name]))
+    finally:
+        if collecting:
+            gc.enable()
+    return {
+        name: Timing(min(values), statistics.median(values), len(values) * counts[name])
+        for name, values in samples.items()
+    }
+
+
+_BAR = "{desc} {bar} {n:.1f}/{total:.1f} s"
+
+
+def _time(function: Callable[[], object], calls: int) -> float:
+    start = time.perf_counter_ns()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter_ns() - start) * 1e-9 / calls
+
+
+def _calls_in(function: Callable[[], object], sample: float) -> int:
+    """How many calls fill a sample; they warm up caches, the mask's pattern and torch's threads as well."""
+    for _ in range(3):  # index structures are built from a mask's second use on
+        function()
+    calls = 1
+    while (taken := _time(function, calls) * calls) < sample:
+        calls = max(calls * 2, min(int(calls * sample / max(taken, 1e-9)), calls * 10))
+    return calls
+
+
+# --- the machine -----------------------------------------------------------------------------------------------------
+
+
+def machine() -> dict[str, Any]:
+    """The facts without which a time means nothing."""
+    compiled = _ops._module if masked_ops.is_available() else None
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_capability": torch.backends.cpu.get_cpu_capability(),
+        "masked_ops": masked_ops.__version__,
+        "capability": compiled.capability() if compiled else None,
+        "fallback": _ops.fallback_reason(),
+        "load": os.getloadavg()[0],
+    }
+
+
+def _cpu_name() -> str:
+    facts = {}
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        key, _, value = line.partition(":")
+        facts.setdefault(key.strip(), value.strip())
+    name = facts.get("model name", platform.processor() or platform.machine())
+    # Virtual machines often hide the model, but not what tells its generation.
+    return f"{name} (family {facts.get('cpu family', '?')}, model {facts.get('model', '?')})"
+
+
+def copy_bandwidth(megabytes: int = 256) -> float:
+    """Bytes a second that torch's copy moves through memory, each counted when it is read and when it is written."""
+    source = torch.ones(megabytes * 2**18)
+    target = torch.empty_like(source)
+    best = min(_time(lambda: target.copy_(source), 1) for _ in range(8))
+    return 2 * source.nbytes / best
+
+
+def matmul_rate(size: int = 1536) -> float:
+    """Floating-point operations a second of torch's own float32 matmul: no bound, but what a dense layer gets."""
+    a, b, out = (torch.ones(size, size) for _ in range(3))
+    best = min(_time(lambda: torch.mm(a, b, out=out), 1) for _ in range(8))
+    return 2 * size**3 / best
+
+
+def print_machine(facts: Mapping[str, Any]) -> None:
+    kernels = f"compiled for {facts['capability']}" if facts["capability"] else f"none: {facts['fallback']}"
+    print(f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, load {facts['load']:.1f}")
+    print(f"masked_ops {facts['masked_ops']} (kernels {kernels}), torch {facts['torch']}, Python {facts['python']}")
+
+
+# --- output ----------------------------------------------------------------------------------------------------------
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
+    result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
+    result.add_argument("--threads", type=int, help="threads of torch; by default, as torch chooses")
+    result.add_argument("--seconds", type=float, default=1.0, help="for each comparison (default: %(default)s)")
+    return result
+
+
+def table(rows: Iterable[Sequence[str]]) -> str:
+    """Rows of cells, the first of which is the header; words to the left, numbers to the right."""
+    lines = [list(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    numeric = [all(re.match(r"[-+]?\d|-$|$", cell) for cell in column[1:]) for column in zip(*lines, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        aligned = zip(cells, widths, numeric, strict=True)
+        return "  ".join(c.rjust(width) if right else c.ljust(width) for c, width, right in aligned).rstrip()
+
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    return "\n".join([line(lines[0]), rule, *map(line, lines[1:])])
+
+
+def write_json(path: Path, benchmark: str, facts: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> None:
+    """``{"benchmark": ..., "machine": {...}, "results": [{...}, ...]}``; times in seconds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"benchmark": benchmark, "machine": dict(facts), "results": [dict(result) for result in results]}
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    print(f"results: {path}")
