@@ -39,7 +39,7 @@ def same_start() -> Iterator[None]:
 RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_python() -> RunPython:
     """``run_python(code, *arguments, timeout=120, **environment)`` runs code in a fresh interpreter on this masked_ops.
 
