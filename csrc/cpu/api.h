@@ -23,7 +23,7 @@ struct Team {
 };
 
 // Memory that is reused from call to call: one block per thread and slot, aligned to a page, growing only.
-enum class Slot { kPanelA, kPanelB, kAccumulator, kCount };
+enum class Slot { kPanelA, kPanelB, kAccumulator, kValues, kCount };
 void* scratch(Slot slot, size_t bytes);  // contents undefined; throws std::bad_alloc
 void release_scratch();                  // of the calling thread
 
@@ -41,6 +41,9 @@ struct MaskFacts {
   int64_t nnz;
   bool binary;  // every value is 0 or 1
 };
+
+// Where the remaining weights of a mask lie, in the order in which spmm and sddmm take them; see sparse_index.h.
+struct SparseIndex;
 
 struct Kernels {
   const char* capability;
@@ -62,11 +65,34 @@ struct Kernels {
   // grad_weight[N][K] = masked(grad_output[M][N]^T * input[M][K])
   void (*linear_grad_weight)(const Team&, int64_t M, int64_t N, int64_t K, const float* grad_output, const float* input,
                              Bits, float* grad_weight);
+
+  // compress.cpp. The remaining weights of dense[rows][cols] are values[nnz] in row-major order, those of row i from
+  // offsets[i] to offsets[i + 1]. Elements of 2, 4 or 8 bytes.
+  void (*row_offsets)(const Team&, Bits, int64_t rows, int64_t cols, int64_t* offsets);
+  void (*compress)(const Team&, size_t element_size, Bits, int64_t rows, int64_t cols, const int64_t* offsets,
+                   const void* dense, void* values);
+  // The inverse; the pruned weights become zero.
+  void (*expand)(const Team&, size_t element_size, Bits, int64_t rows, int64_t cols, const int64_t* offsets,
+                 const void* values, void* dense);
+
+  // sparse_index.cpp. Serves spmm and sddmm with weight[rows][cols], or, transposed, spmm with weight^T. Null if the
+  // matrix is beyond what an index can address: 2^28 rows or columns; transposed, 2^32 remaining weights.
+  SparseIndex* (*make_index)(const Team&, Bits, int64_t rows, int64_t cols, const int64_t* offsets, bool transposed);
+
+  // spmm.cpp. output[M][N] = input[M][K] * weight^T + bias[N] (may be null), the weight given by its values. With a
+  // transposed index, output[M][K] = input[M][N] * weight.
+  void (*spmm)(const Team&, const SparseIndex&, const float* values, int64_t M, const float* input, const float* bias,
+               float* output);
+  // sddmm.cpp. grad_values[nnz] = the remaining weights' entries of grad_output[M][N]^T * input[M][K].
+  void (*sddmm)(const Team&, const SparseIndex&, int64_t M, const float* grad_output, const float* input,
+                float* grad_values);
 };
 
 // dispatch.cpp
 const Kernels& kernels();                       // the table in use: the best that is linked and that the CPU runs
 const Kernels* const* available_kernels();      // those that this CPU runs, best first, ended by null
 bool select_kernels(const char* capability);    // false if it is not available
+void free_index(SparseIndex* index);
+size_t index_bytes(const SparseIndex& index);
 
 }  // namespace masked_ops::cpu

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <new>
 
-#include "api.h"
+#include "sparse_index.h"
 
 namespace masked_ops::cpu {
 
@@ -106,5 +106,9 @@ void* scratch(Slot slot, size_t bytes) {
 }
 
 void release_scratch() { blocks.release(); }
+
+void free_index(SparseIndex* index) { std::free(index); }
+
+size_t index_bytes(const SparseIndex& index) { return index.bytes; }
 
 }  // namespace masked_ops::cpu

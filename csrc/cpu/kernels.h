@@ -17,4 +17,16 @@ void linear_grad_input(const Team&, int64_t M, int64_t N, int64_t K, const float
 void linear_grad_weight(const Team&, int64_t M, int64_t N, int64_t K, const float* grad_output, const float* input,
                         Bits, float* grad_weight);
 
+void row_offsets(const Team&, Bits, int64_t rows, int64_t cols, int64_t* offsets);
+void compress(const Team&, size_t element_size, Bits, int64_t rows, int64_t cols, const int64_t* offsets,
+              const void* dense, void* values);
+void expand(const Team&, size_t element_size, Bits, int64_t rows, int64_t cols, const int64_t* offsets,
+            const void* values, void* dense);
+
+SparseIndex* make_index(const Team&, Bits, int64_t rows, int64_t cols, const int64_t* offsets, bool transposed);
+void spmm(const Team&, const SparseIndex&, const float* values, int64_t M, const float* input, const float* bias,
+          float* output);
+void sddmm(const Team&, const SparseIndex&, int64_t M, const float* grad_output, const float* input,
+           float* grad_values);
+
 }  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY

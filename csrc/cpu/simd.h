@@ -36,6 +36,10 @@ struct Vec {
 
   static MASKED_OPS_INLINE Vec zero() { return {_mm512_setzero_ps()}; }
   static MASKED_OPS_INLINE Vec set1(float x) { return {_mm512_set1_ps(x)}; }
+  // Four floats, repeated; element<E>() then broadcasts one of them. Four broadcasts for one load.
+  static MASKED_OPS_INLINE Vec quad(const float* p) { return {_mm512_broadcast_f32x4(_mm_loadu_ps(p))}; }
+  template <int E>
+  MASKED_OPS_INLINE Vec element() const { return {_mm512_permute_ps(v, E * 0x55)}; }
   static MASKED_OPS_INLINE Vec load(const float* p) { return {_mm512_load_ps(p)}; }
   static MASKED_OPS_INLINE Vec loadu(const float* p) { return {_mm512_loadu_ps(p)}; }
   // Lanes without a bit are zero and their memory is not touched.
@@ -93,6 +97,22 @@ MASKED_OPS_INLINE void transpose(Vec (&r)[16]) {
   }
 }
 
+// The sums of four vectors, each still spread over the quads: quad q of the result holds those of quad q of a, b, c, d.
+MASKED_OPS_INLINE Vec sum_quads(Vec a, Vec b, Vec c, Vec d) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c.v, d.v), _mm512_unpackhi_ps(c.v, d.v));
+  const __m512d x = _mm512_castps_pd(ab), y = _mm512_castps_pd(cd);
+  return {_mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)))};
+}
+
+// Lane i becomes the sum of vector i, given the results of sum_quads for each four vectors.
+MASKED_OPS_INLINE Vec sum_across_quads(const Vec (&q)[4]) {
+  const auto add_pairs = [](__m512 a, __m512 b) __attribute__((always_inline)) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  return {add_pairs(add_pairs(q[0].v, q[1].v), add_pairs(q[2].v, q[3].v))};
+}
+
 #elif defined(__AVX2__)
 
 struct Vec {
@@ -106,6 +126,11 @@ struct Vec {
   }
   static MASKED_OPS_INLINE Vec zero() { return {_mm256_setzero_ps()}; }
   static MASKED_OPS_INLINE Vec set1(float x) { return {_mm256_set1_ps(x)}; }
+  static MASKED_OPS_INLINE Vec quad(const float* p) {
+    return {_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p))};
+  }
+  template <int E>
+  MASKED_OPS_INLINE Vec element() const { return {_mm256_permute_ps(v, E * 0x55)}; }
   static MASKED_OPS_INLINE Vec load(const float* p) { return {_mm256_load_ps(p)}; }
   static MASKED_OPS_INLINE Vec loadu(const float* p) { return {_mm256_loadu_ps(p)}; }
   static MASKED_OPS_INLINE Vec loadu(Predicate m, const float* p) { return {_mm256_maskload_ps(p, lanes(m))}; }
@@ -152,6 +177,14 @@ MASKED_OPS_INLINE void transpose(Vec (&r)[8]) {
   }
 }
 
+MASKED_OPS_INLINE Vec sum_quads(Vec a, Vec b, Vec c, Vec d) {
+  return {_mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v))};
+}
+
+MASKED_OPS_INLINE Vec sum_across_quads(const Vec (&q)[2]) {
+  return {_mm256_add_ps(_mm256_permute2f128_ps(q[0].v, q[1].v, 0x20), _mm256_permute2f128_ps(q[0].v, q[1].v, 0x31))};
+}
+
 #else  // any CPU: the compiler's own vectors of four floats
 
 struct Vec {
@@ -163,6 +196,9 @@ struct Vec {
 
   static MASKED_OPS_INLINE Vec zero() { return {Floats{0, 0, 0, 0}}; }
   static MASKED_OPS_INLINE Vec set1(float x) { return {Floats{x, x, x, x}}; }
+  static MASKED_OPS_INLINE Vec quad(const float* p) { return loadu(p); }
+  template <int E>
+  MASKED_OPS_INLINE Vec element() const { return set1(v[E]); }
   static MASKED_OPS_INLINE Vec load(const float* p) { return loadu(p); }
   static MASKED_OPS_INLINE Vec loadu(const float* p) { return {*reinterpret_cast<const LooseFloats*>(p)}; }
   static MASKED_OPS_INLINE Vec loadu(Predicate m, const float* p) {
@@ -197,9 +233,26 @@ MASKED_OPS_INLINE void transpose(Vec (&r)[4]) {
   for (int i = 0; i < 4; ++i) r[i].v = Vec::Floats{a.v[i], b.v[i], c.v[i], d.v[i]};
 }
 
+MASKED_OPS_INLINE Vec sum_quads(Vec a, Vec b, Vec c, Vec d) {
+  Vec r[4] = {a, b, c, d};
+  transpose(r);
+  return (r[0] + r[2]) + (r[1] + r[3]);
+}
+
+MASKED_OPS_INLINE Vec sum_across_quads(const Vec (&q)[1]) { return q[0]; }
+
 #endif
 
 MASKED_OPS_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+MASKED_OPS_INLINE void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+// Eight bytes, loaded here and not where they are used: an address that waits for its index stalls all loads behind it.
+MASKED_OPS_INLINE uint64_t load_ahead(const uint8_t* p) {
+  uint64_t word;
+  std::memcpy(&word, p, sizeof(word));
+  asm volatile("" : "+r"(word));
+  return word;
+}
 
 // out[i] = bit i ? in[i] : 0 for i < 64; elements without a bit are not read. Element is an unsigned integer type.
 template <typename Element>
@@ -217,6 +270,73 @@ MASKED_OPS_INLINE void select64(uint64_t bits, const Element* in, Element* out) 
   }
 #else
   for (int i = 0; i < 64; ++i) out[i] = in[i] & (Element(0) - Element(bits >> i & 1));
+#endif
+}
+
+// The elements of in[0..64) that have a bit, moved together; returns the end of what they fill. Elements without a bit
+// are not read. Unless kExact, up to 64 elements from out on may be overwritten. Element is an unsigned integer type.
+template <bool kExact, typename Element>
+MASKED_OPS_INLINE Element* compress64(uint64_t bits, const Element* in, Element* out) {
+#if defined(__AVX512F__)
+  constexpr int kLanes = sizeof(Element) == 8 ? 8 : 16;
+  MASKED_OPS_UNROLL
+  for (int i = 0; i < 64; i += kLanes) {
+    const uint32_t m = uint32_t(bits >> i) & ((1u << kLanes) - 1);
+    const int n = __builtin_popcount(m);
+    const uint32_t stored = kExact ? (1u << n) - 1 : ~0u;
+    if constexpr (sizeof(Element) == 2) {
+      const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(__mmask16(m), in + i));
+      const __m512i v = _mm512_maskz_compress_epi32(__mmask16(m), wide);
+      _mm256_mask_storeu_epi16(out, __mmask16(stored), _mm512_cvtepi32_epi16(v));
+    }
+    if constexpr (sizeof(Element) == 4) {
+      const __m512i v = _mm512_maskz_loadu_epi32(__mmask16(m), in + i);
+      _mm512_mask_storeu_epi32(out, __mmask16(stored), _mm512_maskz_compress_epi32(__mmask16(m), v));
+    }
+    if constexpr (sizeof(Element) == 8) {
+      const __m512i v = _mm512_maskz_loadu_epi64(__mmask8(m), in + i);
+      _mm512_mask_storeu_epi64(out, __mmask8(stored), _mm512_maskz_compress_epi64(__mmask8(m), v));
+    }
+    out += n;
+  }
+  return out;
+#else
+  for (; bits; bits &= bits - 1) *out++ = in[__builtin_ctzll(bits)];
+  return out;
+#endif
+}
+
+// The inverse: out[i] = bit i ? the next of in : 0 for i < 64; returns the end of what was taken. Unless kExact, up to
+// 64 elements from in on may be read.
+template <bool kExact, typename Element>
+MASKED_OPS_INLINE const Element* expand64(uint64_t bits, const Element* in, Element* out) {
+#if defined(__AVX512F__)
+  constexpr int kLanes = sizeof(Element) == 8 ? 8 : 16;
+  MASKED_OPS_UNROLL
+  for (int i = 0; i < 64; i += kLanes) {
+    const uint32_t m = uint32_t(bits >> i) & ((1u << kLanes) - 1);
+    const int n = __builtin_popcount(m);
+    const uint32_t loaded = kExact ? (1u << n) - 1 : ~0u;
+    if constexpr (sizeof(Element) == 2) {
+      const __m512i packed = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(__mmask16(loaded), in));
+      const __m512i v = _mm512_maskz_expand_epi32(__mmask16(m), packed);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm512_cvtepi32_epi16(v));
+    }
+    if constexpr (sizeof(Element) == 4) {
+      const __m512i v = _mm512_maskz_loadu_epi32(__mmask16(loaded), in);
+      _mm512_storeu_si512(out + i, _mm512_maskz_expand_epi32(__mmask16(m), v));
+    }
+    if constexpr (sizeof(Element) == 8) {
+      const __m512i v = _mm512_maskz_loadu_epi64(__mmask8(loaded), in);
+      _mm512_storeu_si512(out + i, _mm512_maskz_expand_epi64(__mmask8(m), v));
+    }
+    in += n;
+  }
+  return in;
+#else
+  for (int i = 0; i < 64; ++i) out[i] = 0;
+  for (; bits; bits &= bits - 1) out[__builtin_ctzll(bits)] = *in++;
+  return in;
 #endif
 }
 

@@ -12,6 +12,12 @@ const Kernels table = {
     .linear = linear,
     .linear_grad_input = linear_grad_input,
     .linear_grad_weight = linear_grad_weight,
+    .row_offsets = row_offsets,
+    .compress = compress,
+    .expand = expand,
+    .make_index = make_index,
+    .spmm = spmm,
+    .sddmm = sddmm,
 };
 
 }  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY

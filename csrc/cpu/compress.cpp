@@ -1,0 +1,124 @@
+// Between a dense matrix and the values of its remaining weights, in memory order, one pass. The work is cut into words
+// of 64 weights, as in mask.cpp; where a task's first value lies follows from its row's offset and the bits before it.
+#include "kernels.h"
+#include "tuning.h"
+
+namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
+namespace {
+
+MASKED_OPS_INLINE int64_t count(const uint64_t* words, int64_t n) {
+  int64_t bits = 0;
+  for (int64_t w = 0; w < n; ++w) bits += __builtin_popcountll(words[w]);
+  return bits;
+}
+
+// The position among the values of the first weight of word w, counted over all rows.
+MASKED_OPS_INLINE int64_t position(Bits bits, const int64_t* offsets, int64_t w) {
+  const int64_t row = w / bits.stride;
+  return offsets[row] + count(bits.row(row), w % bits.stride);
+}
+
+// body(word, row, column of its first weight) for each word of a task.
+template <typename Body>
+MASKED_OPS_INLINE void for_words(int64_t first, int64_t last, int64_t stride, const Body& body) {
+  int64_t row = first / stride, w = first % stride;
+  for (int64_t i = first; i < last; ++i) {
+    body(row, w);
+    if (++w == stride) {
+      w = 0;
+      ++row;
+    }
+  }
+}
+
+template <typename Element>
+void compress_words(Bits bits, int64_t cols, const Element* dense, int64_t first, int64_t last, Element* out,
+                    const Element* end) {
+  for_words(first, last, bits.stride, [&](int64_t row, int64_t w) {
+    const uint64_t word = bits.row(row)[w];
+    const Element* in = dense + row * cols + w * 64;
+    out = end - out >= 64 ? compress64<false>(word, in, out) : compress64<true>(word, in, out);
+  });
+}
+
+template <typename Element>
+void expand_words(Bits bits, int64_t cols, Element* dense, int64_t first, int64_t last, const Element* in,
+                  const Element* end) {
+  for_words(first, last, bits.stride, [&](int64_t row, int64_t w) {
+    const uint64_t word = bits.row(row)[w];
+    Element* out = dense + row * cols + w * 64;
+    const int64_t n = min<int64_t>(64, cols - w * 64);
+    if (n == 64) {
+      in = end - in >= 64 ? expand64<false>(word, in, out) : expand64<true>(word, in, out);
+    } else {
+      for (int64_t i = 0; i < n; ++i) out[i] = word >> i & 1 ? *in++ : Element{};
+    }
+  });
+}
+
+// body(first word, last word, position of the first value, position of the last value's end) for each task.
+template <typename Body>
+void for_each_piece(const Team& team, Bits bits, int64_t rows, const int64_t* offsets, const Body& body) {
+  const int64_t total = rows * bits.stride, grain = tuning::kPassGrain / 64;
+  team.for_each(ceil_div(total, grain), [&](int64_t task) {
+    const int64_t first = task * grain, last = min(total, first + grain);
+    body(first, last, position(bits, offsets, first), last == total ? offsets[rows] : position(bits, offsets, last));
+  });
+}
+
+template <typename Element>
+void compress_elements(const Team& team, Bits bits, int64_t rows, int64_t cols, const int64_t* offsets,
+                       const void* dense, void* values) {
+  for_each_piece(team, bits, rows, offsets, [=](int64_t first, int64_t last, int64_t begin, int64_t end) {
+    Element* const out = static_cast<Element*>(values);
+    compress_words(bits, cols, static_cast<const Element*>(dense), first, last, out + begin, out + end);
+  });
+}
+
+template <typename Element>
+void expand_elements(const Team& team, Bits bits, int64_t rows, int64_t cols, const int64_t* offsets,
+                     const void* values, void* dense) {
+  for_each_piece(team, bits, rows, offsets, [=](int64_t first, int64_t last, int64_t begin, int64_t) {
+    const Element* const in = static_cast<const Element*>(values);
+    expand_words(bits, cols, static_cast<Element*>(dense), first, last, in + begin, in + offsets[rows]);
+  });
+}
+
+}  // namespace
+
+void row_offsets(const Team& team, Bits bits, int64_t rows, int64_t cols, int64_t* offsets) {
+  const int64_t grain = max<int64_t>(tuning::kPassGrain / max<int64_t>(cols, 1), 1);
+  team.for_each(ceil_div(rows, grain), [&](int64_t task) {
+    for (int64_t i = task * grain; i < min(rows, (task + 1) * grain); ++i) {
+      offsets[i + 1] = count(bits.row(i), bits.stride);
+    }
+  });
+  offsets[0] = 0;
+  for (int64_t i = 0; i < rows; ++i) offsets[i + 1] += offsets[i];
+}
+
+void compress(const Team& team, size_t element_size, Bits bits, int64_t rows, int64_t cols, const int64_t* offsets,
+              const void* dense, void* values) {
+  switch (element_size) {
+    case 2:
+      return compress_elements<uint16_t>(team, bits, rows, cols, offsets, dense, values);
+    case 4:
+      return compress_elements<uint32_t>(team, bits, rows, cols, offsets, dense, values);
+    default:
+      return compress_elements<uint64_t>(team, bits, rows, cols, offsets, dense, values);
+  }
+}
+
+void expand(const Team& team, size_t element_size, Bits bits, int64_t rows, int64_t cols, const int64_t* offsets,
+            const void* values, void* dense) {
+  switch (element_size) {
+    case 2:
+      return expand_elements<uint16_t>(team, bits, rows, cols, offsets, values, dense);
+    case 4:
+      return expand_elements<uint32_t>(team, bits, rows, cols, offsets, values, dense);
+    default:
+      return expand_elements<uint64_t>(team, bits, rows, cols, offsets, values, dense);
+  }
+}
+
+}  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY

@@ -1,0 +1,138 @@
+// SDDMM: the remaining weights' entries of grad_output^T * input, as values in row-major order.
+//
+// Both operands are packed into tiles [features][lanes]. A task takes a panel of rows through all blocks of columns
+// (see sparse_index.h): a row of grad_output is in registers while the segment's entries are taken, the block of input
+// in L1. As many dot products as a vector has lanes are summed across at a time.
+#include "kernels.h"
+#include "sparse_index.h"
+#include "sparse_tiles.h"
+
+namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
+namespace {
+
+constexpr int L = Vec::kLanes;
+
+struct Operands {
+  const uint8_t* columns;  // of the first segment's first entry that is wanted
+  int64_t stride;          // entries from segment to segment
+  const SparseIndex::Segment* segments;
+  const float* x;   // the block's [block_cols][lanes]
+  const float* dy;  // the panel's [row][lanes]
+  float* results;   // segment.value counts from here
+  bool accumulate;
+};
+
+template <int NV>
+MASKED_OPS_INLINE Vec dot(const Vec (&dy)[NV], const float* x) {
+  Vec sum = dy[0] * Vec::load(x);
+  MASKED_OPS_UNROLL
+  for (int j = 1; j < NV; ++j) sum = fmadd(dy[j], Vec::load(x + j * L), sum);
+  return sum;
+}
+
+// N <= L entries of each segment of a run.
+template <int NV, int N>
+__attribute__((noinline)) void dots(int64_t segments, const Operands& o) {
+  constexpr int kWords = (N + 7) / 8;
+  const uint8_t* columns = o.columns;
+  uint64_t words[kWords];
+  MASKED_OPS_UNROLL
+  for (int w = 0; w < kWords; ++w) words[w] = load_ahead(columns + 8 * w);
+  const auto valid = Vec::first(N);
+  for (int64_t s = 0; s < segments; ++s) {
+    const SparseIndex::Segment segment = o.segments[s];
+    const float* const row = o.dy + int64_t{segment.row} * (NV * L);
+    Vec dy[NV];
+    MASKED_OPS_UNROLL
+    for (int j = 0; j < NV; ++j) dy[j] = Vec::load(row + j * L);
+    columns += o.stride;
+    Vec quads[L / 4];
+    MASKED_OPS_UNROLL
+    for (int q = 0; q < L / 4; ++q) {
+      Vec sum[4];
+      MASKED_OPS_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int entry = 4 * q + i;
+        sum[i] =
+            entry < N ? dot<NV>(dy, o.x + uint8_t(words[entry / 8 % kWords] >> entry % 8 * 8) * (NV * L)) : Vec::zero();
+      }
+      quads[q] = 4 * q < N ? sum_quads(sum[0], sum[1], sum[2], sum[3]) : Vec::zero();
+      if (q % 2 == 1 && q / 2 < kWords) words[q / 2] = load_ahead(columns + 8 * (q / 2));
+    }
+    if (L == 4) words[0] = load_ahead(columns);
+    Vec result = sum_across_quads(quads);
+    float* const to = o.results + segment.value;
+    if (o.accumulate) result = result + Vec::loadu(valid, to);
+    result.storeu(valid, to);
+  }
+}
+
+using Dots = void (*)(int64_t segments, const Operands&);
+
+template <int NV>
+struct DotsTable {
+  Dots dots_of[L + 1];
+
+  constexpr DotsTable() : dots_of{} { fill<L>(); }
+  template <int N>
+  constexpr void fill() {
+    dots_of[N] = dots<NV, N>;
+    if constexpr (N > 1) fill<N - 1>();
+  }
+};
+
+template <int NV>
+void sample_tile(const SparseIndex& index, int64_t tile, const float* x, const float* dy, float* results,
+                 bool accumulate) {
+  static constexpr DotsTable<NV> table;
+  const uint8_t* columns = index.columns + index.tiles[tile].entry;
+  const SparseIndex::Segment* segments = index.segments + index.tiles[tile].segment;
+  for (int64_t r = index.tiles[tile].run; r < index.tiles[tile + 1].run; ++r) {
+    const int64_t count = index.runs[r].count, n = index.runs[r].segments;
+    for (int64_t first = 0; first < count; first += L) {
+      table.dots_of[min<int64_t>(L, count - first)](
+          n, {columns + first, count, segments, x, dy, results + first, accumulate});
+    }
+    columns += count * n;
+    segments += n;
+  }
+}
+
+}  // namespace
+
+void sddmm(const Team& team, const SparseIndex& index, int64_t M, const float* grad_output, const float* input,
+           float* grad_values) {
+  const int vectors = tuning::spmm_vectors(index.block_cols);
+  const int64_t width = vectors * L;
+  const int64_t deepest = max<int64_t>(max(index.rows, index.cols), 1);
+  const int64_t chunk = max<int64_t>(tuning::kPackedBytes / int64_t{sizeof(float)} / deepest / width, 1) * width;
+  for (int64_t m = 0; m < M; m += chunk) {
+    const Tiles tiles = {min(chunk, M - m), vectors};
+    const auto pack = [&](Slot slot, const float* matrix, int64_t depth) {
+      float* const packed = static_cast<float*>(scratch(slot, tiles.offset(tiles.count(), depth) * sizeof(float)));
+      pack_tiles(team, matrix + m * depth, tiles, depth, packed);
+      return packed;
+    };
+    const float* const x = pack(Slot::kPanelA, input, index.cols);
+    const float* const dy = pack(Slot::kPanelB, grad_output, index.rows);
+    const int64_t per_group = max<int64_t>(tuning::kTaskLanes / width, 1);
+    team.for_each(index.panels, [&](int64_t panel) {
+      float* const results = grad_values + index.panel_values[panel];
+      for (int64_t group = 0; group < tiles.count(); group += per_group) {
+        for (int64_t block = 0; block < index.blocks; ++block) {
+          for (int64_t t = group; t < min(tiles.count(), group + per_group); ++t) {
+            with_vectors(tiles.vectors_of(t), [&](auto NV) {
+              constexpr int kVectors = decltype(NV)::value;
+              sample_tile<kVectors>(index, panel * index.blocks + block,
+                                    x + tiles.offset(t, index.cols) + block * index.block_cols * (kVectors * L),
+                                    dy + tiles.offset(t, index.rows) + panel * index.panel_rows * (kVectors * L),
+                                    results, m > 0 || t > 0);
+            });
+          }
+        }
+      }
+    });
+  }
+}
+
+}  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY

@@ -1,0 +1,43 @@
+// The remaining weights of a matrix in the order of spmm and sddmm: panels of rows, in them blocks of columns, in them
+// rows by their number of weights. Panel and block make a tile; its rows that have weights are segments; equal ones, a
+// run.
+//
+// A block of columns is as wide as a block of packed input fits into L1, and a column's number in it fits into a byte.
+// A run's loops all have one length. The values stay in row-major order, and a segment knows where its own begin. This
+// file is the same for all capabilities.
+#pragma once
+
+#include "api.h"
+
+namespace masked_ops::cpu {
+
+struct SparseIndex {
+  struct Tile {  // where it begins in the arrays below; it ends where the next one begins
+    int64_t entry, segment, run;
+  };
+  struct Run {
+    uint16_t count;  // weights of each segment, 1 to 256
+    uint16_t segments;
+  };
+  struct Segment {
+    uint32_t row;    // in the panel
+    uint32_t value;  // of its first weight: from the panel's first value; transposed, from the tile's
+  };
+
+  int64_t rows, cols;  // of the matrix that spmm multiplies with: weight, or its transpose
+  int64_t panel_rows, panels;
+  int64_t block_cols, blocks;
+  bool transposed;
+  size_t bytes;
+
+  const int64_t* panel_values;  // [panels] position of a panel's first value, if not transposed
+  const Tile* tiles;            // [panels * blocks + 1]
+  const Segment* segments;      // and one more, so that a loop may look ahead
+  const uint32_t* positions;    // transposed: of each entry's value among the row-major values
+  const Run* runs;
+  const uint8_t* columns;  // in the block, of each entry; and kLookahead bytes more
+
+  static constexpr int64_t kLookahead = 64;
+};
+
+}  // namespace masked_ops::cpu

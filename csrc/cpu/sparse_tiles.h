@@ -1,0 +1,85 @@
+// The dense side of the sparse kernels: M rows are cut into tiles of a few vectors, and a matrix [M][depth] is packed
+// into tiles [depth][lanes], so that an entry of the index names a row of aligned vectors.
+#pragma once
+
+#include "api.h"
+#include "tuning.h"
+
+namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
+
+struct Tiles {
+  int64_t M;
+  int vectors;  // of each tile but the last, which has 1, 2, 4 or 8 as M demands
+
+  int64_t width() const { return vectors * Vec::kLanes; }
+  int64_t count() const { return ceil_div(M, width()); }
+  int64_t lanes(int64_t tile) const { return min(width(), M - tile * width()); }  // valid ones
+  int vectors_of(int64_t tile) const {
+    int v = 1;
+    while (v * Vec::kLanes < lanes(tile)) v *= 2;
+    return v;
+  }
+  // Floats of all tiles before this one; for tile = count(), of all.
+  int64_t offset(int64_t tile, int64_t depth) const {
+    return tile < count() ? tile * width() * depth
+                          : ((tile - 1) * width() + vectors_of(tile - 1) * Vec::kLanes) * depth;
+  }
+};
+
+// Calls body with std::integral_constant-like ints 1, 2, 4 or 8.
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+template <typename Body>
+MASKED_OPS_INLINE void with_vectors(int vectors, const Body& body) {
+  switch (vectors) {
+    case 1:
+      return body(Int<1>());
+    case 2:
+      return body(Int<2>());
+    case 4:
+      return body(Int<4>());
+    default:
+      return body(Int<8>());
+  }
+}
+
+// packed[d][lane] = matrix[lane][d] for columns [d0, d1) of lanes rows; zero from there to the last vector's end.
+inline void pack_tile(const float* matrix, int64_t ld, int64_t lanes, int vectors, int64_t d0, int64_t d1,
+                      float* packed) {
+  constexpr int L = Vec::kLanes;
+  for (int v = 0; v < vectors; ++v) {
+    const int64_t rows = min<int64_t>(L, lanes - v * L);
+    for (int64_t d = d0; d < d1; d += L) {
+      const int64_t columns = min<int64_t>(L, d1 - d);
+      const float* in = matrix + v * L * ld + d;
+      float* out = packed + d * vectors * L + v * L;
+      Vec tile[L];
+      if (rows == L && columns == L) {
+        MASKED_OPS_UNROLL
+        for (int i = 0; i < L; ++i) tile[i] = Vec::loadu(in + i * ld);
+        transpose(tile);
+        MASKED_OPS_UNROLL
+        for (int i = 0; i < L; ++i) tile[i].store(out + i * vectors * L);
+      } else {
+        MASKED_OPS_UNROLL
+        for (int i = 0; i < L; ++i) tile[i] = i < rows ? Vec::loadu(Vec::first(columns), in + i * ld) : Vec::zero();
+        transpose(tile);
+        for (int i = 0; i < columns; ++i) tile[i].store(out + i * vectors * L);
+      }
+    }
+  }
+}
+
+// All tiles of matrix[M][depth], by the team.
+inline void pack_tiles(const Team& team, const float* matrix, Tiles tiles, int64_t depth, float* packed) {
+  const int64_t slices = ceil_div(depth, tuning::kPackSlice);
+  team.for_each(tiles.count() * slices, [=](int64_t task) {
+    const int64_t tile = task / slices, d0 = task % slices * tuning::kPackSlice;
+    pack_tile(matrix + tile * tiles.width() * depth, depth, tiles.lanes(tile), tiles.vectors_of(tile), d0,
+              min(depth, d0 + tuning::kPackSlice), packed + tiles.offset(tile, depth));
+  });
+}
+
+}  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY
