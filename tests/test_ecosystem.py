@@ -548,8 +548,8 @@ def check_fsdp_weight_is_right_outside_forward(model: Any) -> None:
 
 def check_fsdp_refuses_what_it_cannot_do(model: Any) -> None:
     _fully_shard(model)
-    model(_tokens())  # the parameters of the root are whole now, and yet not to be touched
     state = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    model(_tokens())  # the root's parameters (embed, norm) are plain tensors now, and yet not to be touched
     for module, call in (
         (model.head, lambda: detach(model.head, "weight")),
         (model.embed, lambda: detach(model.embed, "weight")),
@@ -622,7 +622,7 @@ def _rank(rank: int, folder: str, model: nn.Module) -> None:
         try:
             check(copy.deepcopy(model))
             failure = ""
-        except Exception:
+        except BaseException:  # pytest's failures are no Exceptions
             failure = traceback.format_exc()
         Path(folder, f"{check.__name__}.{rank}").write_text(failure)
         if failure:
