@@ -169,7 +169,17 @@ def cache_info() -> dict[str, int]:
 
 
 def clear_cache() -> None:
-    """Forget everything derived from masks; needed only after a write that torch cannot see (``mask.data``, numpy)."""
+    """Forget everything derived from masks; needed only after a write that torch cannot see (``mask.data``, numpy).
+
+    Example:
+        >>> mask = torch.ones(1, 2)
+        >>> masked_ops.masked_linear(torch.ones(1, 2), torch.ones(1, 2), mask)
+        tensor([[2.]])
+        >>> mask.data[0, 0] = 0
+        >>> masked_ops.clear_cache()
+        >>> masked_ops.masked_linear(torch.ones(1, 2), torch.ones(1, 2), mask)
+        tensor([[1.]])
+    """
     module = _compiled()
     if module is not None:
         module.clear_cache()
