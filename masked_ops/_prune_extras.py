@@ -12,7 +12,7 @@ from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
 from . import nn
-from ._pairs import M, Pairs, over_pairs
+from ._pairs import M, Pairs, as_pairs, over_pairs
 from ._pruning_methods import (
     FROM_DENSE,
     BasePruningMethod,
@@ -20,12 +20,12 @@ from ._pruning_methods import (
     adopt,
     drop_hook,
     find_hook,
-    first_round,
     pruned_names,
     pruned_parameters,
     refresh,
     replace_hook,
     require_pruned,
+    round_from_mask,
 )
 
 
@@ -159,23 +159,32 @@ def unprune(module: Module, name: str, where: Any) -> Module:
 _SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 
+@overload
 def to_sparse(
-    module: Module,
+    module: Module, name: str = "weight", layout: torch.layout = ..., blocksize: tuple[int, int] | None = None
+) -> Tensor: ...
+@overload
+def to_sparse(
+    module: Pairs, *, layout: torch.layout = ..., blocksize: tuple[int, int] | None = None
+) -> list[Tensor]: ...
+def to_sparse(
+    module: Module | Pairs,
     name: str = "weight",
     layout: torch.layout = torch.sparse_csr,
     blocksize: tuple[int, int] | None = None,
-) -> Tensor:
+) -> Tensor | list[Tensor]:
     """The pruned parameter as a sparse tensor; the module stays as it is.
 
     Args:
-        module: any module, pruned or not; after :func:`remove` the zeros are in the parameter itself.
+        module: any module, pruned or not (after :func:`remove` the zeros are in the parameter itself), or a list of
+            (module, name) pairs.
         name: the parameter. More than two dimensions (convolutions) are flattened to ``[first, rest]``.
         layout: ``torch.sparse_coo``, ``sparse_csr``, ``sparse_csc``, ``sparse_bsr`` or ``sparse_bsc``.
         blocksize: rows and columns of a block, for the last two; they must divide the matrix.
 
     Returns:
         A detached sparse matrix on the parameter's device, of its dtype, with an entry for each value that is not zero
-        (each block that is not all zero).
+        (each block that is not all zero); for a list, a list of these.
 
     Raises:
         ValueError: if ``layout`` or ``blocksize`` does not fit, or the parameter has fewer than two dimensions.
@@ -188,6 +197,8 @@ def to_sparse(
     """
     if layout not in _SPARSE:
         raise ValueError(f"layout must be one of {', '.join(map(str, _SPARSE))}, got {layout}")
+    if not isinstance(module, Module):
+        return [to_sparse(*pair, layout, blocksize) for pair in as_pairs(module)]
     weight = getattr(module, name)
     if not isinstance(weight, Tensor):
         raise TypeError(f"{type(module).__name__}.{name} must be a Tensor, got {type(weight).__name__}")
@@ -249,7 +260,7 @@ def load_state_dict(model: Module, state_dict: Mapping[str, Any], strict: bool =
             same = mask.is_meta or (not old_mask.is_meta and torch.equal(mask, old_mask.to(mask.device)))
             if find_hook(module, name) and not same:
                 # The rounds that led to another mask are not this one's history.
-                replace_hook(module, name, first_round(name, mask))
+                replace_hook(module, name, round_from_mask(name, mask))
             refresh(module, name)
     return keys
 
@@ -276,7 +287,7 @@ def _fit(module: Module, prefix: str, state: dict[str, Any]) -> None:
                 f"{list(parameter.shape)} in the model"
             )
         nn.attach(module, name, loaded.to(parameter.device))
-        replace_hook(module, name, first_round(name, loaded))
+        replace_hook(module, name, round_from_mask(name, loaded))
 
 
 class _Loading:

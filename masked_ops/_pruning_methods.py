@@ -7,7 +7,6 @@ against torch's classes therefore hold, for all who look for a method among ``mo
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -59,11 +58,13 @@ def replace_hook(module: Module, name: str, method: torch_prune.BasePruningMetho
 def pruned_names(module: Module) -> tuple[str, ...]:
     """The pruned parameters of one module, those that torch's own functions pruned included."""
     masked = nn.masked_names(module)
-    return masked + tuple(
-        name
-        for name in (key.removesuffix("_orig") for key in module._parameters if key.endswith("_orig"))
-        if name not in masked and f"{name}_mask" in module._buffers and find_hook(module, name)
+    hooked = (
+        getattr(hook, "_tensor_name", None) or ""
+        for hook in module._forward_pre_hooks.values()
+        if isinstance(hook, torch_prune.BasePruningMethod)
     )
+    # A hook without a mask is left over from method.remove(module).
+    return masked + tuple(name for name in hooked if name not in masked and f"{name}_mask" in module._buffers)
 
 
 def pruned_parameters(module: Module) -> Iterator[tuple[Module, str]]:
@@ -96,7 +97,7 @@ def refresh(module: Module, name: str) -> None:
         setattr(module, name, masked)
 
 
-def first_round(name: str, mask: Tensor) -> CustomFromMask:
+def round_from_mask(name: str, mask: Tensor) -> CustomFromMask:
     """The method that stands for a mask which came from elsewhere, a checkpoint for instance."""
     method = CustomFromMask(mask)
     method._tensor_name = name
@@ -116,37 +117,46 @@ def take_round(
         adopt(module, name)
         method._tensor_name = name
         parameter = getattr(module, name)
-        if importance_scores is None:
-            scores = parameter
-        elif importance_scores.shape == parameter.shape:
-            scores = importance_scores
-        else:
+        scores = parameter if importance_scores is None else importance_scores
+        if scores.shape != parameter.shape:
             raise AssertionError(
-                f"importance_scores must have the shape of {name}, {list(parameter.shape)}, "
-                f"got {list(importance_scores.shape)}"
+                f"importance_scores must have the shape of {name}, {list(parameter.shape)}, got {list(scores.shape)}"
             )
-        scores = scores.contiguous()  # compute_mask may view(-1) it; channels_last weights could not
-
-        if name not in nn.masked_names(module):
-            drop_hook(module, name)  # left over from method.remove(module), which leaves the hook to its caller
-            mask = method.compute_mask(scores, default_mask=mask_of(module, name, parameter))
-            nn.attach(module, name, _checked(mask, parameter))
-            method._undo = FROM_DENSE  # type: ignore[attr-defined]
-            in_charge = method
-        else:
-            before = getattr(module, f"{name}_mask").detach()
-            found = find_hook(module, name)
-            container = _extended(found[1] if found else None, method)
-            default_mask = before.clone(memory_format=torch.contiguous_format)
-            computed = _checked(container.compute_mask(scores, default_mask=default_mask), parameter)
-            mask = torch.empty_like(parameter, dtype=computed.dtype, requires_grad=False).copy_(computed)
-            # A new buffer, as torch's: who holds the old mask, a graph before its backward included, keeps its values.
-            module.register_buffer(f"{name}_mask", mask)
-            method._undo = None if mask.is_meta else MaskChange(before, mask)  # type: ignore[attr-defined]
-            in_charge = container if found else method
+        again = name in nn.masked_names(module)
+        # compute_mask may view(-1) the scores, which channels_last weights could not.
+        in_charge = (_next_round if again else _first_round)(module, name, method, parameter, scores.contiguous())
         replace_hook(module, name, in_charge)
         refresh(module, name)
     return in_charge
+
+
+def _first_round(
+    module: Module, name: str, method: torch_prune.BasePruningMethod, parameter: Tensor, scores: Tensor
+) -> torch_prune.BasePruningMethod:
+    mask = method.compute_mask(scores, default_mask=mask_of(module, name, parameter))
+    nn.attach(module, name, _checked(mask, parameter))
+    method._undo = FROM_DENSE  # type: ignore[attr-defined]
+    return method
+
+
+def _next_round(
+    module: Module, name: str, method: torch_prune.BasePruningMethod, parameter: Tensor, scores: Tensor
+) -> torch_prune.BasePruningMethod:
+    found = find_hook(module, name)
+    if found and isinstance(found[1], torch_prune.PruningContainer):
+        container = found[1]
+    else:
+        container = PruningContainer(*found[1:] if found else ())
+    container.add_pruning_method(method)
+    before = getattr(module, f"{name}_mask").detach()
+    default_mask = before.clone(memory_format=torch.contiguous_format)
+    computed = _checked(container.compute_mask(scores, default_mask=default_mask), parameter)
+    mask = torch.empty_like(parameter, dtype=computed.dtype, requires_grad=False).copy_(computed)
+    # A new buffer, as torch's: who holds the old mask, a graph before its backward included, keeps its values.
+    module.register_buffer(f"{name}_mask", mask)
+    method._undo = None if mask.is_meta else MaskChange(before, mask)  # type: ignore[attr-defined]
+    # A masked layer that nobody pruned has its first round now.
+    return container if found else method
 
 
 def require_pruned(module: Module, name: str, action: str) -> None:
@@ -181,17 +191,6 @@ def _checked(mask: Any, parameter: Tensor) -> Tensor:
         raise RuntimeError(
             f"compute_mask must return a mask of shape {list(parameter.shape)}, got {list(mask.shape)}"
         ) from None
-
-
-def _extended(
-    old: torch_prune.BasePruningMethod | None, method: torch_prune.BasePruningMethod
-) -> torch_prune.PruningContainer:
-    """A container of the rounds so far and ``method``; ``old`` is left alone, so that a failure costs nothing."""
-    if old is None:
-        return PruningContainer(method)
-    container = copy.copy(old) if isinstance(old, torch_prune.PruningContainer) else PruningContainer(old)
-    container.add_pruning_method(method)
-    return container
 
 
 class BasePruningMethod(torch_prune.BasePruningMethod):

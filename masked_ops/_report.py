@@ -13,6 +13,7 @@ from torch.nn import Linear, Module
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from . import _ops, nn
+from ._masked_class import is_sharded
 from ._pruning_methods import pruned_names
 
 
@@ -240,6 +241,8 @@ def _path(module: Module, name: str, parameter: Tensor, mask: Tensor | None, bat
         return "hook", "pruned by torch.nn.utils.prune: pruning it again with masked_ops takes it over"
     path = nn.path_of(module, name)
     if path == "fused":
+        if is_sharded(parameter):
+            return path, "sharded: chosen within forward, where the weight is whole"
         if batch is None:
             return path, "not called by the example input"
         explain = _ops.explain_linear if isinstance(module, Linear) else _ops.explain_convolution

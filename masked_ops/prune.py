@@ -4,7 +4,8 @@ Replace ``from torch.nn.utils import prune`` by ``from masked_ops import prune``
 whatever imports torch's module. Masks are those of torch for the same seed, and so are ``weight_orig``,
 ``weight_mask``, the keys of the state_dict and the types of errors. What differs:
 
-* ``module.weight`` is never stale, and a pruned model can be copied and pickled at any time.
+* ``module.weight`` is never stale, and a pruned model can be copied and pickled at any time. A further round judges the
+  weights as they are; torch judges them as they were in the last forward, before the optimizer's last step.
 * A call that fails, or is interrupted, leaves the model as it was.
 * Every function takes a module and a name, or a list of ``(module, name)`` pairs.
 * :func:`remove` and :func:`restore` without a name act on everything below a module.

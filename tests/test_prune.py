@@ -544,6 +544,7 @@ def test_apply_returns_the_method_and_functions_the_module(library: ModuleType) 
     second = library.RandomStructured.apply(layer, "weight", 1)
     assert isinstance(second, library.PruningContainer) and second[0] is first and second._tensor_name == "weight"
     assert list(layer._forward_pre_hooks.values()) == [second]
+    assert library.L1Unstructured.apply(layer, "weight", 1) is second and len(second) == 3
     assert library.remove(layer, "weight") is layer and not layer._forward_pre_hooks
 
 

@@ -187,6 +187,8 @@ def test_metadata_shared_modules_and_buffers_of_the_users() -> None:
     assert isinstance(b.attention_orig, nn.Parameter) and not hasattr(b, "attention")
     # BatchNorm's counter came with version 2: a state of version 1 lacks it.
     del state["norm.num_batches_tracked"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*norm\.num_batches_tracked"):
+        prune.load_state_dict(b, state)
     state._metadata["norm"]["version"] = 1
     assert not prune.load_state_dict(b, state).missing_keys
 

@@ -411,6 +411,14 @@ def test_to_sparse(build: Callable[[], nn.Module], layout: torch.layout, blocksi
     assert torch.equal(prune.to_sparse(module, "weight", layout, blocksize).to_dense(), sparse.to_dense())
 
 
+@pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta")
+def test_to_sparse_of_a_list() -> None:
+    net = Net()
+    prune.l1_unstructured(net.pairs, amount=0.5)
+    for sparse, (module, _) in zip(prune.to_sparse(net.pairs, layout=torch.sparse_csc), net.pairs, strict=True):
+        assert sparse.layout == torch.sparse_csc and torch.equal(sparse.to_dense(), module.weight.flatten(1))
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -173,6 +173,24 @@ def test_a_model_without_weights() -> None:
     assert len(report) == 0 and report.sparsity == 0 and report.remaining_flops is None and "total" in str(report)
 
 
+def test_a_sharded_model(run_python: Any) -> None:
+    code = """
+import torch, masked_ops
+from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
+
+store = distributed.TCPStore("localhost", 0, is_master=True)
+distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+layer = masked_ops.prune.l1_unstructured(nn.Linear(8, 4), "weight", amount=0.5)
+fully_shard(layer, mesh=distributed.device_mesh.init_device_mesh("cpu", (1,)))
+(row,) = masked_ops.report(layer, batch=2)
+assert (row.nnz, row.path) == (16, "fused") and row.reason.startswith("sharded"), row
+distributed.destroy_process_group()
+"""
+    process = run_python(code)
+    assert process.returncode == 0, process.stderr
+
+
 def test_a_layer_that_the_example_does_not_reach() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
