@@ -40,6 +40,7 @@ __all__ = [
     "load_library",
     "read_record",
     "this_process",
+    "usable_capabilities",
 ]
 
 _MODULE = "masked_ops._C"

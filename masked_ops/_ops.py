@@ -21,7 +21,9 @@ from torch import Tensor
 
 from . import _build, reference
 
-_CONV_ARGS = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool transposed, SymInt[] output_padding, SymInt groups"
+_CONV_ARGS = (
+    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool transposed, SymInt[] output_padding, SymInt groups"
+)
 _SCHEMAS = (
     "linear(Tensor input, Tensor weight, Tensor mask, Tensor? bias=None) -> Tensor",
     "linear_grad_input(Tensor grad_output, Tensor weight, Tensor mask) -> Tensor",
@@ -93,6 +95,8 @@ def _load() -> bool:
                     stacklevel=3,
                 )
             else:
+                # A library of several capabilities starts with the best that the CPU has; fewer may be allowed.
+                any(_module.set_capability(name.upper()) for name in _build.usable_capabilities())
                 path = os.environ.get("MASKED_OPS_PATH")
                 if path:
                     _module.set_path(path)
