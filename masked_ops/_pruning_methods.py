@@ -283,7 +283,8 @@ class BasePruningMethod(torch_prune.BasePruningMethod):
         whatever is pruned) in ``module`` and every module below, whichever method pruned it, hooks included.
 
         Raises:
-            ValueError: called on the class, if nothing of that name is pruned there.
+            ValueError: called on the class, if nothing of that name is pruned there; called on a method, if it prunes
+                another parameter.
             AssertionError: called on a method that has not been applied.
 
         Example:
@@ -300,6 +301,8 @@ class BasePruningMethod(torch_prune.BasePruningMethod):
             remove_below(module, name)
         elif self._tensor_name is None:
             raise AssertionError(f"{type(self).__name__} has not been applied to a module")
+        elif name not in (None, self._tensor_name):
+            raise ValueError(f"this {type(self).__name__} prunes {self._tensor_name!r}, got name={name!r}")
         elif self._tensor_name in nn.masked_names(module):
             with nn.atomic([module]):
                 nn.detach(module, self._tensor_name)

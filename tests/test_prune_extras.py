@@ -118,7 +118,9 @@ def test_every_way_to_remove(call: Callable[[nn.Module], Any], rounds: int) -> N
 def test_remove_on_an_instance_is_torch_own() -> None:
     layer = nn.Linear(4, 3)
     method = prune.L1Unstructured.apply(layer, "weight", 5)
-    method.remove(layer)
+    with pytest.raises(ValueError, match="this L1Unstructured prunes 'weight', got name='bias'"):
+        method.remove(layer, name="bias")
+    method.remove(layer, name="weight")
     assert type(layer) is nn.Linear and list(layer._forward_pre_hooks.values()) == [method]
     assert not prune.is_pruned(layer)
     layer(torch.ones(1, 4))  # the hook that is left does nothing
