@@ -8,6 +8,7 @@ method resolution order: a user's ``forward`` that calls ``super().forward(input
 
 from __future__ import annotations
 
+import contextlib
 import types
 import weakref
 from collections.abc import Callable
@@ -197,9 +198,9 @@ def _overrides(dense: type[nn.Module], names: tuple[str, ...]) -> dict[str, Any]
         parts = [_dense_view(self, _originals(self, names), dense).extra_repr()]
         for name in names:
             mask = getattr(self, mask_name(name), None)
-            if mask is not None and not mask.is_meta:
-                label = "sparsity" if name == "weight" else f"{name}_sparsity"
-                parts.append(f"{label}={sparsity(mask):.4g}")
+            label = "sparsity" if name == "weight" else f"{name}_sparsity"
+            with contextlib.suppress(RuntimeError):  # a mask without values: meta, fake, batched by vmap
+                parts += [] if mask is None else [f"{label}={sparsity(mask):.4g}"]
         return ", ".join(part for part in parts if part)
 
     namespace["extra_repr"] = extra_repr

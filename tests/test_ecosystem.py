@@ -6,6 +6,7 @@ import copy
 import io
 import multiprocessing
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from masked_modules import random_mask
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
@@ -22,13 +24,6 @@ from torch.utils.checkpoint import checkpoint
 
 import masked_ops
 from masked_ops.nn import attach, detach, masked_names, path_of, set_mask
-
-
-def random_mask(like: Tensor) -> Tensor:
-    """Zeros and ones, at least one of each."""
-    mask = torch.randint(0, 2, like.shape).float()
-    mask.view(-1)[:2] = torch.tensor([0, 1])
-    return mask
 
 
 def masked(module: nn.Module, *names: str) -> Any:
@@ -636,8 +631,10 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     torch.manual_seed(0)
     context = torch.multiprocessing.spawn(_rank, (str(folder), masked_encoder()), nprocs=2, join=False)
-    for _ in range(120):
-        if context.join(timeout=1) or any(file.read_text() for file in folder.glob("check_*")):
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and not context.join(timeout=0.2):
+        reports = [file.read_text() for file in folder.glob("check_*")]
+        if any(reports) or len(reports) == 2 * len(CHECKS):
             break
     for process in context.processes:
         process.kill()
