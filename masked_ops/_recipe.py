@@ -211,10 +211,10 @@ class Recipe:
             if suffix != "cpp":
                 continue
             if folder == "":
-                seconds = 12 if b"#include <torch/" in content else 6
+                seconds = 12 if b"#include <torch/" in content else 3
                 objects.append(Object(source, f"{stem}.o", (*_TORCH_FLAGS, *common, *have), source, seconds))
             elif folder == "cpu" and b"capability: none" in content.partition(b"\n")[0]:
-                objects.append(Object(source, f"cpu.{stem}.o", (*_KERNEL_FLAGS, *common, *have), source, 1))
+                objects.append(Object(source, f"cpu.{stem}.o", (*_KERNEL_FLAGS, *common, *have), source, 0.5))
             elif folder == "cpu":
                 kernels.append((source, stem))
         # The linker keeps the first copy of an inline function that several files define. With the lowest capability
@@ -222,7 +222,7 @@ class Recipe:
         for name in reversed([name for name in CAPABILITIES if name in self.capabilities]):
             flags = (*_KERNEL_FLAGS, *common, *self.cpu_flags(name).values(), f"-DMASKED_OPS_CAPABILITY={name.upper()}")
             for source, stem in kernels:
-                objects.append(Object(source, f"cpu.{stem}.{name}.o", flags, f"{source} ({name})", 2))
+                objects.append(Object(source, f"cpu.{stem}.{name}.o", flags, f"{source} ({name})", 1.5))
         return objects
 
 
@@ -243,7 +243,7 @@ def this_process(*, ahead: bool = False) -> Recipe:
     from ._version import __version__
 
     of_platform = list(CAPABILITIES) if platform.machine() in ("x86_64", "AMD64") else ["default"]
-    chosen = os.environ.get("MASKED_OPS_BUILD_CAPABILITIES", "all" if ahead else "")
+    chosen = os.environ.get("MASKED_OPS_BUILD_CAPABILITIES") or ("all" if ahead else "")
     if chosen == "all":
         names = of_platform
     elif chosen:
