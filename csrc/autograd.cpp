@@ -1,40 +1,21 @@
 // The Autograd kernels of the closed family: the derivative of each operation is written with the others, so that
 // derivatives of any order are exact.
-//
-// Three ways in, in this order: functorch transforms and forward-mode tangents take the composite of torch's own
-// operations, for which every transform is defined; inputs that need a gradient take a Function, whose backward calls
-// the family through the dispatcher; everything else goes straight below autograd.
 #include "autograd.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/tensordot.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 
+#include "autograd_common.h"
 #include "masking.h"
+#include "ops.h"
 
 namespace masked_ops {
 namespace {
 
-using at::Tensor;
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
-using OptionalTensor = std::optional<Tensor>;
-
-template <typename Signature>
-c10::TypedOperatorHandle<Signature> find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
-#define MASKED_OPS_HANDLE(name)                                               \
-  const auto& name##_op() {                                                   \
-    static const auto handle = find<decltype(name##_autograd)>("masked_ops::" #name); \
-    return handle;                                                            \
-  }
 MASKED_OPS_HANDLE(apply_mask)
 MASKED_OPS_HANDLE(linear)
 MASKED_OPS_HANDLE(linear_grad_input)
@@ -42,32 +23,10 @@ MASKED_OPS_HANDLE(linear_grad_weight)
 MASKED_OPS_HANDLE(convolution)
 MASKED_OPS_HANDLE(convolution_grad_input)
 MASKED_OPS_HANDLE(convolution_grad_weight)
-#undef MASKED_OPS_HANDLE
 
-// Complex tensors too: their gradients need conjugates that the family does not write.
-bool is_special(const Tensor& t) { return t.defined() && (t.is_complex() || t._fw_grad(/*level=*/0).defined()); }
-bool is_special(const OptionalTensor& t) { return t && is_special(*t); }
-bool needs_grad(const Tensor& t) { return t.defined() && t.requires_grad(); }
-bool needs_grad(const OptionalTensor& t) { return t && needs_grad(*t); }
-
-template <typename... Tensors>
-bool takes_composite(const Tensors&... tensors) {
-  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode) ||
-         (is_special(tensors) || ...);
-}
-
-template <typename... Tensors>
-bool takes_function(const Tensors&... tensors) {
-  return c10::GradMode::is_enabled() && (needs_grad(tensors) || ...);
-}
-
-std::vector<int64_t> all_but(int64_t dim, int64_t rank) {
-  std::vector<int64_t> dims;
-  for (int64_t i = 0; i < rank; ++i) {
-    if (i != dim) dims.push_back(i);
-  }
-  return dims;
-}
+// Whether the call computes here and now, on plain CPU tensors, so that the node may hold what the kernels made on the
+// way; traced and intercepted calls go through the dispatcher.
+bool is_eager(const Tensor& t) { return t.is_cpu() && !t.key_set().has(c10::DispatchKey::Python); }
 
 struct ApplyMask : torch::autograd::Function<ApplyMask> {
   static Tensor forward(AutogradContext* ctx, const Tensor& weight, const Tensor& mask) {
@@ -84,20 +43,30 @@ struct Linear : torch::autograd::Function<Linear> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight, const Tensor& mask,
                         const OptionalTensor& bias) {
     at::AutoDispatchBelowADInplaceOrView below;
-    ctx->save_for_backward({input, weight, mask});
+    Tensor output, values;
+    if (is_eager(input) && is_eager(weight) && is_eager(mask) && !c10::impl::dispatch_mode_enabled()) {
+      std::tie(output, values) = linear_with_values(input, weight, mask, bias);
+    } else {
+      output = linear_op().call(input, weight, mask, bias);
+    }
+    ctx->save_for_backward({input, weight, mask, values});
     ctx->saved_data["has_bias"] = bias && bias->defined();
-    return linear_op().call(input, weight, mask, bias);
+    return output;
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
-    const Tensor &dy = grads[0], &input = saved[0], &weight = saved[1], &mask = saved[2];
+    const Tensor &dy = grads[0], &input = saved[0], &weight = saved[1], &mask = saved[2], &values = saved[3];
     variable_list result(4);
-    if (ctx->needs_input_grad(0)) result[0] = linear_grad_input_op().call(dy, weight, mask);
+    if (ctx->needs_input_grad(0)) {
+      // The values are no function of the weight that autograd knows: only where nothing is recorded.
+      const bool reuse = values.defined() && !c10::GradMode::is_enabled() && is_eager(dy) && is_eager(values) &&
+                         !c10::impl::dispatch_mode_enabled();
+      result[0] = reuse ? linear_grad_input_with_values(dy, weight, mask, values)
+                        : linear_grad_input_op().call(dy, weight, mask);
+    }
     if (ctx->needs_input_grad(1)) result[1] = linear_grad_weight_op().call(dy, input, mask);
     // Without a bias the node has no fourth input to ask about.
-    if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(3)) {
-      result[3] = dy.dim() > 1 ? dy.sum(all_but(dy.dim() - 1, dy.dim())) : dy;
-    }
+    if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(3)) result[3] = sum_to_last_dim(dy);
     return result;
   }
 };

@@ -26,9 +26,20 @@ at::Tensor convolution_grad_weight_autograd(const at::Tensor& grad_output, const
                                             c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, bool transposed,
                                             c10::SymIntArrayRef output_padding, c10::SymInt groups);
 
+at::Tensor packed_linear_autograd(const at::Tensor& input, const at::Tensor& values, const at::Tensor& bits,
+                                  c10::SymInt in_features, const std::optional<at::Tensor>& bias);
+at::Tensor packed_linear_grad_input_autograd(const at::Tensor& grad_output, const at::Tensor& values,
+                                             const at::Tensor& bits, c10::SymInt in_features);
+at::Tensor packed_linear_grad_values_autograd(const at::Tensor& grad_output, const at::Tensor& input,
+                                              const at::Tensor& bits, c10::SymInt nnz);
+at::Tensor unpack_values_autograd(const at::Tensor& values, const at::Tensor& bits, c10::SymInt in_features);
+at::Tensor pack_values_autograd(const at::Tensor& weight, const at::Tensor& bits, c10::SymInt nnz);
+
 // The operations through the dispatcher.
 at::Tensor call_linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask,
                        const std::optional<at::Tensor>& bias);
+at::Tensor call_packed_linear(const at::Tensor& input, const at::Tensor& values, const at::Tensor& bits,
+                              c10::SymInt in_features, const std::optional<at::Tensor>& bias);
 at::Tensor call_convolution(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask,
                             const std::optional<at::Tensor>& bias, c10::SymIntArrayRef stride,
                             c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, bool transposed,

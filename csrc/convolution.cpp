@@ -2,21 +2,14 @@
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
-#include <c10/util/Exception.h>
 
+#include "checks.h"
 #include "masking.h"
 #include "ops.h"
 #include "path.h"
 
 namespace masked_ops {
 namespace {
-
-void check_same_kind(const char* name, const at::Tensor& tensor, const at::Tensor& weight) {
-  TORCH_CHECK(tensor.device() == weight.device(), name, " must be on the device of weight, ", weight.device(),
-              ", got ", tensor.device());
-  TORCH_CHECK(tensor.scalar_type() == weight.scalar_type(), name, " must have the dtype of weight, ",
-              weight.scalar_type(), ", got ", tensor.scalar_type());
-}
 
 // A tensor of which an operation reads the sizes and the memory format and nothing else.
 at::Tensor placeholder(at::IntArrayRef sizes, const at::Tensor& like) {
@@ -29,8 +22,8 @@ at::Tensor convolution(const at::Tensor& input, const at::Tensor& weight, const 
                        const std::optional<at::Tensor>& bias, at::IntArrayRef stride, at::IntArrayRef padding,
                        at::IntArrayRef dilation, bool transposed, at::IntArrayRef output_padding, int64_t groups) {
   check_mask(weight, mask);
-  check_same_kind("input", input, weight);
-  if (bias && bias->defined()) check_same_kind("bias", *bias, weight);
+  check_same_kind("input", input, "weight", weight);
+  if (bias && bias->defined()) check_same_kind("bias", *bias, "weight", weight);
   TORCH_CHECK(input.dim() == weight.dim(), "input must have the ", weight.dim(), " dimensions of weight, got shape ",
               input.sizes());
   choose_convolution(weight, nullptr);
@@ -43,7 +36,7 @@ at::Tensor convolution_grad_input(const at::Tensor& grad_output, const at::Tenso
                                   at::IntArrayRef dilation, bool transposed, at::IntArrayRef output_padding,
                                   int64_t groups) {
   check_mask(weight, mask);
-  check_same_kind("grad_output", grad_output, weight);
+  check_same_kind("grad_output", grad_output, "weight", weight);
   choose_convolution(weight, nullptr);
   const at::Tensor input = placeholder(input_size, grad_output);
   return std::get<0>(at::convolution_backward(grad_output, input, masked_weight(weight, mask), std::nullopt, stride,
@@ -56,7 +49,7 @@ at::Tensor convolution_grad_weight(const at::Tensor& grad_output, const at::Tens
                                    bool transposed, at::IntArrayRef output_padding, int64_t groups) {
   const at::Tensor weight = at::empty(mask.sizes(), grad_output.options(), mask.suggest_memory_format());
   check_mask(weight, mask);
-  check_same_kind("input", input, weight);
+  check_same_kind("input", input, "weight", weight);
   choose_convolution(weight, nullptr);
   const at::Tensor grad_weight =
       std::get<1>(at::convolution_backward(grad_output, input, weight, std::nullopt, stride, padding, dilation,

@@ -3,8 +3,8 @@
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/mm.h>
-#include <c10/util/Exception.h>
 
+#include "checks.h"
 #include "masking.h"
 #include "ops.h"
 #include "parallel.h"
@@ -13,55 +13,87 @@
 namespace masked_ops {
 namespace {
 
-void check_same_kind(const char* name, const at::Tensor& tensor, const char* other_name, const at::Tensor& other) {
-  TORCH_CHECK(tensor.device() == other.device(), name, " must be on the device of ", other_name, ", ", other.device(),
-              ", got ", tensor.device());
-  TORCH_CHECK(tensor.scalar_type() == other.scalar_type(), name, " must have the dtype of ", other_name, ", ",
-              other.scalar_type(), ", got ", tensor.scalar_type());
-}
-
-void check_last_dim(const char* name, const at::Tensor& tensor, const char* other_name, int64_t size) {
-  TORCH_CHECK(tensor.dim() > 0 && tensor.size(-1) == size, name, " must have ", size, " features in its last dimension, as ",
-              other_name, " has, got shape ", tensor.sizes());
-}
-
-// What the three operations share once the arguments are checked: M, N, K and the path.
+// What the three operations share once the arguments are checked: M, N, K, the pattern and the path.
 struct Plan {
   int64_t M, N, K;
   PatternPtr pattern;
   Path path;
 
-  Plan(int64_t rows, int64_t out_features, int64_t in_features, const at::Tensor& weight_like, const at::Tensor& mask)
-      : M(rows), N(out_features), K(in_features), pattern(try_pattern_of(mask)) {
-    path = choose_linear(M, weight_like, pattern.get()).path;
+  Plan(Pass pass, int64_t rows, const at::Tensor& weight, const at::Tensor& mask, bool have_values = false)
+      : M(rows), N(weight.size(0)), K(weight.size(1)), pattern(try_pattern_of(mask)) {
+    path = choose_linear(pass, M, weight, pattern.get(), have_values).path;
     if (M == 0 || N == 0 || K == 0) path = Path::kCopy;  // nothing to compute; torch knows the shapes
   }
-  cpu::Team team() const { return team_for(M * N * K); }
+  cpu::Team team() const { return team_for(M * (path == Path::kSparse ? pattern->nnz() : N * K)); }
 };
 
-int64_t rows_of(const at::Tensor& t) {
-  int64_t rows = 1;
-  for (int64_t i = 0; i + 1 < t.dim(); ++i) rows *= t.size(i);
-  return rows;
-}
+// The compact path: each operation on what is left of its operands without the empty rows and columns of the mask. What
+// belongs to those is the bias, or zero.
+struct CompactPlan {
+  const Compact& compact;
+  int64_t M;
 
-at::Tensor with_last_dim(const at::Tensor& like, int64_t size) {
+  int64_t N() const { return compact.pattern->rows(); }
+  int64_t K() const { return compact.pattern->cols(); }
+  cpu::Team team() const { return team_for(M * N() * K()); }
+  at::Tensor live_out(const at::Tensor& matrix) const { return matrix.index_select(1, compact.rows); }
+  at::Tensor live_in(const at::Tensor& matrix) const { return matrix.index_select(1, compact.cols); }
+  at::Tensor live(const at::Tensor& weight) const {
+    const at::Tensor rows = N() < weight.size(0) ? weight.index_select(0, compact.rows) : weight;
+    return K() < weight.size(1) ? rows.index_select(1, compact.cols) : rows;
+  }
+
+  void forward(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& y) const {
+    if (bias.defined()) {
+      y.copy_(bias.expand_as(y));
+    } else {
+      y.zero_();
+    }
+    if (N() == 0) return;
+    const at::Tensor live_x = live_in(x), live_weight = live(weight), live_y = at::empty({M, N()}, y.options());
+    const at::Tensor live_bias = bias.defined() ? bias.index_select(0, compact.rows) : bias;
+    cpu::kernels().linear(team(), M, N(), K(), live_x.const_data_ptr<float>(), live_weight.const_data_ptr<float>(),
+                          compact.pattern->bits(), bias.defined() ? live_bias.const_data_ptr<float>() : nullptr,
+                          live_y.mutable_data_ptr<float>());
+    y.index_copy_(1, compact.rows, live_y);
+  }
+
+  void grad_input(const at::Tensor& dy, const at::Tensor& weight, const at::Tensor& dx) const {
+    dx.zero_();
+    if (N() == 0) return;
+    const at::Tensor live_dy = live_out(dy), live_weight = live(weight), live_dx = at::empty({M, K()}, dx.options());
+    cpu::kernels().linear_grad_input(team(), M, N(), K(), live_dy.const_data_ptr<float>(),
+                                     live_weight.const_data_ptr<float>(), compact.pattern->bits(),
+                                     live_dx.mutable_data_ptr<float>());
+    dx.index_copy_(1, compact.cols, live_dx);
+  }
+
+  void grad_weight(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& dw) const {
+    dw.zero_();
+    if (N() == 0) return;
+    const at::Tensor live_dy = live_out(dy), live_x = live_in(x), live_dw = at::empty({N(), K()}, dw.options());
+    cpu::kernels().linear_grad_weight(team(), M, N(), K(), live_dy.const_data_ptr<float>(),
+                                      live_x.const_data_ptr<float>(), compact.pattern->bits(),
+                                      live_dw.mutable_data_ptr<float>());
+    dw.index_put_({compact.rows.unsqueeze(1), compact.cols}, live_dw);
+  }
+};
+
+}  // namespace
+
+at::Tensor empty_with_last_dim(const at::Tensor& like, int64_t size) {
   at::DimVector sizes(like.sizes());
   sizes.back() = size;
   return at::empty(sizes, like.options());
 }
-
-at::Tensor as_matrix(const at::Tensor& t, int64_t cols) { return t.reshape({rows_of(t), cols}); }
-
-}  // namespace
 
 at::Tensor apply_mask(const at::Tensor& weight, const at::Tensor& mask) {
   check_mask(weight, mask);
   return masked_weight(weight, mask);
 }
 
-at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask,
-                  const std::optional<at::Tensor>& bias) {
+std::tuple<at::Tensor, at::Tensor> linear_with_values(const at::Tensor& input, const at::Tensor& weight,
+                                                      const at::Tensor& mask, const std::optional<at::Tensor>& bias) {
   check_mask(weight, mask);
   check_same_kind("input", input, "weight", weight);
   TORCH_CHECK(weight.dim() == 1 || weight.dim() == 2, "weight must have 1 or 2 dimensions, got shape ", weight.sizes());
@@ -70,38 +102,68 @@ at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::T
   if (has_bias) check_same_kind("bias", *bias, "weight", weight);
   // Anything but a vector of N goes to torch, which broadcasts it or says what is wrong.
   const bool plain = weight.dim() == 2 && (!has_bias || (bias->dim() == 1 && bias->size(0) == weight.size(0)));
-  if (!plain) return at::linear(input, masked_weight(weight, mask), bias);
+  if (!plain) return {at::linear(input, masked_weight(weight, mask), bias), at::Tensor()};
 
-  const Plan plan(rows_of(input), weight.size(0), weight.size(1), weight, mask);
-  if (plan.path == Path::kCopy) return at::linear(input, masked_weight(weight, mask), bias);
-  at::Tensor output = with_last_dim(input, plan.N);
+  const Plan plan(Pass::kForward, rows_of(input), weight, mask);
+  if (plan.path == Path::kCopy) return {at::linear(input, masked_weight(weight, mask), bias), at::Tensor()};
+  at::Tensor output = empty_with_last_dim(input, plan.N), values;
   const at::Tensor x = input.contiguous();
   const at::Tensor b = has_bias ? bias->contiguous() : at::Tensor();
-  cpu::kernels().linear(plan.team(), plan.M, plan.N, plan.K, x.const_data_ptr<float>(), weight.const_data_ptr<float>(),
-                        plan.pattern->bits(), has_bias ? b.const_data_ptr<float>() : nullptr,
-                        output.mutable_data_ptr<float>());
-  return output;
+  const float* bias_data = has_bias ? b.const_data_ptr<float>() : nullptr;
+  if (plan.path == Path::kCompact) {
+    const auto compact = plan.pattern->compact();
+    CompactPlan{*compact, plan.M}.forward(as_matrix(x, plan.K), weight, b, output.view({plan.M, plan.N}));
+  } else if (plan.path == Path::kSparse) {
+    values = compress(weight, *plan.pattern);
+    const auto index = plan.pattern->index(/*transposed=*/false);
+    index->kernels().spmm(plan.team(), index->get(), values.const_data_ptr<float>(), plan.M, x.const_data_ptr<float>(),
+                          bias_data, output.mutable_data_ptr<float>());
+  } else {
+    cpu::kernels().linear(plan.team(), plan.M, plan.N, plan.K, x.const_data_ptr<float>(),
+                          weight.const_data_ptr<float>(), plan.pattern->bits(), bias_data,
+                          output.mutable_data_ptr<float>());
+  }
+  return {output, values};
 }
 
-at::Tensor linear_grad_input(const at::Tensor& grad_output, const at::Tensor& weight, const at::Tensor& mask) {
+at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask,
+                  const std::optional<at::Tensor>& bias) {
+  return std::get<0>(linear_with_values(input, weight, mask, bias));
+}
+
+at::Tensor linear_grad_input_with_values(const at::Tensor& grad_output, const at::Tensor& weight,
+                                         const at::Tensor& mask, const at::Tensor& values) {
   check_mask(weight, mask);
   check_same_kind("grad_output", grad_output, "weight", weight);
   TORCH_CHECK(weight.dim() == 2, "weight must have 2 dimensions, got shape ", weight.sizes());
   check_last_dim("grad_output", grad_output, "weight", weight.size(0));
 
-  const Plan plan(rows_of(grad_output), weight.size(0), weight.size(1), weight, mask);
+  const Plan plan(Pass::kGradInput, rows_of(grad_output), weight, mask, values.defined());
+  at::Tensor grad_input = empty_with_last_dim(grad_output, plan.K);
   if (plan.path == Path::kCopy) {
-    at::Tensor grad_input = with_last_dim(grad_output, plan.K);
     at::Tensor rows = grad_input.view({plan.M, plan.K});
     at::mm_out(rows, as_matrix(grad_output, plan.N), masked_weight(weight, mask).conj());
     return grad_input;
   }
-  at::Tensor grad_input = with_last_dim(grad_output, plan.K);
   const at::Tensor dy = grad_output.contiguous();
-  cpu::kernels().linear_grad_input(plan.team(), plan.M, plan.N, plan.K, dy.const_data_ptr<float>(),
-                                   weight.const_data_ptr<float>(), plan.pattern->bits(),
-                                   grad_input.mutable_data_ptr<float>());
+  if (plan.path == Path::kCompact) {
+    const auto compact = plan.pattern->compact();
+    CompactPlan{*compact, plan.M}.grad_input(as_matrix(dy, plan.N), weight, grad_input.view({plan.M, plan.K}));
+  } else if (plan.path == Path::kSparse) {
+    const at::Tensor v = values.defined() ? values : compress(weight, *plan.pattern);
+    const auto index = plan.pattern->index(/*transposed=*/true);
+    index->kernels().spmm(plan.team(), index->get(), v.const_data_ptr<float>(), plan.M, dy.const_data_ptr<float>(),
+                          nullptr, grad_input.mutable_data_ptr<float>());
+  } else {
+    cpu::kernels().linear_grad_input(plan.team(), plan.M, plan.N, plan.K, dy.const_data_ptr<float>(),
+                                     weight.const_data_ptr<float>(), plan.pattern->bits(),
+                                     grad_input.mutable_data_ptr<float>());
+  }
   return grad_input;
+}
+
+at::Tensor linear_grad_input(const at::Tensor& grad_output, const at::Tensor& weight, const at::Tensor& mask) {
+  return linear_grad_input_with_values(grad_output, weight, mask, at::Tensor());
 }
 
 at::Tensor linear_grad_weight(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mask) {
@@ -109,28 +171,38 @@ at::Tensor linear_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
   check_same_kind("input", input, "grad_output", grad_output);
   check_last_dim("grad_output", grad_output, "mask", mask.size(0));
   check_last_dim("input", input, "mask", mask.size(1));
-  TORCH_CHECK(grad_output.sizes().slice(0, grad_output.dim() - 1) == input.sizes().slice(0, input.dim() - 1),
-              "grad_output and input must agree in all but their last dimension, got shapes ", grad_output.sizes(),
-              " and ", input.sizes());
+  check_same_rows(grad_output, input);
 
   at::Tensor grad_weight = at::empty(mask.sizes(), grad_output.options());
   check_mask(grad_weight, mask);
-  const Plan plan(rows_of(grad_output), mask.size(0), mask.size(1), grad_weight, mask);
+  const Plan plan(Pass::kGradWeight, rows_of(grad_output), grad_weight, mask);
   if (plan.path == Path::kCopy) {
     at::mm_out(grad_weight, as_matrix(grad_output, plan.N).t(), as_matrix(input, plan.K).conj());
     return masked_weight(grad_weight, mask);
   }
   const at::Tensor dy = grad_output.contiguous(), x = input.contiguous();
-  cpu::kernels().linear_grad_weight(plan.team(), plan.M, plan.N, plan.K, dy.const_data_ptr<float>(),
-                                    x.const_data_ptr<float>(), plan.pattern->bits(),
-                                    grad_weight.mutable_data_ptr<float>());
+  if (plan.path == Path::kCompact) {
+    const auto compact = plan.pattern->compact();
+    CompactPlan{*compact, plan.M}.grad_weight(as_matrix(dy, plan.N), as_matrix(x, plan.K), grad_weight);
+  } else if (plan.path == Path::kSparse) {
+    const at::Tensor values = at::empty({plan.pattern->nnz()}, grad_output.options());
+    const auto index = plan.pattern->index(/*transposed=*/false);
+    index->kernels().sddmm(plan.team(), index->get(), plan.M, dy.const_data_ptr<float>(), x.const_data_ptr<float>(),
+                           values.mutable_data_ptr<float>());
+    expand_into(grad_weight, values, *plan.pattern);
+  } else {
+    cpu::kernels().linear_grad_weight(plan.team(), plan.M, plan.N, plan.K, dy.const_data_ptr<float>(),
+                                      x.const_data_ptr<float>(), plan.pattern->bits(),
+                                      grad_weight.mutable_data_ptr<float>());
+  }
   return grad_weight;
 }
 
 std::tuple<std::string, std::string> explain_linear(const at::Tensor& weight, const at::Tensor& mask, int64_t batch) {
   check_mask(weight, mask);
   const PatternPtr pattern = try_pattern_of(mask);
-  const Choice choice = choose_linear(batch, weight, pattern.get());
+  if (pattern) pattern->mark_reused();  // the answer is about a layer that is called again and again
+  const Choice choice = choose_linear(Pass::kForward, batch, weight, pattern.get());
   return {path_name(choice.path), choice.reason};
 }
 

@@ -1,5 +1,6 @@
 #include "masking.h"
 
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/where.h>
 #include <c10/util/Exception.h>
@@ -66,6 +67,20 @@ at::Tensor masked_weight(const at::Tensor& weight, const at::Tensor& mask) {
   cpu::kernels().mask_multiply(team, w.scalar_type() == at::kFloat ? cpu::Dtype::kFloat : cpu::Dtype::kDouble,
                                w.const_data_ptr(), factor.const_data_ptr(), w.numel(), out.data_ptr());
   return out;
+}
+
+at::Tensor compress(const at::Tensor& weight, const Pattern& pattern) {
+  const at::Tensor from = weight.contiguous();
+  at::Tensor values = at::empty({pattern.nnz()}, weight.options());
+  cpu::kernels().compress(team_for(from.numel()), from.element_size(), pattern.bits(), pattern.rows(), pattern.cols(),
+                          pattern.offsets(), from.const_data_ptr(), values.data_ptr());
+  return values;
+}
+
+void expand_into(const at::Tensor& weight, const at::Tensor& values, const Pattern& pattern) {
+  const at::Tensor from = values.contiguous();
+  cpu::kernels().expand(team_for(weight.numel()), weight.element_size(), pattern.bits(), pattern.rows(),
+                        pattern.cols(), pattern.offsets(), from.const_data_ptr(), weight.data_ptr());
 }
 
 }  // namespace masked_ops

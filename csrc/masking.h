@@ -1,4 +1,4 @@
-// weight∘mask as a tensor: what apply_mask returns, and the first half of the copy path.
+// weight∘mask as a tensor: what apply_mask returns, and the first half of the copy path; and as the values that remain.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -19,5 +19,9 @@ at::Tensor masked_weight_composite(const at::Tensor& weight, const at::Tensor& m
 
 // The pattern where there is one: a packable mask in CPU memory; else null.
 PatternPtr try_pattern_of(const at::Tensor& mask);
+
+// The remaining weights in row-major order, [nnz]; and back, zeros elsewhere, into a contiguous weight.
+at::Tensor compress(const at::Tensor& weight, const Pattern& pattern);
+void expand_into(const at::Tensor& weight, const at::Tensor& values, const Pattern& pattern);
 
 }  // namespace masked_ops

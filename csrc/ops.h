@@ -16,6 +16,26 @@ at::Tensor linear_grad_input(const at::Tensor& grad_output, const at::Tensor& we
 at::Tensor linear_grad_weight(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mask);
 std::tuple<std::string, std::string> explain_linear(const at::Tensor& weight, const at::Tensor& mask, int64_t batch);
 
+// The same three for the autograd node of an eager call: what forward compressed (undefined unless the sparse path was
+// taken) serves both gradients.
+std::tuple<at::Tensor, at::Tensor> linear_with_values(const at::Tensor& input, const at::Tensor& weight,
+                                                      const at::Tensor& mask, const std::optional<at::Tensor>& bias);
+at::Tensor linear_grad_input_with_values(const at::Tensor& grad_output, const at::Tensor& weight,
+                                         const at::Tensor& mask, const at::Tensor& values);
+
+// The packed family: values[nnz] are the weights whose bit is set, in row-major order; bits is uint8
+// [N][ceil(in_features / 8)] in little bit order.
+at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& values, const at::Tensor& bits,
+                         int64_t in_features, const std::optional<at::Tensor>& bias);
+at::Tensor packed_linear_grad_input(const at::Tensor& grad_output, const at::Tensor& values, const at::Tensor& bits,
+                                    int64_t in_features);
+at::Tensor packed_linear_grad_values(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& bits,
+                                     int64_t nnz);
+at::Tensor unpack_values(const at::Tensor& values, const at::Tensor& bits, int64_t in_features);
+at::Tensor pack_values(const at::Tensor& weight, const at::Tensor& bits, int64_t nnz);
+std::tuple<std::string, std::string> explain_packed_linear(const at::Tensor& values, const at::Tensor& bits,
+                                                           int64_t in_features, int64_t batch);
+
 at::Tensor convolution(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask,
                        const std::optional<at::Tensor>& bias, at::IntArrayRef stride, at::IntArrayRef padding,
                        at::IntArrayRef dilation, bool transposed, at::IntArrayRef output_padding, int64_t groups);

@@ -12,9 +12,14 @@
 namespace masked_ops {
 
 enum class Path {
-  kCopy,   // mask the weight in one pass, then torch's own dense operation; serves everything
-  kFused,  // masked GEMM: the mask rides in the load of the weight
+  kCopy,     // mask the weight in one pass, then torch's own dense operation; serves everything
+  kFused,    // masked GEMM: the mask rides in the load of the weight
+  kCompact,  // without the empty rows and columns of the mask, then as kFused
+  kSparse,   // SpMM and SDDMM over the remaining weights
 };
+
+// Which of a family's three operations; their break-even points differ.
+enum class Pass { kForward, kGradInput, kGradWeight };
 
 struct Choice {
   Path path;
@@ -30,8 +35,12 @@ void force_path(std::optional<Path> path);
 std::optional<Path> path_by_name(const std::string& name);
 
 // For linear and both of its gradients: rows is M, weight is [N][K] (or anything of its dtype and layout), pattern is
-// null if the mask is not in CPU memory or cannot be packed. Throws if the forced path cannot serve.
-Choice choose_linear(int64_t rows, const at::Tensor& weight, const Pattern* pattern);
+// null if the mask is not in CPU memory or cannot be packed; have_values says that the weight is compressed already.
+// Throws if the forced path cannot serve.
+Choice choose_linear(Pass pass, int64_t rows, const at::Tensor& weight, const Pattern* pattern,
+                     bool have_values = false);
+// For the packed family, whose weight is its values alone; the copy path expands them.
+Choice choose_packed_linear(Pass pass, int64_t rows, const at::Tensor& values, const Pattern& pattern);
 Choice choose_convolution(const at::Tensor& weight, const Pattern* pattern);
 
 }  // namespace masked_ops

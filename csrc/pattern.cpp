@@ -1,12 +1,13 @@
 #include "pattern.h"
 
+#include <ATen/ops/tensor.h>
 #include <c10/util/Exception.h>
 #include <c10/util/SmallVector.h>
 #include <c10/util/hash.h>
 #include <pthread.h>
 
 #include <cstdlib>
-#include <mutex>
+#include <cstring>
 #include <unordered_map>
 
 #include "parallel.h"
@@ -46,10 +47,14 @@ struct Key {
   const c10::StorageImpl* storage;
   const void* data;
   at::ScalarType dtype;
+  int64_t cols;                            // of packed bits; -1 for a mask
   c10::SmallVector<int64_t, 10> geometry;  // sizes, then strides
 
-  explicit Key(const at::Tensor& mask)
-      : storage(mask.storage().unsafeGetStorageImpl()), data(mask.const_data_ptr()), dtype(mask.scalar_type()) {
+  Key(const at::Tensor& mask, int64_t cols)
+      : storage(mask.storage().unsafeGetStorageImpl()),
+        data(mask.const_data_ptr()),
+        dtype(mask.scalar_type()),
+        cols(cols) {
     geometry.append(mask.sizes().begin(), mask.sizes().end());
     geometry.append(mask.strides().begin(), mask.strides().end());
   }
@@ -58,7 +63,7 @@ struct Key {
 
 struct KeyHash {
   size_t operator()(const Key& key) const {
-    size_t hash = c10::get_hash(key.storage, key.data, static_cast<int>(key.dtype));
+    size_t hash = c10::get_hash(key.storage, key.data, static_cast<int>(key.dtype), key.cols);
     for (const int64_t x : key.geometry) hash = c10::hash_combine(hash, std::hash<int64_t>()(x));
     return hash;
   }
@@ -79,9 +84,15 @@ class Cache {
     return *cache;
   }
 
-  PatternPtr get(const at::Tensor& mask) {
+  // make() takes the pattern of the mask; cols is that of packed bits, -1 for a mask.
+  template <typename Make>
+  PatternPtr get(const at::Tensor& mask, int64_t cols, const Make& make) {
+    if (mask.is_inference()) {
+      count_miss();
+      return make();
+    }
     const uint32_t version = mask.unsafeGetTensorImpl()->version_counter().current_version();
-    const Key key(mask);
+    const Key key(mask, cols);
     PatternPtr stale;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -90,6 +101,7 @@ class Cache {
         it->second.last_use = ++clock_;
         if (it->second.version == version) {
           ++info_.hits;
+          it->second.pattern->mark_reused();
           return it->second.pattern;
         }
         stale = it->second.pattern;
@@ -99,31 +111,41 @@ class Cache {
       }
     }
     // Outside the lock: a big mask takes milliseconds. Two threads may do it twice; the results are equal.
-    PatternPtr fresh = std::make_shared<const Pattern>(mask);
-    if (stale && stale->same_bits(*fresh)) fresh = stale;
+    PatternPtr fresh = make();
+    if (stale) {
+      if (stale->same_bits(*fresh)) fresh = stale;
+      fresh->mark_reused();
+    }
     store(key, Entry{mask.storage().getWeakStorageImpl(), version, fresh, 0});
     return fresh;
-  }
-
-  void count_miss() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    ++info_.misses;
   }
 
   CacheInfo info() {
     const std::lock_guard<std::mutex> lock(mutex_);
     drop_dead();
     info_.entries = static_cast<int64_t>(entries_.size());
+    info_.bytes = bytes();
     return info_;
   }
 
   void clear() {
     const std::lock_guard<std::mutex> lock(mutex_);
     entries_.clear();
-    info_.bytes = 0;
+  }
+
+  // After a pattern has grown: others make room for it.
+  void trim() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    drop_dead();
+    make_room(0);
   }
 
  private:
+  void count_miss() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    ++info_.misses;
+  }
+
   Cache() {
     const char* limit = std::getenv("MASKED_OPS_CACHE_BYTES");
     info_.limit_bytes = limit ? std::atoll(limit) : int64_t{1} << 30;
@@ -132,24 +154,32 @@ class Cache {
                    [] { instance().mutex_.unlock(); });
   }
 
+  using Map = std::unordered_map<Key, Entry, KeyHash>;
+
   void store(const Key& key, Entry entry) {
     const int64_t bytes = static_cast<int64_t>(entry.pattern->bytes());
     const std::lock_guard<std::mutex> lock(mutex_);
     drop_dead();
-    const auto it = entries_.find(key);
-    if (it != entries_.end()) erase(it);
+    entries_.erase(key);
     if (bytes > info_.limit_bytes) return;
-    while (info_.bytes + bytes > info_.limit_bytes) erase(least_recently_used());
+    make_room(bytes);
     entry.last_use = ++clock_;
     entries_.emplace(key, std::move(entry));
-    info_.bytes += bytes;
   }
 
-  using Map = std::unordered_map<Key, Entry, KeyHash>;
+  int64_t bytes() const {
+    int64_t sum = 0;
+    for (const auto& [key, entry] : entries_) sum += static_cast<int64_t>(entry.pattern->bytes());
+    return sum;
+  }
 
-  Map::iterator erase(Map::iterator it) {
-    info_.bytes -= static_cast<int64_t>(it->second.pattern->bytes());
-    return entries_.erase(it);
+  void make_room(int64_t wanted) {
+    int64_t held = bytes();
+    while (!entries_.empty() && held + wanted > info_.limit_bytes) {
+      const auto it = least_recently_used();
+      held -= static_cast<int64_t>(it->second.pattern->bytes());
+      entries_.erase(it);
+    }
   }
 
   Map::iterator least_recently_used() {
@@ -162,7 +192,7 @@ class Cache {
 
   void drop_dead() {
     for (auto it = entries_.begin(); it != entries_.end();) {
-      it = it->second.storage.expired() ? erase(it) : std::next(it);
+      it = it->second.storage.expired() ? entries_.erase(it) : std::next(it);
     }
   }
 
@@ -171,6 +201,8 @@ class Cache {
   CacheInfo info_;
   uint64_t clock_ = 0;
 };
+
+void trim_cache() { Cache::instance().trim(); }
 
 }  // namespace
 
@@ -184,6 +216,114 @@ Pattern::Pattern(const at::Tensor& mask) {
                                                         values.const_data_ptr(), rows_, cols_, words_.data());
   nnz_ = facts.nnz;
   binary_ = facts.binary;
+  count_live();
+}
+
+Pattern::Pattern(const at::Tensor& bits, int64_t cols)
+    : rows_(bits.size(0)), cols_(cols), stride_((cols + 63) / 64), words_(static_cast<size_t>(rows_ * stride_)) {
+  const at::Tensor values = bits.contiguous();
+  const int64_t bytes = values.size(1);
+  const uint8_t* from = values.const_data_ptr<uint8_t>();
+  for (int64_t row = 0; row < rows_; ++row) {
+    uint64_t* words = words_.data() + row * stride_;
+    std::memcpy(words, from + row * bytes, static_cast<size_t>(bytes));
+    for (int64_t i = 0; i < stride_; ++i) nnz_ += __builtin_popcountll(words[i]);
+    TORCH_CHECK(cols % 64 == 0 || words[stride_ - 1] >> (cols % 64) == 0,
+                "weight_bits must have zero bits beyond in_features = ", cols, ", but row ", row, " has others");
+  }
+  count_live();
+}
+
+Pattern::Pattern(const Pattern& whole, at::IntArrayRef rows, at::IntArrayRef cols)
+    : rows_(static_cast<int64_t>(rows.size())),
+      cols_(static_cast<int64_t>(cols.size())),
+      stride_((cols_ + 63) / 64),
+      words_(static_cast<size_t>(rows_ * stride_)),
+      nnz_(whole.nnz_),
+      live_rows_(rows_),
+      live_cols_(cols_) {
+  for (int64_t i = 0; i < rows_; ++i) {
+    const uint64_t* from = whole.bits().row(rows[i]);
+    uint64_t* to = words_.data() + i * stride_;
+    for (int64_t j = 0; j < cols_; ++j) to[j / 64] |= (from[cols[j] / 64] >> (cols[j] % 64) & 1) << (j % 64);
+  }
+}
+
+std::vector<uint64_t> Pattern::live_col_bits() const {
+  std::vector<uint64_t> any(static_cast<size_t>(stride_));
+  for (int64_t row = 0; row < rows_; ++row) {
+    const uint64_t* words = bits().row(row);
+    for (int64_t i = 0; i < stride_; ++i) any[i] |= words[i];
+  }
+  return any;
+}
+
+namespace {
+
+bool any_bit(const uint64_t* words, int64_t n) {
+  uint64_t any = 0;
+  for (int64_t i = 0; i < n; ++i) any |= words[i];
+  return any != 0;
+}
+
+}  // namespace
+
+void Pattern::count_live() {
+  for (int64_t row = 0; row < rows_; ++row) live_rows_ += any_bit(bits().row(row), stride_);
+  for (const uint64_t word : live_col_bits()) live_cols_ += __builtin_popcountll(word);
+}
+
+std::shared_ptr<const Compact> Pattern::compact() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (!compact_) {
+    std::vector<int64_t> rows, cols;
+    for (int64_t row = 0; row < rows_; ++row) {
+      if (any_bit(bits().row(row), stride_)) rows.push_back(row);
+    }
+    const std::vector<uint64_t> any = live_col_bits();
+    for (int64_t col = 0; col < cols_; ++col) {
+      if (any[col / 64] >> (col % 64) & 1) cols.push_back(col);
+    }
+    const auto tensor = [](const std::vector<int64_t>& v) { return at::tensor(v, at::kLong); };
+    compact_ = std::make_shared<const Compact>(
+        Compact{tensor(rows), tensor(cols), std::make_shared<const Pattern>(*this, rows, cols)});
+  }
+  return compact_;
+}
+
+const int64_t* Pattern::offsets() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (offsets_.empty()) {
+    offsets_.resize(static_cast<size_t>(rows_) + 1);
+    cpu::kernels().row_offsets(team_for(rows_ * stride_), bits(), rows_, cols_, offsets_.data());
+  }
+  return offsets_.data();
+}
+
+std::shared_ptr<const Index> Pattern::index(bool transposed) const {
+  const int64_t* starts = offsets();
+  std::shared_ptr<const Index> result;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    std::shared_ptr<const Index>& slot = indices_[transposed];
+    const cpu::Kernels& kernels = cpu::kernels();
+    if (slot && &slot->kernels() == &kernels) return slot;
+    slot = std::make_shared<const Index>(
+        kernels, kernels.make_index(team_for(rows_ * cols_), bits(), rows_, cols_, starts, transposed));
+    result = slot;
+  }
+  trim_cache();
+  return result;
+}
+
+size_t Pattern::bytes() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  size_t sum = sizeof(*this) + words_.size() * sizeof(uint64_t) + offsets_.size() * sizeof(int64_t);
+  for (const auto& index : indices_) {
+    if (index) sum += index->bytes();
+  }
+  if (compact_) sum += compact_->pattern->bytes() + 8 * static_cast<size_t>(live_rows_ + live_cols_);
+  return sum;
 }
 
 bool packable(at::ScalarType dtype) {
@@ -193,11 +333,11 @@ bool packable(at::ScalarType dtype) {
 }
 
 PatternPtr pattern_of(const at::Tensor& mask) {
-  if (mask.is_inference()) {
-    Cache::instance().count_miss();
-    return std::make_shared<const Pattern>(mask);
-  }
-  return Cache::instance().get(mask);
+  return Cache::instance().get(mask, -1, [&] { return std::make_shared<const Pattern>(mask); });
+}
+
+PatternPtr pattern_of_bits(const at::Tensor& bits, int64_t cols) {
+  return Cache::instance().get(bits, cols, [&] { return std::make_shared<const Pattern>(bits, cols); });
 }
 
 CacheInfo cache_info() { return Cache::instance().info(); }

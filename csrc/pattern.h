@@ -1,21 +1,52 @@
-// What is known of a mask: its bits, and whether it is binary. Derived once and cached for as long as the mask lives and
-// its version counter stands still.
+// What is known of a mask: its bits, whether it is binary, and the index structures of the sparse kernels. Derived once and
+// cached for as long as the mask lives and its version counter stands still.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
+#include <atomic>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "cpu/api.h"
 
 namespace masked_ops {
 
-// Immutable, so that it can be read by any thread while another replaces it in the cache.
+// The index of one orientation, owned; it belongs to the kernels that made it.
+class Index {
+ public:
+  Index(const cpu::Kernels& kernels, cpu::SparseIndex* index) : kernels_(&kernels), index_(index) {}
+  ~Index() { cpu::free_index(index_); }
+  Index(const Index&) = delete;
+  Index& operator=(const Index&) = delete;
+  const cpu::Kernels& kernels() const { return *kernels_; }
+  const cpu::SparseIndex& get() const { return *index_; }
+  size_t bytes() const { return cpu::index_bytes(*index_); }
+
+ private:
+  const cpu::Kernels* kernels_;
+  cpu::SparseIndex* index_;
+};
+
+class Pattern;
+
+// What is left of a mask without its empty rows and columns.
+struct Compact {
+  at::Tensor rows, cols;  // the others, int64, ascending
+  std::shared_ptr<const Pattern> pattern;
+};
+
+// Does not change once it is made, so that any thread can read it while another replaces it in the cache; the index
+// structures are added when first asked for.
 class Pattern {
  public:
   // A mask of any rank is the matrix [sizes[0]][the rest]; of one or no dimension, one row.
   explicit Pattern(const at::Tensor& mask);
+  // From packed bits: uint8 [rows][ceil(cols / 8)], little bit order. Throws if a bit beyond cols is set.
+  Pattern(const at::Tensor& bits, int64_t cols);
+  // The rows and columns that are listed, of another.
+  Pattern(const Pattern& whole, at::IntArrayRef rows, at::IntArrayRef cols);
 
   int64_t rows() const { return rows_; }
   int64_t cols() const { return cols_; }
@@ -23,14 +54,40 @@ class Pattern {
   bool binary() const { return binary_; }
   double density() const { return rows_ * cols_ ? double(nnz_) / double(rows_ * cols_) : 0.0; }
   cpu::Bits bits() const { return {words_.data(), stride_}; }
-  size_t bytes() const { return sizeof(*this) + words_.size() * sizeof(uint64_t); }
   bool same_bits(const Pattern& other) const { return binary_ == other.binary_ && words_ == other.words_; }
 
+  // Rows and columns that hold a remaining weight.
+  int64_t live_rows() const { return live_rows_; }
+  int64_t live_cols() const { return live_cols_; }
+
+  // Whether the cache has given it out before: a mask that is made for one call is not worth an index.
+  bool reused() const { return reused_.load(std::memory_order_relaxed); }
+  void mark_reused() const { reused_.store(true, std::memory_order_relaxed); }
+
+  // Where each row begins among the remaining weights in row-major order; rows + 1 numbers.
+  const int64_t* offsets() const;
+  // Whether an index can address the matrix.
+  bool indexable() const { return rows_ < cpu::kMaxIndexSide && cols_ < cpu::kMaxIndexSide && nnz_ < cpu::kMaxIndexNnz; }
+  // The index for the kernels in use: of the weight as it lies, or of its transpose.
+  std::shared_ptr<const Index> index(bool transposed) const;
+  std::shared_ptr<const Compact> compact() const;
+
+  size_t bytes() const;
+
  private:
+  std::vector<uint64_t> live_col_bits() const;
+  void count_live();
+
   int64_t rows_, cols_, stride_;
-  int64_t nnz_ = 0;
+  int64_t nnz_ = 0, live_rows_ = 0, live_cols_ = 0;
   bool binary_ = true;
   std::vector<uint64_t> words_;
+
+  mutable std::atomic<bool> reused_{false};
+  mutable std::mutex mutex_;  // of what follows
+  mutable std::vector<int64_t> offsets_;
+  mutable std::shared_ptr<const Index> indices_[2];
+  mutable std::shared_ptr<const Compact> compact_;
 };
 
 using PatternPtr = std::shared_ptr<const Pattern>;
@@ -41,6 +98,9 @@ bool packable(at::ScalarType dtype);
 // The pattern of a packable mask in CPU memory, out of the cache where that is possible: inference tensors have no
 // version counter, and theirs is made anew.
 PatternPtr pattern_of(const at::Tensor& mask);
+
+// The same of packed bits.
+PatternPtr pattern_of_bits(const at::Tensor& bits, int64_t cols);
 
 struct CacheInfo {
   int64_t entries = 0;

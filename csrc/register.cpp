@@ -1,9 +1,14 @@
 // The table of contents: which function serves which operation under which dispatch key, and the Python module with what
 // is no operation. The schemas stand in masked_ops/_ops.py, where they exist before this library is loaded.
+#include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
+#include <ATen/ops/ones.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/library.h>
+
+#include <atomic>
+#include <chrono>
 
 #include "autograd.h"
 #include "ops.h"
@@ -32,6 +37,11 @@ struct Autocast {
     c10::impl::ExcludeDispatchKeyGuard below(kKey);
     return call_linear(cast(input), cast(weight), mask, cast(bias));
   }
+  static at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& values, const at::Tensor& bits,
+                                  c10::SymInt in_features, const std::optional<at::Tensor>& bias) {
+    c10::impl::ExcludeDispatchKeyGuard below(kKey);
+    return call_packed_linear(cast(input), cast(values), bits, in_features, cast(bias));
+  }
   static at::Tensor convolution(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask,
                                 const std::optional<at::Tensor>& bias, c10::SymIntArrayRef stride,
                                 c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, bool transposed,
@@ -45,6 +55,7 @@ struct Autocast {
 template <c10::DeviceType kDevice>
 void register_autocast(torch::Library& m) {
   m.impl("linear", &Autocast<kDevice>::linear);
+  m.impl("packed_linear", &Autocast<kDevice>::packed_linear);
   m.impl("convolution", &Autocast<kDevice>::convolution);
 }
 
@@ -60,6 +71,16 @@ void register_backend(torch::Library& m) {
   m.impl("explain_convolution", &explain_convolution);
 }
 
+// On other devices the packed family is the Python reference.
+void register_packed(torch::Library& m) {
+  m.impl("packed_linear", &packed_linear);
+  m.impl("packed_linear_grad_input", &packed_linear_grad_input);
+  m.impl("packed_linear_grad_values", &packed_linear_grad_values);
+  m.impl("unpack_values", &unpack_values);
+  m.impl("pack_values", &pack_values);
+  m.impl("explain_packed_linear", &explain_packed_linear);
+}
+
 void register_autograd(torch::Library& m) {
   m.impl("apply_mask", &apply_mask_autograd);
   m.impl("linear", &linear_autograd);
@@ -68,6 +89,11 @@ void register_autograd(torch::Library& m) {
   m.impl("convolution", &convolution_autograd);
   m.impl("convolution_grad_input", &convolution_grad_input_autograd);
   m.impl("convolution_grad_weight", &convolution_grad_weight_autograd);
+  m.impl("packed_linear", &packed_linear_autograd);
+  m.impl("packed_linear_grad_input", &packed_linear_grad_input_autograd);
+  m.impl("packed_linear_grad_values", &packed_linear_grad_values_autograd);
+  m.impl("unpack_values", &unpack_values_autograd);
+  m.impl("pack_values", &pack_values_autograd);
 }
 
 std::vector<std::string> capabilities() {
@@ -91,6 +117,35 @@ std::optional<std::string> set_path(const std::optional<std::string>& name) {
   return before ? std::optional<std::string>(path_name(*before)) : std::nullopt;
 }
 
+// For benchmarks: floating-point operations a second out of registers, on all threads.
+double peak_flops(double seconds) {
+  const py::gil_scoped_release release;
+  std::atomic<int64_t> operations{0};
+  const auto start = std::chrono::steady_clock::now();
+  const auto elapsed = [&] { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(); };
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+    while (elapsed() < seconds) operations += cpu::kernels().fma_loop(10000);
+  });
+  return double(operations) / elapsed();
+}
+
+// For benchmarks: bytes a second that all threads read from memory; of three passes over a buffer, the best.
+double read_bandwidth(int64_t bytes) {
+  const py::gil_scoped_release release;
+  const at::Tensor buffer = at::ones({bytes / 4});
+  const float* data = buffer.const_data_ptr<float>();
+  double best = 0;
+  for (int pass = 0; pass < 3; ++pass) {
+    const auto start = std::chrono::steady_clock::now();
+    at::parallel_for(0, buffer.numel(), 1, [&](int64_t first, int64_t last) {
+      cpu::kernels().read_loop(data + first, last - first);
+    });
+    const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
+    best = std::max(best, double(bytes) / elapsed.count());
+  }
+  return best;
+}
+
 py::dict cache_info_dict() {
   const CacheInfo info = cache_info();
   py::dict result;
@@ -108,7 +163,10 @@ py::dict cache_info_dict() {
 
 // Backend keys rather than the alias keys Autograd and CompositeExplicitAutograd: those hold the Python fallback, which a
 // registration under a backend key outranks without replacing it.
-TORCH_LIBRARY_IMPL(masked_ops, CPU, m) { masked_ops::register_backend(m); }
+TORCH_LIBRARY_IMPL(masked_ops, CPU, m) {
+  masked_ops::register_backend(m);
+  masked_ops::register_packed(m);
+}
 TORCH_LIBRARY_IMPL(masked_ops, CUDA, m) { masked_ops::register_backend(m); }
 TORCH_LIBRARY_IMPL(masked_ops, AutogradCPU, m) { masked_ops::register_autograd(m); }
 TORCH_LIBRARY_IMPL(masked_ops, AutogradCUDA, m) { masked_ops::register_autograd(m); }
@@ -125,5 +183,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("capabilities", &masked_ops::capabilities, "Capabilities built in that this CPU runs, best first.");
   m.def("capability", [] { return std::string(masked_ops::cpu::kernels().capability); }, "The one in use.");
   m.def("set_capability", &masked_ops::cpu::select_kernels, py::arg("name"), "Use another; False if not available.");
+  m.def("peak_flops", &masked_ops::peak_flops, py::arg("seconds"), "The machine's FMA rate, for benchmarks.");
+  m.def("read_bandwidth", &masked_ops::read_bandwidth, py::arg("bytes"), "Its memory's, for benchmarks.");
   m.def("release_scratch", &masked_ops::cpu::release_scratch, "Free the calling thread's scratch memory.");
 }

@@ -13,6 +13,7 @@ from .functional import (
     masked_conv_transpose2d,
     masked_conv_transpose3d,
     masked_linear,
+    packed_linear,
 )
 from .nn import (
     MaskedConv1d,
@@ -44,6 +45,7 @@ __all__ = [
     "masked_conv_transpose2d",
     "masked_conv_transpose3d",
     "masked_linear",
+    "packed_linear",
     "prune",
     "report",
     "use_path",

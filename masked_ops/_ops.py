@@ -34,6 +34,12 @@ _SCHEMAS = (
     "apply_mask(Tensor weight, Tensor mask) -> Tensor",
     "explain_linear(Tensor weight, Tensor mask, int batch) -> (str, str)",
     "explain_convolution(Tensor weight, Tensor mask, int batch) -> (str, str)",
+    "packed_linear(Tensor input, Tensor weight_values, Tensor weight_bits, SymInt in_features, Tensor? bias=None) -> Tensor",
+    "packed_linear_grad_input(Tensor grad_output, Tensor weight_values, Tensor weight_bits, SymInt in_features) -> Tensor",
+    "packed_linear_grad_values(Tensor grad_output, Tensor input, Tensor weight_bits, SymInt nnz) -> Tensor",
+    "unpack_values(Tensor weight_values, Tensor weight_bits, SymInt in_features) -> Tensor",
+    "pack_values(Tensor weight, Tensor weight_bits, SymInt nnz) -> Tensor",
+    "explain_packed_linear(Tensor weight_values, Tensor weight_bits, int in_features, int batch) -> (str, str)",
 )
 
 _library = torch.library.Library("masked_ops", "DEF")
@@ -47,11 +53,31 @@ convolution = torch.ops.masked_ops.convolution.default
 convolution_grad_input = torch.ops.masked_ops.convolution_grad_input.default
 convolution_grad_weight = torch.ops.masked_ops.convolution_grad_weight.default
 apply_mask = torch.ops.masked_ops.apply_mask.default
+packed_linear = torch.ops.masked_ops.packed_linear.default
+packed_linear_grad_input = torch.ops.masked_ops.packed_linear_grad_input.default
+packed_linear_grad_values = torch.ops.masked_ops.packed_linear_grad_values.default
+unpack_values = torch.ops.masked_ops.unpack_values.default
+pack_values = torch.ops.masked_ops.pack_values.default
+
+# Every operation that computes, in the order of the schemas.
+OPERATIONS = (
+    linear,
+    linear_grad_input,
+    linear_grad_weight,
+    convolution,
+    convolution_grad_input,
+    convolution_grad_weight,
+    apply_mask,
+    packed_linear,
+    packed_linear_grad_input,
+    packed_linear_grad_values,
+    unpack_values,
+    pack_values,
+)
 
 
 # --- the compiled library --------------------------------------------------------------------------------------------
 
-_COMPILED_DEVICES = frozenset({"cpu", "cuda", "meta"})
 _lock = threading.RLock()
 _loaded: bool | None = None  # None until the first load(); then whether the compiled kernels serve
 _module: ModuleType | None = None
@@ -198,6 +224,17 @@ def explain_linear(weight: Tensor, mask: Tensor, batch: int) -> tuple[str, str]:
     return path, reason
 
 
+def explain_packed_linear(
+    weight_values: Tensor, weight_bits: Tensor, in_features: int, batch: int
+) -> tuple[str, str]:
+    """The path that ``packed_linear`` takes for ``batch`` rows of input, and why."""
+    module = _compiled()
+    if module is None or not weight_values.is_cpu:
+        return "reference", _fallback_reason or "no compiled kernels for this device"
+    path, reason = torch.ops.masked_ops.explain_packed_linear(weight_values.detach(), weight_bits, in_features, batch)
+    return path, reason
+
+
 def explain_convolution(weight: Tensor, mask: Tensor, batch: int) -> tuple[str, str]:
     """The path that ``convolution`` takes for ``batch`` inputs, and why."""
     module = _compiled()
@@ -210,31 +247,27 @@ def explain_convolution(weight: Tensor, mask: Tensor, batch: int) -> tuple[str, 
 # --- kernels in Python -----------------------------------------------------------------------------------------------
 
 
-def _until_loaded(op: Any, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The kernel behind the alias keys: loads the library and calls again, or computes in plain torch."""
+def _until_loaded(op: Any, plain: Callable[..., Tensor], key: str) -> Callable[..., Tensor]:
+    """The kernel behind an alias key: loads the library and calls again, or computes in plain torch."""
+    name = op.name()
+    prefix = "Autograd" if key == "Autograd" else ""
 
     def kernel(*args: Any, **kwargs: Any) -> Tensor:
-        # Where the compiled kernels serve this device they outrank this function: no recursion.
-        if args[0].device.type in _COMPILED_DEVICES and load():
-            return op(*args, **kwargs)
+        # Where the library serves the device it outranks this function, and the call cannot come back here.
+        if load():
+            backend = torch._C._dispatch_key_for_device(args[0].device.type)
+            if torch._C._dispatch_has_kernel_for_dispatch_key(name, prefix + backend):
+                return op(*args, **kwargs)
         return plain(*args, **kwargs)
 
     return kernel
 
 
-for _op in (
-    linear,
-    linear_grad_input,
-    linear_grad_weight,
-    convolution,
-    convolution_grad_input,
-    convolution_grad_weight,
-    apply_mask,
-):
+for _op in OPERATIONS:
     _name = _op._opname
     _plain = getattr(reference, _name)
     for _key in ("Autograd", "CompositeExplicitAutograd"):
-        _library.impl(_name, _until_loaded(_op, _plain), _key)
+        _library.impl(_name, _until_loaded(_op, _plain, _key), _key)
     for _key in ("FuncTorchBatched", "Batched"):
         _library.impl(_name, _plain, _key)
 
@@ -282,3 +315,30 @@ def _(grad_output: Tensor, input: Tensor, mask: Tensor, *args: Any) -> Tensor:
 @torch.library.register_fake("masked_ops::apply_mask", lib=_library)
 def _(weight: Tensor, mask: Tensor) -> Tensor:
     return torch.empty_like(weight)
+
+
+@torch.library.register_fake("masked_ops::packed_linear", lib=_library)
+def _(
+    input: Tensor, weight_values: Tensor, weight_bits: Tensor, in_features: int, bias: Tensor | None = None
+) -> Tensor:
+    return input.new_empty(input.shape[:-1] + weight_bits.shape[:1])
+
+
+@torch.library.register_fake("masked_ops::packed_linear_grad_input", lib=_library)
+def _(grad_output: Tensor, weight_values: Tensor, weight_bits: Tensor, in_features: int) -> Tensor:
+    return grad_output.new_empty((*grad_output.shape[:-1], in_features))
+
+
+@torch.library.register_fake("masked_ops::packed_linear_grad_values", lib=_library)
+def _(grad_output: Tensor, input: Tensor, weight_bits: Tensor, nnz: int) -> Tensor:
+    return grad_output.new_empty((nnz,))
+
+
+@torch.library.register_fake("masked_ops::unpack_values", lib=_library)
+def _(weight_values: Tensor, weight_bits: Tensor, in_features: int) -> Tensor:
+    return weight_values.new_empty((weight_bits.shape[0], in_features))
+
+
+@torch.library.register_fake("masked_ops::pack_values", lib=_library)
+def _(weight: Tensor, weight_bits: Tensor, nnz: int) -> Tensor:
+    return weight.new_empty((nnz,))

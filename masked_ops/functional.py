@@ -25,6 +25,7 @@ __all__ = [
     "masked_conv_transpose2d",
     "masked_conv_transpose3d",
     "masked_linear",
+    "packed_linear",
 ]
 
 _IntOrInts = int | Sequence[int]
@@ -75,6 +76,37 @@ def masked_linear(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | No
     """
     _ops.load()
     return _ops.linear(input, weight, mask, bias)
+
+
+def packed_linear(
+    input: Tensor,
+    weight_values: Tensor,
+    weight_bits: Tensor,
+    in_features: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Linear layer whose weight is stored as its remaining values and one bit a weight.
+
+    Args:
+        input: ``[..., in_features]``, floating point.
+        weight_values: ``[nnz]``, the weights whose bit is set, in row-major order, of the input's dtype.
+        weight_bits: uint8 ``[N, ceil(in_features / 8)]``, little bit order; bits beyond ``in_features`` are 0.
+        in_features: K, the columns of the weight.
+        bias: ``[N]`` or None.
+
+    Returns:
+        ``[..., N]``, of the input's dtype; differentiable in ``input``, ``weight_values`` and ``bias``.
+
+    Raises:
+        RuntimeError: naming the argument that does not fit.
+
+    Example:
+        >>> bits = torch.tensor([[0b101]], dtype=torch.uint8)
+        >>> masked_ops.packed_linear(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([10.0, 100.0]), bits, 3)
+        tensor([[310.]])
+    """
+    _ops.load()
+    return _ops.packed_linear(input, weight_values, weight_bits, in_features, bias)
 
 
 def _expand(name: str, value: _IntOrInts, n: int) -> list[int]:

@@ -115,3 +115,45 @@ def convolution_grad_weight(
         [False, True, False],
     )
     return apply_mask(grads[1], mask)
+
+
+def _mask_of(weight_bits: Tensor, in_features: int) -> Tensor:
+    """The bits as a bool matrix ``[N, in_features]``."""
+    if weight_bits.dtype != torch.uint8 or weight_bits.dim() != 2 or weight_bits.shape[1] != (in_features + 7) // 8:
+        raise RuntimeError(
+            f"weight_bits must be uint8 of shape [out_features, {(in_features + 7) // 8}], "
+            f"got {weight_bits.dtype} of shape {list(weight_bits.shape)}"
+        )
+    shifts = torch.arange(8, dtype=torch.uint8, device=weight_bits.device)
+    return ((weight_bits.unsqueeze(-1) >> shifts) & 1).flatten(1)[:, :in_features].to(torch.bool)
+
+
+def unpack_values(weight_values: Tensor, weight_bits: Tensor, in_features: int) -> Tensor:
+    mask = _mask_of(weight_bits, in_features)
+    flat = mask.flatten()
+    # Pruned places read the zero behind the values. By index rather than masked_scatter, which vmap does not know.
+    place = torch.where(flat, flat.cumsum(0) - 1, weight_values.shape[0])
+    padded = torch.cat([weight_values, weight_values.new_zeros(1)])
+    return padded.index_select(0, place).view(mask.shape)
+
+
+def pack_values(weight: Tensor, weight_bits: Tensor, nnz: int) -> Tensor:
+    places = _mask_of(weight_bits, weight.shape[1]).flatten().nonzero().squeeze(1)
+    return weight.reshape(-1).index_select(0, places)
+
+
+def packed_linear(
+    input: Tensor, weight_values: Tensor, weight_bits: Tensor, in_features: int, bias: Tensor | None = None
+) -> Tensor:
+    return F.linear(input, unpack_values(weight_values, weight_bits, in_features), bias)
+
+
+def packed_linear_grad_input(
+    grad_output: Tensor, weight_values: Tensor, weight_bits: Tensor, in_features: int
+) -> Tensor:
+    return torch.matmul(grad_output, unpack_values(weight_values, weight_bits, in_features))
+
+
+def packed_linear_grad_values(grad_output: Tensor, input: Tensor, weight_bits: Tensor, nnz: int) -> Tensor:
+    rows = list(range(grad_output.dim() - 1))
+    return pack_values(torch.tensordot(grad_output, input, (rows, rows)), weight_bits, nnz)

@@ -44,6 +44,8 @@ struct MaskFacts {
 
 // Where the remaining weights of a mask lie, in the order in which spmm and sddmm take them; see sparse_index.h.
 struct SparseIndex;
+// What an index can address; make_index returns null beyond.
+inline constexpr int64_t kMaxIndexSide = int64_t{1} << 28, kMaxIndexNnz = int64_t{1} << 32;
 
 struct Kernels {
   const char* capability;
@@ -86,6 +88,10 @@ struct Kernels {
   // sddmm.cpp. grad_values[nnz] = the remaining weights' entries of grad_output[M][N]^T * input[M][K].
   void (*sddmm)(const Team&, const SparseIndex&, int64_t M, const float* grad_output, const float* input,
                 float* grad_values);
+
+  // limits.cpp, for benchmarks: multiply-adds out of registers, returning how many operations it did; and n floats read.
+  int64_t (*fma_loop)(int64_t rounds);
+  void (*read_loop)(const float* data, int64_t n);
 };
 
 // dispatch.cpp

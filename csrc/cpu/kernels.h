@@ -29,4 +29,7 @@ void spmm(const Team&, const SparseIndex&, const float* values, int64_t M, const
 void sddmm(const Team&, const SparseIndex&, int64_t M, const float* grad_output, const float* input,
            float* grad_values);
 
+int64_t fma_loop(int64_t rounds);
+void read_loop(const float* data, int64_t n);
+
 }  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY

@@ -18,6 +18,8 @@ const Kernels table = {
     .make_index = make_index,
     .spmm = spmm,
     .sddmm = sddmm,
+    .fma_loop = fma_loop,
+    .read_loop = read_loop,
 };
 
 }  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY

@@ -1,0 +1,243 @@
+"""Fit the constants by which masked_ops chooses a path for linear layers, and check the choices that they make.
+
+    python bench/fit_cost_model.py --minutes 6              # measure, fit, print the constants and how well they choose
+    python bench/fit_cost_model.py --minutes 6 --write      # the same, and rewrite csrc/cpu/costs.h
+    python bench/fit_cost_model.py --check --minutes 6      # only check the constants that are built in
+
+Cells are drawn at random, from the same seed, from a grid of M 1..2048, N and K 64..4096, sparsity 0..0.99 and one and
+all threads, until the time is up. In each cell every path that can serve is timed against the others and against dense
+torch, interleaved, and the minimum of each counts.
+
+The model of a path and pass is a sum of non-negative terms, in nanoseconds:
+
+    call + (mac * M * nnz + dense * M * N * K + weight * N * K + value * nnz + io * M * (N + K) + block * M * N) / threads
+
+with one set of constants for M <= 16, where weights are read once and come from memory, and one for M > 16. Only the
+terms that a path has are fitted: a dense path knows no nnz.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import re
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import nnls
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import masked_ops
+from masked_ops import _ops
+
+SMALL_M = 16
+TERMS = ("call", "mac", "dense", "weight", "value", "io", "block")
+PASSES = ("forward", "grad_input", "grad_weight")
+PATH_TERMS = {
+    "copy": ("call", "dense", "weight", "io"),
+    "fused": ("call", "dense", "weight", "io"),
+    "sparse": ("call", "mac", "weight", "value", "io", "block"),
+}
+COSTS_H = Path(__file__).resolve().parent.parent / "csrc" / "cpu" / "costs.h"
+
+Cell = tuple[int, int, int, float, int]  # M, N, K, sparsity, threads
+
+
+def grid(threads: list[int]) -> list[Cell]:
+    rows = (1, 2, 4, 8, 12, 16, 24, 32, 64, 128, 256, 512, 1024, 2048)
+    features = (64, 128, 256, 512, 768, 1024, 2048, 3072, 4096)
+    sparsities = (0.0, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
+    cells = [
+        cell
+        for cell in itertools.product(rows, features, features, sparsities, threads)
+        if cell[0] * cell[1] * cell[2] <= 512 * 4096 * 4096
+    ]
+    random.Random(0).shuffle(cells)
+    return cells
+
+
+def interleaved_minima(contenders: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
+    """Seconds a call takes at best, each contender called in turn, in both orders, until the time is up."""
+    best = dict.fromkeys(contenders, float("inf"))
+    names = list(contenders)
+    deadline = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < 4 or (time.perf_counter() < deadline and rounds < 200):
+        for name in names if rounds % 2 == 0 else reversed(names):
+            start = time.perf_counter()
+            contenders[name]()
+            best[name] = min(best[name], time.perf_counter() - start)
+        rounds += 1
+    return best
+
+
+def measure(cell: Cell, seconds: float) -> dict[str, dict[str, float]]:
+    """Per pass, nanoseconds of each path and of dense torch."""
+    M, N, K, sparsity, threads = cell
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    x, w, dy = torch.randn(M, K), torch.randn(N, K), torch.randn(M, N)
+    mask = (torch.rand(N, K) >= sparsity).float()
+
+    def forced(path: str, call: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> None:
+            before = _ops._module.set_path(path)
+            call()
+            _ops._module.set_path(before)
+
+        return run
+
+    calls = {
+        "forward": (lambda: _ops.linear(x, w, mask), lambda: F.linear(x, w)),
+        "grad_input": (lambda: _ops.linear_grad_input(dy, w, mask), lambda: dy @ w),
+        "grad_weight": (lambda: _ops.linear_grad_weight(dy, x, mask), lambda: dy.t() @ x),
+    }
+    results = {}
+    for name, (ours, dense) in calls.items():
+        contenders: dict[str, Callable[[], Any]] = {"dense": dense, "auto": ours}
+        contenders |= {path: forced(path, ours) for path in PATH_TERMS}
+        ours()  # from the second use on, a mask has its index
+        best = interleaved_minima(contenders, seconds / len(PASSES))
+        results[name] = {contender: value * 1e9 for contender, value in best.items()}
+    return results
+
+
+def features(cell: Cell, terms: tuple[str, ...]) -> list[float]:
+    M, N, K, sparsity, threads = cell
+    nnz = N * K * (1 - sparsity)
+    value = {
+        "call": 1.0,
+        "mac": M * nnz / threads,
+        "dense": M * N * K / threads,
+        "weight": N * K / threads,
+        "value": nnz / threads,
+        "io": M * (N + K) / threads,
+        "block": M * N / threads,
+    }
+    return [value[term] for term in terms]
+
+
+Costs = dict[tuple[str, str, bool], dict[str, float]]
+
+
+def fit(samples: dict[Cell, dict[str, dict[str, float]]]) -> Costs:
+    """Non-negative least squares on relative errors."""
+    costs: Costs = {}
+    for path, terms in PATH_TERMS.items():
+        for name, small in itertools.product(PASSES, (True, False)):
+            rows, ones = [], []
+            for cell, results in samples.items():
+                if (cell[0] <= SMALL_M) == small:
+                    took = results[name][path]
+                    rows.append([f / took for f in features(cell, terms)])
+                    ones.append(1.0)
+            solution, _ = nnls(np.array(rows), np.array(ones))
+            costs[path, name, small] = dict(zip(terms, solution.tolist(), strict=True))
+    return costs
+
+
+def predict(costs: Costs, cell: Cell, name: str, path: str) -> float:
+    constants = costs[path, name, cell[0] <= SMALL_M]
+    return sum(c * f for c, f in zip(constants.values(), features(cell, PATH_TERMS[path]), strict=True))
+
+
+def assess(samples: dict[Cell, dict[str, dict[str, float]]], chosen: Callable[[Cell, str], str]) -> None:
+    """How often the chosen path is within 10% of the best, and how it stands to dense torch."""
+    for name in PASSES:
+        near = below = 0
+        worst: tuple[float, Cell | None] = (float("inf"), None)
+        losses = []
+        for cell, results in samples.items():
+            took = results[name][chosen(cell, name)]
+            best = min(results[name][path] for path in PATH_TERMS)
+            near += took <= 1.1 * best
+            losses.append(took / best)
+            ratio = results[name]["dense"] / took
+            below += ratio < 0.97
+            worst = min(worst, (ratio, cell), key=lambda pair: pair[0])
+        n = len(samples)
+        print(
+            f"{name:12} within 10% of the best: {near / n:6.1%} of {n} cells; loss on average {np.mean(losses) - 1:.1%}; "
+            f"below 0.97 of dense torch: {below} ({below / n:.1%}), worst {worst[0]:.2f} at {worst[1]}"
+        )
+
+
+def write(costs: Costs) -> None:
+    source = COSTS_H.read_text()
+    begin, end = "// fitted: begin\n", "// fitted: end\n"
+    lines = []
+    for path in PATH_TERMS:
+        lines.append(f"    {{  // {path}")
+        for name in PASSES:
+            for small in (True, False):
+                constants = costs[path, name, small]
+                numbers = ", ".join(f"{constants.get(term, 0.0):.3g}" for term in TERMS)
+                size = f"M <= {SMALL_M}" if small else f"M > {SMALL_M}"
+                lines.append(f"        {{{numbers}}},  // {name}, {size}")
+        lines.append("    },")
+    body = "\n".join(lines) + "\n"
+    COSTS_H.write_text(re.sub(f"{begin}.*{end}", begin + body + end, source, flags=re.DOTALL))
+    print(f"wrote {COSTS_H}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=6)
+    parser.add_argument("--write", action="store_true", help="rewrite csrc/cpu/costs.h")
+    parser.add_argument("--check", action="store_true", help="assess the constants that are built in, fit nothing")
+    parser.add_argument("--json", type=Path, help="keep the measurements")
+    parser.add_argument("--samples", type=Path, help="fit measurements that were kept, measure nothing")
+    args = parser.parse_args()
+    if not masked_ops.is_available():
+        sys.exit("the compiled kernels are not available; python -m masked_ops says why")
+
+    samples: dict[Cell, dict[str, dict[str, float]]] = {}
+    if args.samples:
+        samples = {tuple(cell): results for cell, results in json.loads(args.samples.read_text())}
+    else:
+        most = torch.get_num_threads()
+        deadline = time.perf_counter() + 60 * args.minutes
+        with tqdm(total=round(60 * args.minutes), unit="s", disable=not sys.stderr.isatty()) as bar:
+            for cell in grid(sorted({1, most})):
+                started = time.perf_counter()
+                if started > deadline:
+                    break
+                samples[cell] = measure(cell, seconds=0.15)
+                bar.set_postfix(cells=len(samples))
+                bar.update(round(time.perf_counter() - started, 2))
+        torch.set_num_threads(most)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps([[cell, results] for cell, results in samples.items()]))
+
+    if args.check:
+        assess(samples, lambda cell, name: "auto")
+        return
+    by_cell = list(samples)
+    held_out = {cell: samples[cell] for cell in by_cell[::4]}
+    fitted = fit({cell: samples[cell] for cell in by_cell if cell not in held_out})
+    print("on the quarter of the cells that was held out:")
+    assess(held_out, lambda cell, name: min(PATH_TERMS, key=lambda path: predict(fitted, cell, name, path)))
+    costs = fit(samples)
+    errors = defaultdict(list)
+    for cell, results in samples.items():
+        for path, name in itertools.product(PATH_TERMS, PASSES):
+            errors[path].append(abs(np.log(predict(costs, cell, name, path) / results[name][path])))
+    print("typical error of the model:", ", ".join(f"{path} {np.expm1(np.median(e)):.0%}" for path, e in errors.items()))
+    for (path, name, small), constants in costs.items():
+        print(f"{path:7} {name:12} {'M<=16' if small else 'M>16 '} ", {k: float(f"{v:.3g}") for k, v in constants.items()})
+    if args.write:
+        write(costs)
+
+
+if __name__ == "__main__":
+    main()

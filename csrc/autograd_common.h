@@ -1,0 +1,59 @@
+// The way in to every Autograd kernel. Three, in this order: functorch transforms, forward-mode tangents and complex tensors
+// take the composite of torch's own operations, for which every transform is defined; inputs that need a gradient take a
+// Function, whose backward calls the family through the dispatcher; everything else goes straight below autograd.
+#pragma once
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+namespace masked_ops {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using OptionalTensor = std::optional<Tensor>;
+
+template <typename Signature>
+c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+// name_op(): the operation through the dispatcher; its signature is that of name_autograd.
+#define MASKED_OPS_HANDLE(name)                                                               \
+  const auto& name##_op() {                                                                   \
+    static const auto handle = find_operator<decltype(name##_autograd)>("masked_ops::" #name); \
+    return handle;                                                                            \
+  }
+
+// Complex tensors are special because their gradients need conjugates that the family does not write.
+inline bool is_special(const Tensor& t) {
+  return t.defined() && (t.is_complex() || t._fw_grad(/*level=*/0).defined());
+}
+inline bool is_special(const OptionalTensor& t) { return t && is_special(*t); }
+inline bool needs_grad(const Tensor& t) { return t.defined() && t.requires_grad(); }
+inline bool needs_grad(const OptionalTensor& t) { return t && needs_grad(*t); }
+
+// The key is included only while a transform is active; functorch's own thread-local state stays after its first use.
+template <typename... Tensors>
+bool takes_composite(const Tensors&... tensors) {
+  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode) ||
+         (is_special(tensors) || ...);
+}
+
+template <typename... Tensors>
+bool takes_function(const Tensors&... tensors) {
+  return c10::GradMode::is_enabled() && (needs_grad(tensors) || ...);
+}
+
+inline std::vector<int64_t> all_but(int64_t dim, int64_t rank) {
+  std::vector<int64_t> dims;
+  for (int64_t i = 0; i < rank; ++i) {
+    if (i != dim) dims.push_back(i);
+  }
+  return dims;
+}
+
+inline Tensor sum_to_last_dim(const Tensor& t) { return t.dim() > 1 ? t.sum(all_but(t.dim() - 1, t.dim())) : t; }
+
+}  // namespace masked_ops

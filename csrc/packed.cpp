@@ -1,0 +1,131 @@
+// The packed linear family: the weight is its remaining values and their bits, and no dense weight exists.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
+
+#include "checks.h"
+#include "masking.h"
+#include "ops.h"
+#include "parallel.h"
+#include "path.h"
+#include "pattern.h"
+
+namespace masked_ops {
+namespace {
+
+PatternPtr checked_pattern(const at::Tensor& bits, int64_t in_features, int64_t nnz) {
+  TORCH_CHECK(in_features >= 0, "in_features must not be negative, got ", in_features);
+  TORCH_CHECK(bits.is_cpu(), "weight_bits must be on the CPU, got ", bits.device());
+  TORCH_CHECK(bits.scalar_type() == at::kByte && bits.dim() == 2 && bits.size(1) == (in_features + 7) / 8,
+              "weight_bits must be uint8 of shape [out_features, ", (in_features + 7) / 8, "], got ",
+              bits.scalar_type(), " of shape ", bits.sizes());
+  PatternPtr pattern = pattern_of_bits(bits, in_features);
+  TORCH_CHECK(pattern->nnz() == nnz, "weight_values must hold one value for each of the ", pattern->nnz(),
+              " bits set in weight_bits, got ", nnz);
+  return pattern;
+}
+
+void check_values(const at::Tensor& values) {
+  TORCH_CHECK(values.dim() == 1 && values.is_floating_point(),
+              "weight_values must be a floating-point tensor of one dimension, got ", values.scalar_type(),
+              " of shape ", values.sizes());
+}
+
+at::Tensor expand(const at::Tensor& values, const Pattern& pattern) {
+  at::Tensor weight = at::empty({pattern.rows(), pattern.cols()}, values.options());
+  expand_into(weight, values, pattern);
+  return weight;
+}
+
+bool takes_sparse(Pass pass, int64_t M, const at::Tensor& values, const Pattern& pattern) {
+  const Path path = choose_packed_linear(pass, M, values, pattern).path;
+  return path == Path::kSparse && M > 0 && pattern.rows() > 0 && pattern.cols() > 0;
+}
+
+}  // namespace
+
+at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& values, const at::Tensor& bits,
+                         int64_t in_features, const std::optional<at::Tensor>& bias) {
+  check_values(values);
+  const PatternPtr pattern = checked_pattern(bits, in_features, values.numel());
+  check_same_kind("input", input, "weight_values", values);
+  check_last_dim("input", input, "weight_bits", in_features);
+  const bool has_bias = bias && bias->defined();
+  if (has_bias) {
+    check_same_kind("bias", *bias, "weight_values", values);
+    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == pattern->rows(), "bias must have shape [", pattern->rows(),
+                "], got ", bias->sizes());
+  }
+  const int64_t M = rows_of(input);
+  if (!takes_sparse(Pass::kForward, M, values, *pattern)) return at::linear(input, expand(values, *pattern), bias);
+  at::Tensor output = empty_with_last_dim(input, pattern->rows());
+  const at::Tensor x = input.contiguous(), v = values.contiguous();
+  const at::Tensor b = has_bias ? bias->contiguous() : at::Tensor();
+  const auto index = pattern->index(/*transposed=*/false);
+  index->kernels().spmm(team_for(M * pattern->nnz()), index->get(), v.const_data_ptr<float>(), M,
+                        x.const_data_ptr<float>(), has_bias ? b.const_data_ptr<float>() : nullptr,
+                        output.mutable_data_ptr<float>());
+  return output;
+}
+
+at::Tensor packed_linear_grad_input(const at::Tensor& grad_output, const at::Tensor& values, const at::Tensor& bits,
+                                    int64_t in_features) {
+  check_values(values);
+  const PatternPtr pattern = checked_pattern(bits, in_features, values.numel());
+  check_same_kind("grad_output", grad_output, "weight_values", values);
+  check_last_dim("grad_output", grad_output, "weight_bits", pattern->rows());
+  const int64_t M = rows_of(grad_output);
+  at::Tensor grad_input = empty_with_last_dim(grad_output, in_features);
+  if (!takes_sparse(Pass::kGradInput, M, values, *pattern)) {
+    at::Tensor rows = grad_input.view({M, in_features});
+    at::mm_out(rows, as_matrix(grad_output, pattern->rows()), expand(values, *pattern));
+    return grad_input;
+  }
+  const at::Tensor dy = grad_output.contiguous(), v = values.contiguous();
+  const auto index = pattern->index(/*transposed=*/true);
+  index->kernels().spmm(team_for(M * pattern->nnz()), index->get(), v.const_data_ptr<float>(), M,
+                        dy.const_data_ptr<float>(), nullptr, grad_input.mutable_data_ptr<float>());
+  return grad_input;
+}
+
+at::Tensor packed_linear_grad_values(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& bits,
+                                     int64_t nnz) {
+  TORCH_CHECK(input.dim() > 0, "input must have at least one dimension");
+  const PatternPtr pattern = checked_pattern(bits, input.size(-1), nnz);
+  check_same_kind("input", input, "grad_output", grad_output);
+  check_last_dim("grad_output", grad_output, "weight_bits", pattern->rows());
+  check_same_rows(grad_output, input);
+  const int64_t M = rows_of(input);
+  at::Tensor values = at::empty({nnz}, grad_output.options());
+  if (!takes_sparse(Pass::kGradWeight, M, values, *pattern)) {
+    return compress(as_matrix(grad_output, pattern->rows()).t().mm(as_matrix(input, pattern->cols())), *pattern);
+  }
+  const at::Tensor dy = grad_output.contiguous(), x = input.contiguous();
+  const auto index = pattern->index(/*transposed=*/false);
+  index->kernels().sddmm(team_for(M * nnz), index->get(), M, dy.const_data_ptr<float>(), x.const_data_ptr<float>(),
+                         values.mutable_data_ptr<float>());
+  return values;
+}
+
+at::Tensor unpack_values(const at::Tensor& values, const at::Tensor& bits, int64_t in_features) {
+  check_values(values);
+  return expand(values, *checked_pattern(bits, in_features, values.numel()));
+}
+
+at::Tensor pack_values(const at::Tensor& weight, const at::Tensor& bits, int64_t nnz) {
+  TORCH_CHECK(weight.dim() == 2 && weight.is_floating_point(), "weight must be a floating-point matrix, got ",
+              weight.scalar_type(), " of shape ", weight.sizes());
+  TORCH_CHECK(bits.dim() == 2 && bits.size(0) == weight.size(0), "weight_bits must have the ", weight.size(0),
+              " rows of weight, got shape ", bits.sizes());
+  return compress(weight, *checked_pattern(bits, weight.size(1), nnz));
+}
+
+std::tuple<std::string, std::string> explain_packed_linear(const at::Tensor& values, const at::Tensor& bits,
+                                                           int64_t in_features, int64_t batch) {
+  check_values(values);
+  const PatternPtr pattern = checked_pattern(bits, in_features, values.numel());
+  const Choice choice = choose_packed_linear(Pass::kForward, batch, values, *pattern);
+  return {path_name(choice.path), choice.reason};
+}
+
+}  // namespace masked_ops
