@@ -132,21 +132,6 @@ def _cpu_name() -> str:
     return f"{name} (family {facts.get('cpu family', '?')}, model {facts.get('model', '?')})"
 
 
-def copy_bandwidth(megabytes: int = 256) -> float:
-    """Bytes a second that torch's copy moves through memory, each counted when it is read and when it is written."""
-    source = torch.ones(megabytes * 2**18)
-    target = torch.empty_like(source)
-    best = min(_time(lambda: target.copy_(source), 1) for _ in range(8))
-    return 2 * source.nbytes / best
-
-
-def matmul_rate(size: int = 1536) -> float:
-    """Floating-point operations a second of torch's own float32 matmul: no bound, but what a dense layer gets."""
-    a, b, out = (torch.ones(size, size) for _ in range(3))
-    best = min(_time(lambda: torch.mm(a, b, out=out), 1) for _ in range(8))
-    return 2 * size**3 / best
-
-
 def print_machine(facts: Mapping[str, Any]) -> None:
     kernels = f"compiled for {facts['capability']}" if facts["capability"] else f"none: {facts['fallback']}"
     print(f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, load {facts['load']:.1f}")

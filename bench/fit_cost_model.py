@@ -1,6 +1,6 @@
 """Fit the constants by which masked_ops chooses a path for linear layers, and check the choices that they make.
 
-    python bench/fit_cost_model.py --minutes 6              # measure, fit, print the constants and how well they choose
+    python bench/fit_cost_model.py --minutes 6              # measure, fit, say how well the constants choose
     python bench/fit_cost_model.py --minutes 6 --write      # the same, and rewrite csrc/cpu/costs.h
     python bench/fit_cost_model.py --check --minutes 6      # only check the constants that are built in
 
@@ -10,7 +10,8 @@ torch, interleaved, and the minimum of each counts.
 
 The model of a path and pass is a sum of non-negative terms, in nanoseconds:
 
-    call + (mac * M * nnz + dense * M * N * K + weight * N * K + value * nnz + io * M * (N + K) + block * M * N) / threads
+    call + (mac * M * nnz + dense * M * N * K + weight * N * K
+            + value * nnz + io * M * (N + K) + block * M * N) / threads
 
 with one set of constants for M <= 16, where weights are read once and come from memory, and one for M > 16. Only the
 terms that a path has are fitted: a dense path knows no nnz.
@@ -166,7 +167,7 @@ def assess(samples: dict[Cell, dict[str, dict[str, float]]], chosen: Callable[[C
             worst = min(worst, (ratio, cell), key=lambda pair: pair[0])
         n = len(samples)
         print(
-            f"{name:12} within 10% of the best: {near / n:6.1%} of {n} cells; loss on average {np.mean(losses) - 1:.1%}; "
+            f"{name:12} within 10% of the best: {near / n:6.1%} of {n} cells; average loss {np.mean(losses) - 1:.1%}; "
             f"below 0.97 of dense torch: {below} ({below / n:.1%}), worst {worst[0]:.2f} at {worst[1]}"
         )
 
@@ -232,9 +233,13 @@ def main() -> None:
     for cell, results in samples.items():
         for path, name in itertools.product(PATH_TERMS, PASSES):
             errors[path].append(abs(np.log(predict(costs, cell, name, path) / results[name][path])))
-    print("typical error of the model:", ", ".join(f"{path} {np.expm1(np.median(e)):.0%}" for path, e in errors.items()))
+    print(
+        "typical error of the model:", ", ".join(f"{path} {np.expm1(np.median(e)):.0%}" for path, e in errors.items())
+    )
     for (path, name, small), constants in costs.items():
-        print(f"{path:7} {name:12} {'M<=16' if small else 'M>16 '} ", {k: float(f"{v:.3g}") for k, v in constants.items()})
+        print(
+            f"{path:7} {name:12} {'M<=16' if small else 'M>16 '} ", {k: float(f"{v:.3g}") for k, v in constants.items()}
+        )
     if args.write:
         write(costs)
 

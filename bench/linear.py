@@ -18,8 +18,12 @@ has to read: both are measured in the same run.
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +38,7 @@ from masked_ops import _ops
 
 HERE = Path(__file__).resolve().parent
 SMALL_M = 8
+DENSE = ("hook", "dense")
 
 
 def read_shapes(path: Path) -> Iterator[tuple[int, int, int]]:
@@ -60,97 +65,118 @@ def limits() -> dict[str, float]:
     }
 
 
-def contenders(
-    M: int, N: int, K: int, sparsity: float, dtype: torch.dtype, step: bool
-) -> tuple[dict[str, Callable[[], object]], int, dict[str, str]]:
-    torch.manual_seed(0)
-    x = torch.randn(M, K, dtype=dtype, requires_grad=step)
-    weight = torch.randn(N, K, dtype=dtype, requires_grad=step)
-    bias = torch.randn(N, dtype=dtype, requires_grad=step)
-    mask = (torch.rand(N, K) >= sparsity).to(dtype)
-    bits = packed_bits(mask)
-    values = weight.detach()[mask.bool()].requires_grad_(step)
-    dy = torch.randn(M, N, dtype=dtype)
+@dataclass(frozen=True)
+class Case:
+    M: int
+    N: int
+    K: int
+    sparsity: float
+    dtype: str
+    step: bool
 
-    def maybe_step(forward: Callable[[], Tensor], *leaves: Tensor) -> Callable[[], object]:
-        if not step:
-            return forward
+    def contenders(self) -> tuple[dict[str, Callable[[], object]], int, dict[str, str]]:
+        """The calls by name, the number of remaining weights, and the paths that ours take."""
+        torch.manual_seed(0)
+        M, N, K, dtype = self.M, self.N, self.K, getattr(torch, self.dtype)
+        x = torch.randn(M, K, dtype=dtype, requires_grad=self.step)
+        weight = torch.randn(N, K, dtype=dtype, requires_grad=self.step)
+        bias = torch.randn(N, dtype=dtype, requires_grad=self.step)
+        mask = (torch.rand(N, K) >= self.sparsity).to(dtype)
+        bits = packed_bits(mask)
+        values = weight.detach()[mask.bool()].requires_grad_(self.step)
+        dy = torch.randn(M, N, dtype=dtype)
 
-        def run() -> None:
-            for leaf in leaves:
-                leaf.grad = None
-            forward().backward(dy)
+        def call(forward: Callable[[], Tensor], weight_like: Tensor) -> Callable[[], object]:
+            if not self.step:
+                return forward
 
-        return run
+            def run() -> None:
+                x.grad = bias.grad = weight_like.grad = None
+                forward().backward(dy)
 
-    calls = {
-        "hook": maybe_step(lambda: F.linear(x, weight * mask, bias), x, weight, bias),
-        "dense": maybe_step(lambda: F.linear(x, weight, bias), x, weight, bias),
-        "live": maybe_step(lambda: masked_ops.masked_linear(x, weight, mask, bias), x, weight, bias),
-        "packed": maybe_step(lambda: masked_ops.packed_linear(x, values, bits, K, bias), x, values, bias),
-    }
-    if not step and dtype == torch.float32:
-        csr = (weight * mask).to_sparse_csr()
-        calls["csr"] = lambda: (csr @ x.t()).t() + bias
-    calls["live"](), calls["live"]()
-    paths = {
-        "live": _ops.explain_linear(weight, mask, M)[0],
-        "packed": _ops.explain_packed_linear(values, bits, K, M)[0],
-    }
-    return calls, int(mask.count_nonzero()), paths
+            return run
+
+        calls = {
+            "hook": call(lambda: F.linear(x, weight * mask, bias), weight),
+            "dense": call(lambda: F.linear(x, weight, bias), weight),
+            "live": call(lambda: masked_ops.masked_linear(x, weight, mask, bias), weight),
+            "packed": call(lambda: masked_ops.packed_linear(x, values, bits, K, bias), values),
+        }
+        if not self.step and dtype == torch.float32:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that sparse CSR is in beta
+                csr = (weight * mask).to_sparse_csr()
+            calls["csr"] = lambda: (csr @ x.t()).t() + bias
+        paths = {
+            "live": _ops.explain_linear(weight, mask, M)[0],
+            "packed": _ops.explain_packed_linear(values, bits, K, M)[0],
+        }
+        return calls, int(mask.count_nonzero()), paths
+
+    def share(self, kind: str, nnz: int, seconds: float, bounds: dict[str, float]) -> float:
+        """Of the FMA peak or, where the weights are read for a few rows only, of the memory's bandwidth."""
+        weights = self.N * self.K if kind in DENSE else nnz
+        if self.M > SMALL_M or self.step:
+            return 2 * self.M * weights * (3 if self.step else 1) / seconds / 1e9 / bounds["peak_gflops"]
+        size = torch.finfo(getattr(torch, self.dtype)).bits // 8
+        stored = nnz if kind in ("packed", "csr") else self.N * self.K
+        bits = 0 if kind in DENSE else self.N * self.K / 8
+        return (stored * size + bits) / seconds / 1e9 / bounds["read_gb_per_s"]
+
+    def measure(self, seconds: float, bounds: dict[str, float]) -> list[dict[str, Any]]:
+        calls, nnz, paths = self.contenders()
+        label = f"{self.M} {self.N} {self.K} {self.sparsity:.0%}"
+        timings = interleaved(calls, seconds=seconds, label=label)
+        rows = []
+        for kind, timing in timings.items():
+            weights = self.N * self.K if kind in DENSE else nnz
+            row = {**asdict(self), "layer": kind, "path": paths.get(kind, ""), "nnz": nnz}
+            row |= {"minimum_s": timing.minimum, "median_s": timing.median}
+            row["gflops"] = 2 * self.M * weights * (3 if self.step else 1) / timing.minimum / 1e9
+            row["share"] = self.share(kind, nnz, timing.minimum, bounds)
+            for other in ("hook", "dense", "csr"):
+                if other in timings:
+                    row[f"x_{other}"] = timings[other].minimum / timing.minimum
+            rows.append(row)
+        return rows
 
 
-def bytes_read(kind: str, N: int, K: int, nnz: int, size: int) -> float:
-    """What a forward pass at small M has to read: the weights as they are stored, and the bits."""
-    if kind in ("hook", "dense"):
-        return N * K * size
-    return (nnz if kind == "packed" else N * K) * size + N * K / 8
+HEADER = ("M N K", "pass", "sparsity", "layer", "path", "ms", "median", "GF/s", "share", "x hook", "x dense", "x csr")
 
 
-def run(args: Any) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+def line(row: dict[str, Any]) -> list[str]:
+    return [
+        f"{row['M']} {row['N']} {row['K']}",
+        "step" if row["step"] else "forward",
+        f"{row['sparsity']:.0%}",
+        row["layer"],
+        row["path"],
+        f"{row['minimum_s'] * 1e3:.3f}",
+        f"{row['median_s'] * 1e3:.3f}",
+        f"{row['gflops']:.0f}",
+        f"{row['share']:.0%}",
+        *(f"{row[key]:.2f}" if key in row else "" for key in ("x_hook", "x_dense", "x_csr")),
+    ]
+
+
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    results: list[dict[str, Any]] = []
     most = torch.get_num_threads()
+    steps = {"forward": (False,), "step": (True,), "both": (False, True)}[args.passes]
+    shapes = list(read_shapes(args.shapes))
     for threads in args.thread_counts or [most]:
         torch.set_num_threads(threads)
         bounds = limits()
-        print(f"\n{threads} threads: FMA peak {bounds['peak_gflops']:.0f} GF/s, read {bounds['read_gb_per_s']:.0f} GB/s")
-        for name in args.dtype:
-            dtype = getattr(torch, name)
-            for M, N, K in read_shapes(args.shapes):
-                for step in (False, True) if args.passes == "both" else (args.passes == "step",):
-                    lines = [["M N K", "pass", "sparsity", "layer", "path", "ms", "GF/s", "share", "x hook", "x dense", "x csr"]]
-                    for sparsity in args.sparsity:
-                        calls, nnz, paths = contenders(M, N, K, sparsity, dtype, step)
-                        timings = interleaved(calls, seconds=args.seconds, label=f"{M} {N} {K} {sparsity:.0%}")
-                        for kind, timing in timings.items():
-                            flops = 2 * M * (nnz if kind not in ("hook", "dense") else N * K) * (3 if step else 1)
-                            rate = flops / timing.minimum / 1e9
-                            share = rate / bounds["peak_gflops"]
-                            if M <= SMALL_M and not step:
-                                size = torch.finfo(dtype).bits // 8
-                                share = bytes_read(kind, N, K, nnz, size) / timing.minimum / 1e9 / bounds["read_gb_per_s"]
-                            ratios = {
-                                other: timings[other].minimum / timing.minimum
-                                for other in ("hook", "dense", "csr")
-                                if other in timings
-                            }
-                            rows.append(
-                                {
-                                    "M": M, "N": N, "K": K, "dtype": name, "threads": threads,
-                                    "pass": "step" if step else "forward", "sparsity": sparsity, "layer": kind,
-                                    "path": paths.get(kind, ""), "minimum_s": timing.minimum, "median_s": timing.median,
-                                    "gflops": rate, "share": share, "nnz": nnz, **bounds,
-                                    **{f"x_{other}": ratio for other, ratio in ratios.items()},
-                                }
-                            )  # fmt: skip
-                            lines.append(
-                                [f"{M} {N} {K}", "step" if step else "forward", f"{sparsity:.0%}", kind, paths.get(kind, ""),
-                                 f"{timing.minimum * 1e3:.3f}", f"{rate:.0f}", f"{share:.0%}",
-                                 *(f"{ratios[other]:.2f}" if other in ratios else "" for other in ("hook", "dense", "csr"))]
-                            )  # fmt: skip
-                    print(table(lines), flush=True)
+        peaks = f"FMA peak {bounds['peak_gflops']:.0f} GF/s, read {bounds['read_gb_per_s']:.0f} GB/s"
+        print(f"\n{threads} threads: {peaks}")
+        for dtype, (M, N, K), step in itertools.product(args.dtype, shapes, steps):
+            rows = []
+            for sparsity in args.sparsity:
+                rows += Case(M, N, K, sparsity, dtype, step).measure(args.seconds, bounds)
+            results += [{**row, "threads": threads, **bounds} for row in rows]
+            print(table([HEADER, *map(line, rows)]), flush=True)
     torch.set_num_threads(most)
-    return rows
+    return results
 
 
 def main() -> None:

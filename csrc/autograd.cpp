@@ -119,12 +119,9 @@ struct Geometry {
     ctx->saved_data["groups"] = groups;
   }
   static Geometry load(AutogradContext* ctx) {
-    return {ctx->saved_data["stride"].toSymIntVector(),
-            ctx->saved_data["padding"].toSymIntVector(),
-            ctx->saved_data["dilation"].toSymIntVector(),
-            ctx->saved_data["transposed"].toBool(),
-            ctx->saved_data["output_padding"].toSymIntVector(),
-            ctx->saved_data["groups"].toSymInt()};
+    return {ctx->saved_data["stride"].toSymIntVector(),         ctx->saved_data["padding"].toSymIntVector(),
+            ctx->saved_data["dilation"].toSymIntVector(),       ctx->saved_data["transposed"].toBool(),
+            ctx->saved_data["output_padding"].toSymIntVector(), ctx->saved_data["groups"].toSymInt()};
   }
 
   Tensor forward(const Tensor& input, const Tensor& weight, const Tensor& mask, const OptionalTensor& bias) const {
@@ -216,8 +213,7 @@ Tensor apply_mask_autograd(const Tensor& weight, const Tensor& mask) {
 Tensor linear_autograd(const Tensor& input, const Tensor& weight, const Tensor& mask, const OptionalTensor& bias) {
   const bool has_bias = bias && bias->defined();
   // A bias that is no vector of N broadcasts, a weight of one dimension drops one: torch's own rules, by torch.
-  const bool plain =
-      weight.dim() == 2 && (!has_bias || (bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0)));
+  const bool plain = weight.dim() == 2 && (!has_bias || (bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0)));
   if (takes_composite(input, weight, bias) || !plain) {
     check_mask(weight, mask);
     return at::linear(input, masked_weight_composite(weight, mask), bias);
@@ -289,9 +285,9 @@ Tensor convolution_grad_weight_autograd(const Tensor& grad_output, const Tensor&
   if (takes_composite(grad_output, input)) {
     const Tensor weight = grad_output.new_empty_symint(mask.sym_sizes());
     check_mask(weight, mask);
-    const Tensor grad_weight = std::get<1>(
-        at::convolution_backward_symint(grad_output, input, weight, std::nullopt, stride, padding, dilation, transposed,
-                                        output_padding, groups, {false, true, false}));
+    const Tensor grad_weight =
+        std::get<1>(at::convolution_backward_symint(grad_output, input, weight, std::nullopt, stride, padding, dilation,
+                                                    transposed, output_padding, groups, {false, true, false}));
     return masked_weight_composite(grad_weight, mask);
   }
   const Geometry geometry = {stride.vec(), padding.vec(), dilation.vec(), transposed, output_padding.vec(), groups};

@@ -1,6 +1,7 @@
-// The way in to every Autograd kernel. Three, in this order: functorch transforms, forward-mode tangents and complex tensors
-// take the composite of torch's own operations, for which every transform is defined; inputs that need a gradient take a
-// Function, whose backward calls the family through the dispatcher; everything else goes straight below autograd.
+// The way in to every Autograd kernel. Three, in this order: functorch transforms, forward-mode tangents and complex
+// tensors take the composite of torch's own operations, for which every transform is defined; inputs that need a
+// gradient take a Function, whose backward calls the family through the dispatcher; everything else goes straight below
+// autograd.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -20,16 +21,14 @@ c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
 }
 
 // name_op(): the operation through the dispatcher; its signature is that of name_autograd.
-#define MASKED_OPS_HANDLE(name)                                                               \
-  const auto& name##_op() {                                                                   \
+#define MASKED_OPS_HANDLE(name)                                                                \
+  const auto& name##_op() {                                                                    \
     static const auto handle = find_operator<decltype(name##_autograd)>("masked_ops::" #name); \
-    return handle;                                                                            \
+    return handle;                                                                             \
   }
 
 // Complex tensors are special because their gradients need conjugates that the family does not write.
-inline bool is_special(const Tensor& t) {
-  return t.defined() && (t.is_complex() || t._fw_grad(/*level=*/0).defined());
-}
+inline bool is_special(const Tensor& t) { return t.defined() && (t.is_complex() || t._fw_grad(/*level=*/0).defined()); }
 inline bool is_special(const OptionalTensor& t) { return t && is_special(*t); }
 inline bool needs_grad(const Tensor& t) { return t.defined() && t.requires_grad(); }
 inline bool needs_grad(const OptionalTensor& t) { return t && needs_grad(*t); }

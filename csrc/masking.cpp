@@ -79,8 +79,8 @@ at::Tensor compress(const at::Tensor& weight, const Pattern& pattern) {
 
 void expand_into(const at::Tensor& weight, const at::Tensor& values, const Pattern& pattern) {
   const at::Tensor from = values.contiguous();
-  cpu::kernels().expand(team_for(weight.numel()), weight.element_size(), pattern.bits(), pattern.rows(),
-                        pattern.cols(), pattern.offsets(), from.const_data_ptr(), weight.data_ptr());
+  cpu::kernels().expand(team_for(weight.numel()), weight.element_size(), pattern.bits(), pattern.rows(), pattern.cols(),
+                        pattern.offsets(), from.const_data_ptr(), weight.data_ptr());
 }
 
 }  // namespace masked_ops

@@ -25,8 +25,8 @@ at::Tensor linear_grad_input_with_values(const at::Tensor& grad_output, const at
 
 // The packed family: values[nnz] are the weights whose bit is set, in row-major order; bits is uint8
 // [N][ceil(in_features / 8)] in little bit order.
-at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& values, const at::Tensor& bits,
-                         int64_t in_features, const std::optional<at::Tensor>& bias);
+at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& values, const at::Tensor& bits, int64_t in_features,
+                         const std::optional<at::Tensor>& bias);
 at::Tensor packed_linear_grad_input(const at::Tensor& grad_output, const at::Tensor& values, const at::Tensor& bits,
                                     int64_t in_features);
 at::Tensor packed_linear_grad_values(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& bits,

@@ -44,8 +44,8 @@ bool takes_sparse(Pass pass, int64_t M, const at::Tensor& values, const Pattern&
 
 }  // namespace
 
-at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& values, const at::Tensor& bits,
-                         int64_t in_features, const std::optional<at::Tensor>& bias) {
+at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& values, const at::Tensor& bits, int64_t in_features,
+                         const std::optional<at::Tensor>& bias) {
   check_values(values);
   const PatternPtr pattern = checked_pattern(bits, in_features, values.numel());
   check_same_kind("input", input, "weight_values", values);

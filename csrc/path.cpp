@@ -115,8 +115,8 @@ Choice choose_linear(Pass pass, int64_t rows, const at::Tensor& weight, const Pa
 
 Choice choose_packed_linear(Pass pass, int64_t rows, const at::Tensor& values, const Pattern& pattern) {
   const char* obstacle = values.scalar_type() != at::kFloat ? "its kernels take float32 only"
-                         : !pattern.indexable()           ? kTooLarge
-                                                          : nullptr;
+                         : !pattern.indexable()             ? kTooLarge
+                                                            : nullptr;
   Choice choice = {Path::kCopy, obstacle};
   if (!obstacle) {
     const int threads = team_for(rows * pattern.nnz()).threads;

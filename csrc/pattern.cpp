@@ -41,8 +41,8 @@ cpu::Dtype dtype_of(at::ScalarType dtype) {
   }
 }
 
-// Where a mask lies and how it is read. The storage is compared by address: the cache's weak reference keeps that address
-// from being given to another storage.
+// Where a mask lies and how it is read. The storage is compared by address: the cache's weak reference keeps that
+// address from being given to another storage.
 struct Key {
   const c10::StorageImpl* storage;
   const void* data;
@@ -76,7 +76,8 @@ struct Entry {
   uint64_t last_use;
 };
 
-// Bounded in bytes (MASKED_OPS_CACHE_BYTES, 1 GiB unless set: the bits of 8 billion weights); least recently used first.
+// Bounded in bytes (MASKED_OPS_CACHE_BYTES, 1 GiB unless set: the bits of 8 billion weights); least recently used
+// first.
 class Cache {
  public:
   static Cache& instance() {
@@ -327,9 +328,9 @@ size_t Pattern::bytes() const {
 }
 
 bool packable(at::ScalarType dtype) {
-  return at::isIntegralType(dtype, /*includeBool=*/true) ? dtype <= at::kLong || dtype == at::kBool
-                                                         : dtype == at::kHalf || dtype == at::kBFloat16 ||
-                                                               dtype == at::kFloat || dtype == at::kDouble;
+  return at::isIntegralType(dtype, /*includeBool=*/true)
+             ? dtype <= at::kLong || dtype == at::kBool
+             : dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat || dtype == at::kDouble;
 }
 
 PatternPtr pattern_of(const at::Tensor& mask) {

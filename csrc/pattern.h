@@ -1,5 +1,5 @@
-// What is known of a mask: its bits, whether it is binary, and the index structures of the sparse kernels. Derived once and
-// cached for as long as the mask lives and its version counter stands still.
+// What is known of a mask: its bits, whether it is binary, and the index structures of the sparse kernels. Derived once
+// and cached for as long as the mask lives and its version counter stands still.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -67,7 +67,9 @@ class Pattern {
   // Where each row begins among the remaining weights in row-major order; rows + 1 numbers.
   const int64_t* offsets() const;
   // Whether an index can address the matrix.
-  bool indexable() const { return rows_ < cpu::kMaxIndexSide && cols_ < cpu::kMaxIndexSide && nnz_ < cpu::kMaxIndexNnz; }
+  bool indexable() const {
+    return rows_ < cpu::kMaxIndexSide && cols_ < cpu::kMaxIndexSide && nnz_ < cpu::kMaxIndexNnz;
+  }
   // The index for the kernels in use: of the weight as it lies, or of its transpose.
   std::shared_ptr<const Index> index(bool transposed) const;
   std::shared_ptr<const Compact> compact() const;

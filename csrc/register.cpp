@@ -1,5 +1,5 @@
-// The table of contents: which function serves which operation under which dispatch key, and the Python module with what
-// is no operation. The schemas stand in masked_ops/_ops.py, where they exist before this library is loaded.
+// The table of contents: which function serves which operation under which dispatch key, and the Python module with
+// what is no operation. The schemas stand in masked_ops/_ops.py, where they exist before this library is loaded.
 #include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/ones.h>
@@ -137,9 +137,8 @@ double read_bandwidth(int64_t bytes) {
   double best = 0;
   for (int pass = 0; pass < 3; ++pass) {
     const auto start = std::chrono::steady_clock::now();
-    at::parallel_for(0, buffer.numel(), 1, [&](int64_t first, int64_t last) {
-      cpu::kernels().read_loop(data + first, last - first);
-    });
+    at::parallel_for(0, buffer.numel(), 1,
+                     [&](int64_t first, int64_t last) { cpu::kernels().read_loop(data + first, last - first); });
     const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
     best = std::max(best, double(bytes) / elapsed.count());
   }
@@ -161,8 +160,8 @@ py::dict cache_info_dict() {
 }  // namespace
 }  // namespace masked_ops
 
-// Backend keys rather than the alias keys Autograd and CompositeExplicitAutograd: those hold the Python fallback, which a
-// registration under a backend key outranks without replacing it.
+// Backend keys rather than the alias keys Autograd and CompositeExplicitAutograd: those hold the Python fallback, which
+// a registration under a backend key outranks without replacing it.
 TORCH_LIBRARY_IMPL(masked_ops, CPU, m) {
   masked_ops::register_backend(m);
   masked_ops::register_packed(m);

@@ -1,8 +1,8 @@
-"""The operations as torch sees them: schemas, fake kernels, the plain-torch fallback, and the loader of the compiled library.
+"""The operations as torch sees them: schemas, fakes, the plain-torch fallback, and the loader of the compiled library.
 
 Schemas and fakes exist from ``import masked_ops`` on. The compiled kernels arrive with the first real use: ``load()``
-builds them if need be. Until then, and where nothing can be compiled, the Python kernels registered here serve: they sit
-under the alias keys ``Autograd`` and ``CompositeExplicitAutograd``, which the library's own registrations (under
+builds them if need be. Until then, and where nothing can be compiled, the Python kernels registered here serve: under
+the alias keys ``Autograd`` and ``CompositeExplicitAutograd``, which the library's own registrations (under
 ``CPU``, ``AutogradCPU`` and so on) outrank without replacing them, so that no call ever meets a gap.
 """
 
@@ -21,23 +21,25 @@ from torch import Tensor
 
 from . import _build, reference
 
-_CONV_ARGS = (
+_GEOMETRY = (
     "SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool transposed, SymInt[] output_padding, SymInt groups"
 )
+_MASKED = "Tensor weight, Tensor mask"
+_PACKED = "Tensor weight_values, Tensor weight_bits, SymInt in_features"
 _SCHEMAS = (
-    "linear(Tensor input, Tensor weight, Tensor mask, Tensor? bias=None) -> Tensor",
-    "linear_grad_input(Tensor grad_output, Tensor weight, Tensor mask) -> Tensor",
+    f"apply_mask({_MASKED}) -> Tensor",
+    f"linear(Tensor input, {_MASKED}, Tensor? bias=None) -> Tensor",
+    f"linear_grad_input(Tensor grad_output, {_MASKED}) -> Tensor",
     "linear_grad_weight(Tensor grad_output, Tensor input, Tensor mask) -> Tensor",
-    f"convolution(Tensor input, Tensor weight, Tensor mask, Tensor? bias, {_CONV_ARGS}) -> Tensor",
-    f"convolution_grad_input(Tensor grad_output, Tensor weight, Tensor mask, SymInt[] input_size, {_CONV_ARGS}) -> Tensor",
-    f"convolution_grad_weight(Tensor grad_output, Tensor input, Tensor mask, {_CONV_ARGS}) -> Tensor",
-    "apply_mask(Tensor weight, Tensor mask) -> Tensor",
-    "explain_linear(Tensor weight, Tensor mask, int batch) -> (str, str)",
-    "explain_convolution(Tensor weight, Tensor mask, int batch) -> (str, str)",
-    "packed_linear(Tensor input, Tensor weight_values, Tensor weight_bits, SymInt in_features, Tensor? bias=None) -> Tensor",
-    "packed_linear_grad_input(Tensor grad_output, Tensor weight_values, Tensor weight_bits, SymInt in_features) -> Tensor",
+    f"explain_linear({_MASKED}, int batch) -> (str, str)",
+    f"convolution(Tensor input, {_MASKED}, Tensor? bias, {_GEOMETRY}) -> Tensor",
+    f"convolution_grad_input(Tensor grad_output, {_MASKED}, SymInt[] input_size, {_GEOMETRY}) -> Tensor",
+    f"convolution_grad_weight(Tensor grad_output, Tensor input, Tensor mask, {_GEOMETRY}) -> Tensor",
+    f"explain_convolution({_MASKED}, int batch) -> (str, str)",
+    f"packed_linear(Tensor input, {_PACKED}, Tensor? bias=None) -> Tensor",
+    f"packed_linear_grad_input(Tensor grad_output, {_PACKED}) -> Tensor",
     "packed_linear_grad_values(Tensor grad_output, Tensor input, Tensor weight_bits, SymInt nnz) -> Tensor",
-    "unpack_values(Tensor weight_values, Tensor weight_bits, SymInt in_features) -> Tensor",
+    f"unpack_values({_PACKED}) -> Tensor",
     "pack_values(Tensor weight, Tensor weight_bits, SymInt nnz) -> Tensor",
     "explain_packed_linear(Tensor weight_values, Tensor weight_bits, int in_features, int batch) -> (str, str)",
 )
@@ -159,7 +161,7 @@ def paths() -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def use_path(name: str | None) -> Iterator[None]:
-    """Force every masked operation onto one path, by its name in ``report()``; None leaves the choice to the cost model.
+    """Force every masked operation onto one path, by its name in ``report()``; None lets the cost model choose.
 
     A call that the path cannot serve raises ``RuntimeError``. The setting is the process's, not the thread's; the
     environment variable ``MASKED_OPS_PATH`` sets it from the start.
@@ -224,9 +226,7 @@ def explain_linear(weight: Tensor, mask: Tensor, batch: int) -> tuple[str, str]:
     return path, reason
 
 
-def explain_packed_linear(
-    weight_values: Tensor, weight_bits: Tensor, in_features: int, batch: int
-) -> tuple[str, str]:
+def explain_packed_linear(weight_values: Tensor, weight_bits: Tensor, in_features: int, batch: int) -> tuple[str, str]:
     """The path that ``packed_linear`` takes for ``batch`` rows of input, and why."""
     module = _compiled()
     if module is None or not weight_values.is_cpu:
@@ -253,8 +253,9 @@ def _until_loaded(op: Any, plain: Callable[..., Tensor], key: str) -> Callable[.
     prefix = "Autograd" if key == "Autograd" else ""
 
     def kernel(*args: Any, **kwargs: Any) -> Tensor:
-        # Where the library serves the device it outranks this function, and the call cannot come back here.
-        if load():
+        # Where the library serves the device it outranks this function, and the call cannot come back here. It does not
+        # serve sparse tensors: the gradient of nn.Embedding(sparse=True) is one.
+        if args[0].layout is torch.strided and load():
             backend = torch._C._dispatch_key_for_device(args[0].device.type)
             if torch._C._dispatch_has_kernel_for_dispatch_key(name, prefix + backend):
                 return op(*args, **kwargs)

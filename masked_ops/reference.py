@@ -24,6 +24,10 @@ def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
     """``where(mask == 0, 0, weight * mask)``, the mask taken in the weight's dtype."""
     _check_mask(weight, mask)
     factor = mask.detach().to(weight.dtype)
+    if weight.layout is torch.sparse_coo:  # a gradient; torch.where takes no sparse tensors
+        indices = weight._indices()
+        values = apply_mask(weight._values(), factor[tuple(indices)])
+        return torch.sparse_coo_tensor(indices, values, weight.shape, is_coalesced=weight.is_coalesced())
     return torch.where(factor == 0, 0, weight * factor)
 
 

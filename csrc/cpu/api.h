@@ -89,15 +89,16 @@ struct Kernels {
   void (*sddmm)(const Team&, const SparseIndex&, int64_t M, const float* grad_output, const float* input,
                 float* grad_values);
 
-  // limits.cpp, for benchmarks: multiply-adds out of registers, returning how many operations it did; and n floats read.
+  // limits.cpp, for benchmarks: multiply-adds out of registers, returning how many operations it did; and n floats
+  // read.
   int64_t (*fma_loop)(int64_t rounds);
   void (*read_loop)(const float* data, int64_t n);
 };
 
 // dispatch.cpp
-const Kernels& kernels();                       // the table in use: the best that is linked and that the CPU runs
-const Kernels* const* available_kernels();      // those that this CPU runs, best first, ended by null
-bool select_kernels(const char* capability);    // false if it is not available
+const Kernels& kernels();                     // the table in use: the best that is linked and that the CPU runs
+const Kernels* const* available_kernels();    // those that this CPU runs, best first, ended by null
+bool select_kernels(const char* capability);  // false if it is not available
 void free_index(SparseIndex* index);
 size_t index_bytes(const SparseIndex& index);
 

@@ -6,7 +6,8 @@
 
 namespace masked_ops::cpu {
 
-// call + (mac * M * nnz + dense * M * N * K + weight * N * K + value * nnz + io * M * (N + K) + block * M * N) / threads
+// call + (mac * M * nnz + dense * M * N * K + weight * N * K + value * nnz + io * M * (N + K) + block * M * N) /
+// threads
 struct Cost {
   float call, mac, dense, weight, value, io, block;
 
@@ -22,8 +23,9 @@ inline constexpr double kGatherCost = 0.5, kCompactCall = 8e3;
 // [path: copy, fused, sparse][pass: forward, grad_input, grad_weight, each for M <= 16 and for M > 16]
 inline constexpr int64_t kSmallM = 16;
 inline constexpr Cost kCosts[3][6] = {
-// fitted: begin
-    {  // copy
+    // fitted: begin
+    {
+        // copy
         {2e3, 0, 0.01, 0.6, 0, 0.1, 0},  // forward, M <= 16
         {2e3, 0, 0.01, 0.6, 0, 0.1, 0},  // forward, M > 16
         {2e3, 0, 0.01, 0.6, 0, 0.1, 0},  // grad_input, M <= 16
@@ -31,7 +33,8 @@ inline constexpr Cost kCosts[3][6] = {
         {2e3, 0, 0.01, 0.6, 0, 0.1, 0},  // grad_weight, M <= 16
         {2e3, 0, 0.01, 0.6, 0, 0.1, 0},  // grad_weight, M > 16
     },
-    {  // fused
+    {
+        // fused
         {2e3, 0, 0.0048, 0.1, 0, 0.1, 0},  // forward, M <= 16
         {2e3, 0, 0.0048, 0.1, 0, 0.1, 0},  // forward, M > 16
         {2e3, 0, 0.0048, 0.1, 0, 0.1, 0},  // grad_input, M <= 16
@@ -39,7 +42,8 @@ inline constexpr Cost kCosts[3][6] = {
         {2e3, 0, 0.0048, 0.1, 0, 0.1, 0},  // grad_weight, M <= 16
         {2e3, 0, 0.0048, 0.1, 0, 0.1, 0},  // grad_weight, M > 16
     },
-    {  // sparse
+    {
+        // sparse
         {2e3, 0.009, 0, 0.1, 0.1, 0.1, 0.1},  // forward, M <= 16
         {2e3, 0.009, 0, 0.1, 0.1, 0.1, 0.1},  // forward, M > 16
         {2e3, 0.009, 0, 0.1, 0.1, 0.1, 0.1},  // grad_input, M <= 16
@@ -47,7 +51,7 @@ inline constexpr Cost kCosts[3][6] = {
         {2e3, 0.009, 0, 0.1, 0.1, 0.1, 0.1},  // grad_weight, M <= 16
         {2e3, 0.009, 0, 0.1, 0.1, 0.1, 0.1},  // grad_weight, M > 16
     },
-// fitted: end
+    // fitted: end
 };
 
 }  // namespace masked_ops::cpu

@@ -1,8 +1,8 @@
 // Masked GEMM: C[M][N] = A^T B over packed panels, where one operand is a masked weight or the result is masked.
 //
-// Packed A (all of K, shared by the team) is cut into panels of kMR rows, B into panels of kNR columns. A task takes one
-// panel of B through K in blocks of kKC: pack the block, then run the microkernel down the rows of A, so that the block
-// of B comes from L2, the panel of A from L1 or L2, and the C tile from registers.
+// Packed A (all of K, shared by the team) is cut into panels of kMR rows, B into panels of kNR columns. A task takes
+// one panel of B through K in blocks of kKC: pack the block, then run the microkernel down the rows of A, so that the
+// block of B comes from L2, the panel of A from L1 or L2, and the C tile from registers.
 #include "kernels.h"
 #include "pack.h"
 
@@ -14,7 +14,7 @@ using tuning::kNR;
 using tuning::kNV;
 
 struct Tile {
-  float* C;              // the tile's corner
+  float* C;  // the tile's corner
   int64_t ldc;
   int64_t columns;       // valid ones, at most kNR
   bool accumulate;       // add to C: not the first block of K
@@ -140,8 +140,8 @@ void linear(const Team& team, int64_t M, int64_t N, int64_t K, const float* inpu
       bias, nullptr, output);
 }
 
-void linear_grad_input(const Team& team, int64_t M, int64_t N, int64_t K, const float* grad_output,
-                       const float* weight, Bits bits, float* grad_input) {
+void linear_grad_input(const Team& team, int64_t M, int64_t N, int64_t K, const float* grad_output, const float* weight,
+                       Bits bits, float* grad_input) {
   gemm(
       team, M, K, N,
       [=](int64_t m0, int64_t rows, int64_t k0, int64_t depth, float* A) {

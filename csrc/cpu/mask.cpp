@@ -13,13 +13,21 @@ struct Half {
   bool one() const { return bits == kOne; }
 };
 template <typename T>
-MASKED_OPS_INLINE bool is_zero(T x) { return x == T(0); }
+MASKED_OPS_INLINE bool is_zero(T x) {
+  return x == T(0);
+}
 template <typename T>
-MASKED_OPS_INLINE bool is_one(T x) { return x == T(1); }
+MASKED_OPS_INLINE bool is_one(T x) {
+  return x == T(1);
+}
 template <uint16_t kOne>
-MASKED_OPS_INLINE bool is_zero(Half<kOne> x) { return x.zero(); }
+MASKED_OPS_INLINE bool is_zero(Half<kOne> x) {
+  return x.zero();
+}
 template <uint16_t kOne>
-MASKED_OPS_INLINE bool is_one(Half<kOne> x) { return x.one(); }
+MASKED_OPS_INLINE bool is_one(Half<kOne> x) {
+  return x.one();
+}
 
 // Bits of n <= 64 values; sets soft if one is neither 0 nor 1. Two loops that vectorise, then eight bytes of 0 or 1 to
 // eight bits by one multiplication (byte i moves to bit 56 + i).

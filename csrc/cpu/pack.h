@@ -1,6 +1,6 @@
 // Operands into the layout of the microkernel. B becomes panels [k][kNR], A becomes panels [k][kMR], so that the inner
-// loop reads both from end to end. Masking happens here: the mask's bits are the predicate of the load, and the zero bits
-// that pad each row make the tail of a row a pruned weight like any other.
+// loop reads both from end to end. Masking happens here: the mask's bits are the predicate of the load, and the zero
+// bits that pad each row make the tail of a row a pruned weight like any other.
 #pragma once
 
 #include "api.h"
@@ -8,8 +8,8 @@
 
 namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
 
-// Packed B from the rows of a masked weight: B[k][j] = masked(weight)[n0 + j][k0 + k] for j < columns (<= kNR), zero for
-// the rest of the last vector. k0 is a multiple of the lanes; depths up to the next such multiple are written.
+// Packed B from the rows of a masked weight: B[k][j] = masked(weight)[n0 + j][k0 + k] for j < columns (<= kNR), zero
+// for the rest of the last vector. k0 is a multiple of the lanes; depths up to the next such multiple are written.
 MASKED_OPS_INLINE void pack_rows(const float* weight, int64_t ldw, Bits bits, int64_t n0, int64_t columns, int64_t k0,
                                  int64_t depth, float* B) {
   constexpr int L = Vec::kLanes;
@@ -27,8 +27,7 @@ MASKED_OPS_INLINE void pack_rows(const float* weight, int64_t ldw, Bits bits, in
       } else {
         MASKED_OPS_UNROLL
         for (int i = 0; i < L; ++i) {
-          tile[i] =
-              i < rows ? Vec::loadu(Vec::predicate(bits.row(n0 + j + i), k0 + k), w + i * ldw) : Vec::zero();
+          tile[i] = i < rows ? Vec::loadu(Vec::predicate(bits.row(n0 + j + i), k0 + k), w + i * ldw) : Vec::zero();
         }
       }
       transpose(tile);

@@ -1,5 +1,5 @@
-// A vector of floats and what the kernels do with it; the only file with intrinsics. Everything lies in a namespace named
-// by the capability, so that several builds of one kernel can share a library.
+// A vector of floats and what the kernels do with it; the only file with intrinsics. Everything lies in a namespace
+// named by the capability, so that several builds of one kernel can share a library.
 #pragma once
 
 #include <cstdint>
@@ -17,12 +17,16 @@
 
 namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
 
-// Not std::min: an inline function of the standard library that was compiled for one capability may be the copy that the
-// linker keeps for all.
+// Not std::min: an inline function of the standard library that was compiled for one capability may be the copy that
+// the linker keeps for all.
 template <typename T>
-MASKED_OPS_INLINE constexpr T min(T a, T b) { return a < b ? a : b; }
+MASKED_OPS_INLINE constexpr T min(T a, T b) {
+  return a < b ? a : b;
+}
 template <typename T>
-MASKED_OPS_INLINE constexpr T max(T a, T b) { return a > b ? a : b; }
+MASKED_OPS_INLINE constexpr T max(T a, T b) {
+  return a > b ? a : b;
+}
 MASKED_OPS_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 using Word16 __attribute__((may_alias)) = uint16_t;
@@ -39,7 +43,9 @@ struct Vec {
   // Four floats, repeated; element<E>() then broadcasts one of them. Four broadcasts for one load.
   static MASKED_OPS_INLINE Vec quad(const float* p) { return {_mm512_broadcast_f32x4(_mm_loadu_ps(p))}; }
   template <int E>
-  MASKED_OPS_INLINE Vec element() const { return {_mm512_permute_ps(v, E * 0x55)}; }
+  MASKED_OPS_INLINE Vec element() const {
+    return {_mm512_permute_ps(v, E * 0x55)};
+  }
   static MASKED_OPS_INLINE Vec load(const float* p) { return {_mm512_load_ps(p)}; }
   static MASKED_OPS_INLINE Vec loadu(const float* p) { return {_mm512_loadu_ps(p)}; }
   // Lanes without a bit are zero and their memory is not touched.
@@ -130,7 +136,9 @@ struct Vec {
     return {_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p))};
   }
   template <int E>
-  MASKED_OPS_INLINE Vec element() const { return {_mm256_permute_ps(v, E * 0x55)}; }
+  MASKED_OPS_INLINE Vec element() const {
+    return {_mm256_permute_ps(v, E * 0x55)};
+  }
   static MASKED_OPS_INLINE Vec load(const float* p) { return {_mm256_load_ps(p)}; }
   static MASKED_OPS_INLINE Vec loadu(const float* p) { return {_mm256_loadu_ps(p)}; }
   static MASKED_OPS_INLINE Vec loadu(Predicate m, const float* p) { return {_mm256_maskload_ps(p, lanes(m))}; }
@@ -198,7 +206,9 @@ struct Vec {
   static MASKED_OPS_INLINE Vec set1(float x) { return {Floats{x, x, x, x}}; }
   static MASKED_OPS_INLINE Vec quad(const float* p) { return loadu(p); }
   template <int E>
-  MASKED_OPS_INLINE Vec element() const { return set1(v[E]); }
+  MASKED_OPS_INLINE Vec element() const {
+    return set1(v[E]);
+  }
   static MASKED_OPS_INLINE Vec load(const float* p) { return loadu(p); }
   static MASKED_OPS_INLINE Vec loadu(const float* p) { return {*reinterpret_cast<const LooseFloats*>(p)}; }
   static MASKED_OPS_INLINE Vec loadu(Predicate m, const float* p) {

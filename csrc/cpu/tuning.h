@@ -30,12 +30,12 @@ constexpr int64_t kPrefetch = 64;
 // Elements per task of the passes over a mask or a weight (64 KB of floats: several tasks a thread, little overhead).
 constexpr int64_t kPassGrain = int64_t{1} << 14;
 
-// Sparse kernels. A block of packed input, block_cols x vectors(block_cols) vectors, fills kBlockFloats (32 KB: two thirds
-// of L1d, the rest is for what streams by).
+// Sparse kernels. A block of packed input, block_cols x vectors(block_cols) vectors, fills kBlockFloats (32 KB: two
+// thirds of L1d, the rest is for what streams by).
 constexpr int64_t kBlockFloats = 8192;
 
-// Columns of a block: at most 256, and so many that a row has a dozen weights or more in one; wider blocks have narrower
-// tiles, which broadcast each value for fewer FMAs.
+// Columns of a block: at most 256, and so many that a row has a dozen weights or more in one; wider blocks have
+// narrower tiles, which broadcast each value for fewer FMAs.
 constexpr int64_t block_cols(double density) { return density >= 0.25 ? 64 : density >= 0.07 ? 128 : 256; }
 constexpr int spmm_vectors(int64_t block_cols) { return int(min<int64_t>(8, kBlockFloats / Vec::kLanes / block_cols)); }
 
