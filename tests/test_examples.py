@@ -45,7 +45,7 @@ def test_prune_digits(tmp_path: Path) -> None:
         rows[name] = dict(zip(("accuracy", "saved", "state", "model"), map(float, match.groups()), strict=True))
     dense, hook, ours = rows.values()
     assert min(dense["accuracy"], hook["accuracy"], ours["accuracy"]) > 80
-    assert ours["saved"] == dense["saved"] < hook["saved"]
+    assert dense["saved"] <= ours["saved"] < hook["saved"]
     assert dense["state"] < ours["state"] == hook["state"]
     assert ours["model"] < hook["model"]
 
