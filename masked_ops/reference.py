@@ -27,7 +27,9 @@ def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
     if weight.layout is torch.sparse_coo:  # a gradient; torch.where takes no sparse tensors
         indices = weight._indices()
         values = apply_mask(weight._values(), factor[tuple(indices)])
-        return torch.sparse_coo_tensor(indices, values, weight.shape, is_coalesced=weight.is_coalesced())
+        return torch.sparse_coo_tensor(
+            indices, values, weight.shape, is_coalesced=weight.is_coalesced(), check_invariants=False
+        )
     return torch.where(factor == 0, 0, weight * factor)
 
 

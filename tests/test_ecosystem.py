@@ -309,6 +309,20 @@ def test_fork_after_use() -> None:
     assert model.head.weight.any()
 
 
+@pytest.mark.skipif(not masked_ops.is_available(), reason="torch.where has no derivative for a sparse gradient")
+@pytest.mark.parametrize("cls", [nn.Embedding, nn.EmbeddingBag])
+def test_sparse_gradients(cls: Any) -> None:
+    module = masked(cls(7, 4, sparse=True), "weight")
+    reference = dense_copy(module)
+    tokens = torch.tensor([[1, 2, 1]])
+    for m in (module, reference):
+        m(tokens).square().sum().backward()
+    grad = module.weight_orig.grad
+    assert grad.is_sparse
+    torch.testing.assert_close(grad.to_dense(), reference.weight.grad.to_dense() * module.weight_mask)
+    torch.optim.SparseAdam(module.parameters()).step()
+
+
 # --- functional ------------------------------------------------------------------------------------------------------
 
 
