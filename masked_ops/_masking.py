@@ -22,7 +22,12 @@ from ._masked_class import Masked, MaskedRNNBase, is_sharded, mask_name, masked_
 
 
 def masked_names(module: nn.Module) -> tuple[str, ...]:
-    """The names of the masked parameters of ``module`` itself, in the order in which they were attached."""
+    """The names of the masked parameters of ``module`` itself, in the order in which they were attached.
+
+    Example:
+        >>> masked_names(masked_ops.MaskedLinear(3, 2))
+        ('weight',)
+    """
     return (*_live_names(module), *_hooks(module))
 
 
@@ -41,6 +46,12 @@ def attach(module: nn.Module, name: str, mask: Tensor) -> None:
         AttributeError: if there is no ``name``.
         TypeError: if an argument is of a type that cannot be masked.
         ValueError: if the parameter is masked already, or shape or state do not permit it.
+
+    Example:
+        >>> module = torch.nn.Linear(3, 2)
+        >>> attach(module, "bias", torch.tensor([1, 0]))
+        >>> list(module.state_dict()), module.bias[1].item()
+        (['weight', 'bias_orig', 'bias_mask'], 0.0)
     """
     param = _maskable(module, name)
     mask = _own(mask, param)
@@ -68,6 +79,12 @@ def detach(module: nn.Module, name: str, *, apply_mask: bool = True) -> None:
 
     Raises:
         ValueError: if ``name`` is not masked, or was parametrized or sharded since.
+
+    Example:
+        >>> module = masked_ops.MaskedLinear(3, 2)
+        >>> detach(module, "weight")
+        >>> module
+        Linear(in_features=3, out_features=2, bias=True)
     """
     _require_masked(module, name)
     _refuse_sharded(module)
@@ -107,6 +124,12 @@ def set_mask(module: nn.Module, name: str, mask: Tensor) -> None:
     Raises:
         TypeError: if ``mask`` is not a tensor.
         ValueError: if ``name`` is not masked or the shape differs.
+
+    Example:
+        >>> module = masked_ops.MaskedLinear(3, 2)
+        >>> set_mask(module, "weight", torch.zeros(2, 3))
+        >>> module.weight.count_nonzero().item()
+        0
     """
     _require_masked(module, name)
     old = module._buffers.get(mask_name(name))
@@ -126,6 +149,10 @@ def path_of(module: nn.Module, name: str) -> str:
     """Which mechanism serves a masked parameter: ``"fused"``, ``"live"`` (the property alone) or ``"hook"``.
 
     A module with a ``forward`` of its own counts as live, although a ``super().forward(input)`` in it is fused.
+
+    Example:
+        >>> path_of(masked_ops.MaskedLinear(3, 2), "weight")
+        'fused'
     """
     _require_masked(module, name)
     if name in _hooks(module):
@@ -141,6 +168,14 @@ def atomic(modules: Iterable[nn.Module]) -> contextlib.AbstractContextManager[No
 
     Covers, of each module itself (not of its children): class, attributes, parameters, buffers, hooks, the parameters'
     ``.data``, the values of the masks, and the attributes of the pruning methods among the hooks.
+
+    Example:
+        >>> module = torch.nn.Linear(3, 2)
+        >>> with contextlib.suppress(ValueError), atomic([module]):
+        ...     attach(module, "weight", torch.zeros(2, 3))
+        ...     attach(module, "bias", torch.zeros(3))  # not its shape
+        >>> masked_names(module)
+        ()
     """
     return _Atomic(modules)
 

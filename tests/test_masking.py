@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import gc
 import io
 import pickle
@@ -34,7 +35,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
 
 import masked_ops
-from masked_ops import functional
+from masked_ops import _masking, functional
 from masked_ops import nn as masked_nn
 from masked_ops.nn import atomic, attach, detach, masked_names, path_of, set_mask
 
@@ -568,6 +569,7 @@ def test_atomic_lets_a_change_that_succeeds_stand() -> None:
     assert masked_names(module) == ("weight",)
 
 
-def test_the_interface_is_importable_from_nn() -> None:
-    for name in ("attach", "detach", "masked_names", "set_mask", "atomic", "path_of"):
-        assert name in masked_nn.__all__ and callable(getattr(masked_nn, name))
+@pytest.mark.parametrize("module", [masked_nn, _masking], ids=lambda module: module.__name__)
+def test_examples_in_docstrings(module: types.ModuleType) -> None:
+    result = doctest.testmod(module, extraglobs={"torch": torch, "masked_ops": masked_ops})
+    assert result.attempted > 10 and not result.failed
