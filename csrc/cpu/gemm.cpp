@@ -1,8 +1,9 @@
 // Masked GEMM: C[M][N] = A^T B over packed panels, where one operand is a masked weight or the result is masked.
 //
-// Packed A (all of K, shared by the team) is cut into panels of kMR rows, B into panels of kNR columns. A task takes
-// one panel of B through K in blocks of kKC: pack the block, then run the microkernel down the rows of A, so that the
-// block of B comes from L2, the panel of A from L1 or L2, and the C tile from registers.
+// Packed A (shared by the team) is cut into blocks of kKC depths and panels of kMR rows, B into panels of kNR columns
+// and the same blocks. A worker takes one panel of B through K and runs the microkernel down the rows of A, so that the
+// block of B comes from L2, the panel of A from L1 or L2, and the C tile from registers. The microkernel packs on the
+// side: bit by bit, from lines that it has prefetched, the block of B that is next.
 #include "kernels.h"
 #include "pack.h"
 
@@ -24,146 +25,268 @@ struct Tile {
   int64_t column;        // of the tile's corner in its row of bits
 };
 
-template <int MR, int NV>
-__attribute__((noinline)) void microkernel(int64_t depth, const float* A, const float* B, const Tile& tile) {
+template <bool kFull, int MR, int NV>
+MASKED_OPS_INLINE void load_tile(const Tile& tile, Vec (&c)[MR][NV]) {
   constexpr int L = Vec::kLanes;
-  Vec c[MR][NV];
+  const float* row = opaque(tile.C);
+  const int64_t ldc = opaque(tile.ldc), columns = tile.columns;
   MASKED_OPS_UNROLL
   for (int i = 0; i < MR; ++i) {
     MASKED_OPS_UNROLL
-    for (int j = 0; j < NV; ++j) c[i][j] = Vec::zero();
-  }
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec b[NV];
-    MASKED_OPS_UNROLL
-    for (int j = 0; j < NV; ++j) b[j] = Vec::load(B + j * L);
-    MASKED_OPS_UNROLL
-    for (int i = 0; i < MR; ++i) {
-      const Vec a = Vec::set1(A[i]);
-      MASKED_OPS_UNROLL
-      for (int j = 0; j < NV; ++j) c[i][j] = fmadd(a, b[j], c[i][j]);
+    for (int j = 0; j < NV; ++j) {
+      c[i][j] = kFull ? Vec::loadu(row + j * L) : Vec::loadu(Vec::first(columns - j * L), row + j * L);
     }
-    A += kMR;
-    B += kNR;
+    row += ldc;
+  }
+}
+
+template <bool kFull, bool kMasked, int MR, int NV>
+MASKED_OPS_INLINE void store_tile(const Tile& tile, const Vec (&c)[MR][NV]) {
+  constexpr int L = Vec::kLanes;
+  float* row = opaque(tile.C);
+  const uint64_t* bits = opaque(tile.bits);
+  const int64_t ldc = opaque(tile.ldc), bits_stride = opaque(tile.bits_stride), column = tile.column;
+  const int64_t columns = tile.columns;
+  MASKED_OPS_UNROLL
+  for (int i = 0; i < MR; ++i) {
+    MASKED_OPS_UNROLL
+    for (int j = 0; j < NV; ++j) {
+      Vec v = c[i][j];
+      if constexpr (kMasked) v = v.select(Vec::predicate(bits, column + j * L));
+      if constexpr (kFull) {
+        v.storeu(row + j * L);
+      } else {
+        v.storeu(Vec::first(columns - j * L), row + j * L);
+      }
+    }
+    row += ldc;
+    bits += bits_stride;
+  }
+}
+
+// Takes `steps` steps of packing on the side.
+template <int MR, int NV, typename Packer>
+__attribute__((noinline)) void microkernel(int64_t depth, const float* A, const float* B, const Tile& tile,
+                                           Packer& packer, int64_t steps) {
+  constexpr int L = Vec::kLanes;
+  const bool full = tile.columns == NV * L;
+  Vec c[MR][NV];
+  if (!tile.accumulate) {
+    MASKED_OPS_UNROLL
+    for (int j = 0; j < NV; ++j) {
+      const Vec bias = tile.bias ? Vec::loadu(Vec::first(tile.columns - j * L), tile.bias + j * L) : Vec::zero();
+      MASKED_OPS_UNROLL
+      for (int i = 0; i < MR; ++i) c[i][j] = bias;
+    }
+  } else if (full) {
+    load_tile<true>(tile, c);
+  } else {
+    load_tile<false>(tile, c);
   }
   MASKED_OPS_UNROLL
-  for (int j = 0; j < NV; ++j) {
-    const auto valid = Vec::first(tile.columns - j * L);
-    const Vec bias = tile.bias ? Vec::loadu(valid, tile.bias + j * L) : Vec::zero();
+  for (int i = 0; i < MR; ++i) {  // of the tile below, which is next
     MASKED_OPS_UNROLL
-    for (int i = 0; i < MR; ++i) {
-      float* p = tile.C + i * tile.ldc + j * L;
-      Vec v = c[i][j] + (tile.accumulate ? Vec::loadu(valid, p) : bias);
-      if (tile.bits) v = v.select(Vec::predicate(tile.bits + i * tile.bits_stride, tile.column + j * L));
-      v.storeu(valid, p);
+    for (int j = 0; j < NV; ++j) prefetch(tile.C + (MR + i) * tile.ldc + j * L);
+  }
+
+  const int64_t period = steps > 0 ? max<int64_t>(depth / steps, 1) : depth;
+  for (int64_t k = 0; k < depth;) {
+    for (const int64_t end = min(k + period, depth); k < end; ++k) {
+      Vec b[NV];
+      MASKED_OPS_UNROLL
+      for (int j = 0; j < NV; ++j) b[j] = Vec::load(B + j * L);
+      MASKED_OPS_UNROLL
+      for (int i = 0; i < MR; ++i) {
+        const Vec a = Vec::set1(A[i]);
+        MASKED_OPS_UNROLL
+        for (int j = 0; j < NV; ++j) c[i][j] = fmadd(a, b[j], c[i][j]);
+      }
+      A += kMR;
+      B += kNR;
+    }
+    if (steps > 0) {
+      packer.step();
+      --steps;
     }
   }
-}
 
-template <int NV, int MR = kMR>
-void run_microkernel(int64_t rows, int64_t depth, const float* A, const float* B, const Tile& tile) {
-  if constexpr (MR > 1) {
-    if (rows < MR) return run_microkernel<NV, MR - 1>(rows, depth, A, B, tile);
+  if (tile.bits) {
+    full ? store_tile<true, true>(tile, c) : store_tile<false, true>(tile, c);
+  } else {
+    full ? store_tile<true, false>(tile, c) : store_tile<false, false>(tile, c);
   }
-  microkernel<MR, NV>(depth, A, B, tile);
+  for (; steps > 0; --steps) packer.step();
 }
 
-using Microkernel = void (*)(int64_t rows, int64_t depth, const float* A, const float* B, const Tile& tile);
+template <int NV, typename Packer, int MR = kMR>
+void run_microkernel(int64_t rows, int64_t depth, const float* A, const float* B, const Tile& tile, Packer& packer,
+                     int64_t steps) {
+  if constexpr (MR > 1) {
+    if (rows < MR) return run_microkernel<NV, Packer, MR - 1>(rows, depth, A, B, tile, packer, steps);
+  }
+  microkernel<MR, NV>(depth, A, B, tile, packer, steps);
+}
 
-Microkernel microkernel_for(int64_t columns) {
-  static_assert(kNV <= 3);
+template <typename Packer>
+auto microkernel_for(int64_t columns) {
+  static_assert(kNV == 3);
   const int64_t vectors = ceil_div(columns, Vec::kLanes);
-  if (vectors == 1) return run_microkernel<1>;
-  if (vectors == 2) return run_microkernel<2>;
-  return run_microkernel<kNV>;
+  return vectors == 1   ? run_microkernel<1, Packer>
+         : vectors == 2 ? run_microkernel<2, Packer>
+                        : run_microkernel<3, Packer>;
 }
 
-// pack_A(m0, rows, k0, depth, A): depths [k0, k0 + depth) of one panel of A, which lies at A.
-// pack_B(n0, columns, k0, depth, B): one block of one panel of B.
-template <typename PackA, typename PackB>
-void gemm(const Team& team, int64_t M, int64_t N, int64_t K, const PackA& pack_A, const PackB& pack_B,
+// The rows of A in packed form: first blocks of K, in each the panels, in each [k][kMR].
+struct PackedA {
+  int64_t rows, K;
+  int64_t block;  // depth
+  int64_t panels;
+  int64_t height;  // rows of a panel: equal ones, at most kMR
+
+  PackedA(int64_t rows, int64_t K) : rows(rows), K(K), panels(ceil_div(rows, kMR)), height(ceil_div(rows, panels)) {
+    const int64_t blocks = ceil_div(K, tuning::kKC);
+    block = ceil_div(ceil_div(K, blocks), 64) * 64;  // whole words of bits
+  }
+  int64_t pitch(int64_t k0) const { return ceil_div(min(block, K - k0), kDepthOfA) * kDepthOfA * kMR; }
+  int64_t offset(int64_t panel, int64_t k0) const { return k0 * panels * kMR + panel * pitch(k0); }
+  int64_t size() const { return offset(panels, (K - 1) / block * block); }
+};
+
+// How C is cut into units of work: a panel of B by a range of panels of A. Every thread gets an equal share of columns
+// if whole vectors allow, else of rows.
+class Partition {
+ public:
+  Partition(int64_t N, const PackedA& A, int threads)
+      : N_(N), vectors_(ceil_div(N, Vec::kLanes)), row_panels_(A.panels) {
+    if (ceil_div(vectors_, threads) * threads * 15 <= vectors_ * 16) {
+      shares_ = threads;
+    } else {
+      splits_ = max<int64_t>(min<int64_t>(threads, A.rows / tuning::kMinRowsPerTask), 1);
+    }
+    panels_ = ceil_div(ceil_div(vectors_, shares_), kNV);
+  }
+
+  struct Unit {
+    int64_t column, columns;  // of B and C
+    int64_t first, last;      // panels of A
+  };
+
+  int64_t units() const { return shares_ * panels_ * splits_; }
+  Unit operator[](int64_t unit) const {
+    const int64_t split = unit % splits_, panel = unit / splits_ % panels_, share = unit / splits_ / panels_;
+    const int64_t begin = vectors_ * share / shares_, size = vectors_ * (share + 1) / shares_ - begin;
+    const int64_t column = (begin + size * panel / panels_) * Vec::kLanes;
+    const int64_t end = min((begin + size * (panel + 1) / panels_) * Vec::kLanes, N_);
+    return {column, end - column, row_panels_ * split / splits_, row_panels_ * (split + 1) / splits_};
+  }
+
+ private:
+  int64_t N_, vectors_, row_panels_;
+  int64_t shares_ = 1, panels_, splits_ = 1;
+};
+
+// pack_A(A, m0, layout): fills A with rows [m0, m0 + layout.rows).
+// packer: a class of pack.h that gives B.
+template <typename PackA, typename Packer>
+void gemm(const Team& team, int64_t M, int64_t N, int64_t K, const PackA& pack_A, const Packer& operand_B,
           const float* bias, const Bits* mask, float* C) {
-  const int64_t blocks = ceil_div(K, tuning::kKC);
-  const int64_t block = ceil_div(ceil_div(K, blocks), 64) * 64;
   const int64_t chunk = max<int64_t>(ceil_div(tuning::kPanelABytes, K * int64_t{sizeof(float)} * kMR), 8) * kMR;
-  const int64_t panels = ceil_div(N, kNR);
-
   for (int64_t m0 = 0; m0 < M; m0 += chunk) {
-    const int64_t rows = min(chunk, M - m0);
-    const int64_t row_panels = ceil_div(rows, kMR);
-    float* const A = static_cast<float*>(scratch(Slot::kPanelA, row_panels * K * kMR * sizeof(float)));
-    team.for_each(row_panels * blocks, [&](int64_t task) {
-      const int64_t panel = task / blocks, k0 = task % blocks * block;
-      if (k0 >= K) return;
-      const int64_t m = panel * kMR;
-      pack_A(m0 + m, min<int64_t>(kMR, rows - m), k0, min(block, K - k0), A + panel * K * kMR);
-    });
+    const PackedA layout(min(chunk, M - m0), K);
+    float* const A = static_cast<float*>(scratch(Slot::kPanelA, layout.size() * sizeof(float)));
+    pack_A(layout, m0, A);
 
-    const int64_t wanted = ceil_div(int64_t{4} * team.threads, panels);
-    const int64_t splits = team.threads == 1 ? 1 : max<int64_t>(min(wanted, rows / tuning::kMinRowsPerTask), 1);
-    const int64_t split = ceil_div(row_panels, splits);  // in panels of A
-    team.for_each(panels * splits, [&](int64_t task) {
-      const int64_t n0 = task / splits * kNR, columns = min<int64_t>(kNR, N - n0);
-      const int64_t first = task % splits * split, last = min(first + split, row_panels);
-      if (first >= last) return;
-      float* const B = static_cast<float*>(scratch(Slot::kPanelB, block * kNR * sizeof(float)));
-      const Microkernel run = microkernel_for(columns);
-      for (int64_t k0 = 0; k0 < K; k0 += block) {
-        const int64_t depth = min(block, K - k0);
-        pack_B(n0, columns, k0, depth, B);
-        for (int64_t panel = first; panel < last; ++panel) {
-          const int64_t m = m0 + panel * kMR;
-          Tile tile = {C + m * N + n0, N, columns, k0 > 0, bias ? bias + n0 : nullptr, nullptr, 0, n0};
-          if (mask && k0 + depth == K) {
+    const Partition partition(N, layout, team.threads);
+    int64_t next_unit = 0;
+    team.for_each(min<int64_t>(team.threads, partition.units()), [&](int64_t) {
+      const auto take = [&] { return __atomic_fetch_add(&next_unit, 1, __ATOMIC_RELAXED); };
+      const int64_t block = layout.block;
+      float* buffer = static_cast<float*>(scratch(Slot::kPanelB, 2 * block * kNR * sizeof(float)));
+      float* buffers[2] = {buffer, buffer + block * kNR};
+      int64_t index = take();
+      if (index >= partition.units()) return;
+      typename Partition::Unit unit = partition[index];
+      Block now = {unit.column, unit.columns, 0, min(block, K)};
+      Packer packer = operand_B;
+      packer.start(now, buffers[0]);
+      for (int64_t step = packer.steps(); step > 0; --step) packer.step();
+
+      for (int turn = 0; now.depth > 0; turn ^= 1) {
+        const bool last_block = now.k0 + now.depth == K;
+        Block next = {now.column, now.columns, now.k0 + now.depth, min(block, K - now.k0 - now.depth)};
+        typename Partition::Unit unit_after = unit;
+        if (last_block && (index = take()) < partition.units()) {
+          unit_after = partition[index];
+          next = {unit_after.column, unit_after.columns, 0, min(block, K)};
+        }
+        packer.start(next, buffers[turn ^ 1]);
+        const auto run = microkernel_for<Packer>(unit.columns);
+        const int64_t calls = unit.last - unit.first, steps = packer.steps();
+        for (int64_t call = 0; call < calls; ++call) {
+          const int64_t panel = unit.first + call, m = m0 + panel * layout.height;
+          Tile tile = {C + m * N + unit.column,
+                       N,
+                       unit.columns,
+                       now.k0 > 0,
+                       bias ? bias + unit.column : nullptr,
+                       nullptr,
+                       0,
+                       unit.column};
+          if (mask && last_block) {
             tile.bits = mask->row(m);
             tile.bits_stride = mask->stride;
           }
-          run(min<int64_t>(kMR, m0 + rows - m), depth, A + (panel * K + k0) * kMR, B, tile);
+          run(min(layout.height, m0 + layout.rows - m), now.depth, A + layout.offset(panel, now.k0), buffers[turn],
+              tile, packer, steps * (call + 1) / calls - steps * call / calls);
         }
+        unit = unit_after;
+        now = next;
       }
     });
   }
+}
+
+// Packs A from the rows of a matrix.
+auto from_rows(const Team& team, const float* matrix, int64_t ld) {
+  return [=, &team](const PackedA& layout, int64_t m0, float* A) {
+    const int64_t blocks = ceil_div(layout.K, layout.block);
+    team.for_each(layout.panels * blocks, [&](int64_t task) {
+      const int64_t k0 = task / layout.panels * layout.block, panel = task % layout.panels, m = panel * layout.height;
+      pack_row_panel(matrix, ld, m0 + m, min(layout.height, layout.rows - m), k0, min(layout.block, layout.K - k0),
+                     A + layout.offset(panel, k0));
+    });
+  };
+}
+
+// Packs A from the columns of a matrix, several panels at a time: whole cache lines.
+auto from_columns(const Team& team, const float* matrix, int64_t ld) {
+  return [=, &team](const PackedA& layout, int64_t m0, float* A) {
+    constexpr int64_t kPanels = 16;
+    const int64_t groups = ceil_div(layout.panels, kPanels), blocks = ceil_div(layout.K, layout.block);
+    team.for_each(groups * blocks, [&](int64_t task) {
+      const int64_t k0 = task / groups * layout.block, panel = task % groups * kPanels, m = panel * layout.height;
+      pack_column_panels(matrix, ld, m0 + m, min(kPanels * layout.height, layout.rows - m), layout.height, k0,
+                         min(layout.block, layout.K - k0), A + layout.offset(panel, k0), layout.pitch(k0));
+    });
+  };
 }
 
 }  // namespace
 
 void linear(const Team& team, int64_t M, int64_t N, int64_t K, const float* input, const float* weight, Bits bits,
             const float* bias, float* output) {
-  gemm(
-      team, M, N, K,
-      [=](int64_t m0, int64_t rows, int64_t k0, int64_t depth, float* A) {
-        pack_row_panel(input, K, m0, rows, k0, depth, A);
-      },
-      [=](int64_t n0, int64_t columns, int64_t k0, int64_t depth, float* B) {
-        pack_rows(weight, K, bits, n0, columns, k0, depth, B);
-      },
-      bias, nullptr, output);
+  gemm(team, M, N, K, from_rows(team, input, K), MaskedRows(weight, K, bits), bias, nullptr, output);
 }
 
 void linear_grad_input(const Team& team, int64_t M, int64_t N, int64_t K, const float* grad_output, const float* weight,
                        Bits bits, float* grad_input) {
-  gemm(
-      team, M, K, N,
-      [=](int64_t m0, int64_t rows, int64_t k0, int64_t depth, float* A) {
-        pack_row_panel(grad_output, N, m0, rows, k0, depth, A);
-      },
-      [=](int64_t c0, int64_t columns, int64_t k0, int64_t depth, float* B) {
-        pack_columns(weight, K, bits, c0, columns, k0, depth, B);
-      },
-      nullptr, nullptr, grad_input);
+  gemm(team, M, K, N, from_rows(team, grad_output, N), Columns<true>(weight, K, bits), nullptr, nullptr, grad_input);
 }
 
 void linear_grad_weight(const Team& team, int64_t M, int64_t N, int64_t K, const float* grad_output, const float* input,
                         Bits bits, float* grad_weight) {
-  gemm(
-      team, N, K, M,
-      [=](int64_t n0, int64_t columns, int64_t k0, int64_t depth, float* A) {
-        pack_column_panel(grad_output, N, n0, columns, k0, depth, A);
-      },
-      [=](int64_t c0, int64_t columns, int64_t k0, int64_t depth, float* B) {
-        pack_columns(input, K, c0, columns, k0, depth, B);
-      },
-      nullptr, &bits, grad_weight);
+  gemm(team, N, K, M, from_columns(team, grad_output, N), Columns<false>(input, K, {nullptr, 0}), nullptr, &bits,
+       grad_weight);
 }
 
 }  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY

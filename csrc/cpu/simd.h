@@ -29,6 +29,14 @@ MASKED_OPS_INLINE constexpr T max(T a, T b) {
 }
 MASKED_OPS_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// The same value, whose origin the compiler cannot see: what depends on it stays where it is used, instead of being
+// computed ahead of the branches around and taking registers.
+template <typename T>
+MASKED_OPS_INLINE T opaque(T x) {
+  __asm__("" : "+r"(x));
+  return x;
+}
+
 using Word16 __attribute__((may_alias)) = uint16_t;
 
 #if defined(__AVX512F__)
@@ -53,12 +61,16 @@ struct Vec {
   MASKED_OPS_INLINE void store(float* p) const { _mm512_store_ps(p, v); }
   MASKED_OPS_INLINE void storeu(float* p) const { _mm512_storeu_ps(p, v); }
   MASKED_OPS_INLINE void storeu(Predicate m, float* p) const { _mm512_mask_storeu_ps(p, m, v); }
+  MASKED_OPS_INLINE void store_halves(float* low, float* high) const {
+    _mm256_store_ps(low, _mm512_castps512_ps256(v));
+    _mm256_store_ps(high, _mm512_extractf32x8_ps(v, 1));
+  }
   MASKED_OPS_INLINE Vec select(Predicate m) const { return {_mm512_maskz_mov_ps(m, v)}; }
   MASKED_OPS_INLINE float sum() const { return _mm512_reduce_add_ps(v); }
 
   // The bits of lanes [k, k + kLanes) of a row; k is a multiple of kLanes.
   static MASKED_OPS_INLINE Predicate predicate(const uint64_t* row, int64_t k) {
-    return reinterpret_cast<const Word16*>(row)[k / 16];
+    return reinterpret_cast<const Word16*>(row)[k >> 4];
   }
   static MASKED_OPS_INLINE Predicate first(int64_t n) {
     return n >= 16 ? Predicate(0xffff) : Predicate((1u << (n > 0 ? n : 0)) - 1);
@@ -100,6 +112,21 @@ MASKED_OPS_INLINE void transpose(Vec (&r)[16]) {
     r[i + 8].v = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
     r[i + 4].v = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
     r[i + 12].v = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+// Four rows become columns: four floats each, pitch floats apart, at p.
+MASKED_OPS_INLINE void store_transposed(const Vec (&r)[4], float* p, int64_t pitch) {
+  const __m512 a = _mm512_unpacklo_ps(r[0].v, r[1].v), b = _mm512_unpackhi_ps(r[0].v, r[1].v);
+  const __m512 c = _mm512_unpacklo_ps(r[2].v, r[3].v), d = _mm512_unpackhi_ps(r[2].v, r[3].v);
+  const __m512 q[4] = {_mm512_shuffle_ps(a, c, 0x44), _mm512_shuffle_ps(a, c, 0xee), _mm512_shuffle_ps(b, d, 0x44),
+                       _mm512_shuffle_ps(b, d, 0xee)};
+  MASKED_OPS_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    _mm_store_ps(p + i * pitch, _mm512_castps512_ps128(q[i]));
+    _mm_store_ps(p + (4 + i) * pitch, _mm512_extractf32x4_ps(q[i], 1));
+    _mm_store_ps(p + (8 + i) * pitch, _mm512_extractf32x4_ps(q[i], 2));
+    _mm_store_ps(p + (12 + i) * pitch, _mm512_extractf32x4_ps(q[i], 3));
   }
 }
 
@@ -145,6 +172,10 @@ struct Vec {
   MASKED_OPS_INLINE void store(float* p) const { _mm256_store_ps(p, v); }
   MASKED_OPS_INLINE void storeu(float* p) const { _mm256_storeu_ps(p, v); }
   MASKED_OPS_INLINE void storeu(Predicate m, float* p) const { _mm256_maskstore_ps(p, lanes(m), v); }
+  MASKED_OPS_INLINE void store_halves(float* low, float* high) const {
+    _mm_store_ps(low, _mm256_castps256_ps128(v));
+    _mm_store_ps(high, _mm256_extractf128_ps(v, 1));
+  }
   MASKED_OPS_INLINE Vec select(Predicate m) const { return {_mm256_and_ps(_mm256_castsi256_ps(lanes(m)), v)}; }
   MASKED_OPS_INLINE float sum() const {
     const __m128 a = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -153,7 +184,7 @@ struct Vec {
   }
 
   static MASKED_OPS_INLINE Predicate predicate(const uint64_t* row, int64_t k) {
-    return reinterpret_cast<const uint8_t*>(row)[k / 8];
+    return reinterpret_cast<const uint8_t*>(row)[k >> 3];
   }
   static MASKED_OPS_INLINE Predicate first(int64_t n) {
     return n >= 8 ? Predicate(0xff) : Predicate((1u << (n > 0 ? n : 0)) - 1);
@@ -182,6 +213,18 @@ MASKED_OPS_INLINE void transpose(Vec (&r)[8]) {
   for (int i = 0; i < 4; ++i) {
     r[i].v = _mm256_permute2f128_ps(q[i], q[i + 4], 0x20);
     r[i + 4].v = _mm256_permute2f128_ps(q[i], q[i + 4], 0x31);
+  }
+}
+
+MASKED_OPS_INLINE void store_transposed(const Vec (&r)[4], float* p, int64_t pitch) {
+  const __m256 a = _mm256_unpacklo_ps(r[0].v, r[1].v), b = _mm256_unpackhi_ps(r[0].v, r[1].v);
+  const __m256 c = _mm256_unpacklo_ps(r[2].v, r[3].v), d = _mm256_unpackhi_ps(r[2].v, r[3].v);
+  const __m256 q[4] = {_mm256_shuffle_ps(a, c, 0x44), _mm256_shuffle_ps(a, c, 0xee), _mm256_shuffle_ps(b, d, 0x44),
+                       _mm256_shuffle_ps(b, d, 0xee)};
+  MASKED_OPS_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    _mm_store_ps(p + i * pitch, _mm256_castps256_ps128(q[i]));
+    _mm_store_ps(p + (4 + i) * pitch, _mm256_extractf128_ps(q[i], 1));
   }
 }
 
@@ -221,13 +264,17 @@ struct Vec {
       if (m >> i & 1) p[i] = v[i];
     }
   }
+  MASKED_OPS_INLINE void store_halves(float* low, float* high) const {
+    std::memcpy(low, &v, 8);
+    std::memcpy(high, reinterpret_cast<const char*>(&v) + 8, 8);
+  }
   MASKED_OPS_INLINE Vec select(Predicate m) const {
     return {Floats{m & 1 ? v[0] : 0, m & 2 ? v[1] : 0, m & 4 ? v[2] : 0, m & 8 ? v[3] : 0}};
   }
   MASKED_OPS_INLINE float sum() const { return (v[0] + v[2]) + (v[1] + v[3]); }
 
   static MASKED_OPS_INLINE Predicate predicate(const uint64_t* row, int64_t k) {
-    return Predicate(row[k / 64] >> (k % 64) & 15);
+    return Predicate(row[k >> 6] >> (k & 63) & 15);
   }
   static MASKED_OPS_INLINE Predicate first(int64_t n) {
     return n >= 4 ? Predicate(15) : Predicate((1u << (n > 0 ? n : 0)) - 1);
@@ -241,6 +288,10 @@ MASKED_OPS_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
 MASKED_OPS_INLINE void transpose(Vec (&r)[4]) {
   const Vec a = r[0], b = r[1], c = r[2], d = r[3];
   for (int i = 0; i < 4; ++i) r[i].v = Vec::Floats{a.v[i], b.v[i], c.v[i], d.v[i]};
+}
+
+MASKED_OPS_INLINE void store_transposed(const Vec (&r)[4], float* p, int64_t pitch) {
+  for (int i = 0; i < 4; ++i) Vec{Vec::Floats{r[0].v[i], r[1].v[i], r[2].v[i], r[3].v[i]}}.store(p + i * pitch);
 }
 
 MASKED_OPS_INLINE Vec sum_quads(Vec a, Vec b, Vec c, Vec d) {
