@@ -23,6 +23,7 @@ INSTALL := $(PIP) install --quiet --constraint requirements/torch.txt
 
 SOURCES := $(shell find masked_ops csrc -type f -not -path '*/__pycache__/*' -not -name '.*') \
     $(wildcard README.md) LICENSE MANIFEST.in pyproject.toml setup.py
+KERNEL_TESTS := $(foreach name,linear convolution apply_mask pattern packed,$(wildcard tests/test_$(name).py))
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 export MASKED_OPS_CACHE_DIR ?= $(CURDIR)/.cache/masked_ops
@@ -59,7 +60,7 @@ sanitize: .venv/.test
 	@cd .venv && bin/python -c "from masked_ops import _build; _build.build()"
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
-	$(BIN)/pytest -p no:cacheprovider $(or $(ARGS),$(wildcard tests/test_kernels*.py tests/test_linear*.py tests/test_conv*.py))
+	$(BIN)/pytest -p no:cacheprovider $(or $(ARGS),$(KERNEL_TESTS))
 
 clean:
 	rm -rf .venv .cache build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
