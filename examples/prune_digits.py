@@ -234,7 +234,7 @@ def draw(variants: list[Variant], sparsities: list[float], out: Path) -> None:
     """Accuracy and step time against sparsity; below them the masks of the first layer, and of the first linear one."""
     figure = plt.figure(figsize=(11, 8.5), layout="constrained")
     figure.suptitle(
-        f"Pruning a reader of digits in rounds (masked_ops {masked_ops.__version__}, torch {torch.__version__}, "
+        f"Pruning a classifier of digits in rounds (masked_ops {masked_ops.__version__}, torch {torch.__version__}, "
         f"threads: {torch.get_num_threads()})"
     )
     above, below = figure.subfigures(2, 1, height_ratios=[1, 1], hspace=0.05)
@@ -253,7 +253,7 @@ def draw(variants: list[Variant], sparsities: list[float], out: Path) -> None:
     mask = variants[2].model[6].weight_mask
     share = float((mask == 0).float().mean())
     right.imshow(mask[:128, :128].numpy(), cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
-    right.set_title(f"First linear layer, masked_ops\n{share:.0%} of the weights pruned (white); a part of it")
+    right.set_title(f"First linear layer, masked_ops\n{share:.0%} pruned (white); a part")
     right.set(xlabel="input", ylabel="output")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120)
@@ -275,7 +275,7 @@ def draw_curves(variants: list[Variant], sparsities: list[float], accuracy: Any,
         steps.fill_between(percent, low, high, color=style["color"], alpha=0.15, linewidth=0)
     worst = min(100 * a for variant in variants for a in variant.accuracy)
     accuracy.set(title="Accuracy on the test scans", ylabel="%", ylim=(min(worst - 1, 95), 100.2))
-    steps.set(title=f"Time of a training step, batch of {BATCH}\nmedian and quartiles", ylabel="ms", ylim=0)
+    steps.set(title=f"Training step, batch of {BATCH}: median and quartiles", ylabel="ms", ylim=0)
     for axes in (accuracy, steps):
         axes.set_xlabel("weights pruned, %")
         axes.grid(alpha=0.3)

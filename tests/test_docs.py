@@ -21,7 +21,7 @@ import torch
 from conftest import ROOT
 
 import masked_ops
-from masked_ops import prune
+from masked_ops import _ops, prune
 
 README = (ROOT / "README.md").read_text()
 
@@ -85,6 +85,8 @@ def test_readme_names_what_exists() -> None:
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), f"make {target}"
     for path in re.findall(r"`([\w./]+/[\w./]*|LICENSE|[A-Z]+\.md)`", README):
         assert (ROOT / path).exists(), path
+    for path in _ops.paths():
+        assert f"| `{path}` |" in README, path
     for module, name in re.findall(r"`(masked_ops|prune)\.(\w+)", README):
         assert hasattr({"masked_ops": masked_ops, "prune": prune}[module], name), f"{module}.{name}"
 
@@ -125,7 +127,7 @@ def examples() -> dict[str, doctest.DocTest]:
         for name, text in documented(module, module.__name__):
             if ">>>" in text and text not in seen:
                 seen.add(text)
-                globs = {"torch": torch, "masked_ops": masked_ops, "prune": prune}
+                globs = {**vars(module), "torch": torch, "masked_ops": masked_ops, "prune": prune}
                 found[name] = parser.get_doctest(text, globs, name, module.__file__, None)
     return found
 
