@@ -24,6 +24,7 @@ from .nn import (
     MaskedConvTranspose3d,
     MaskedLinear,
 )
+from .packed import PackedLinear, freeze, pack, unpack
 
 __all__ = [
     "MaskedConv1d",
@@ -33,10 +34,12 @@ __all__ = [
     "MaskedConvTranspose2d",
     "MaskedConvTranspose3d",
     "MaskedLinear",
+    "PackedLinear",
     "__version__",
     "apply_mask",
     "cache_info",
     "clear_cache",
+    "freeze",
     "is_available",
     "masked_conv1d",
     "masked_conv2d",
@@ -45,8 +48,10 @@ __all__ = [
     "masked_conv_transpose2d",
     "masked_conv_transpose3d",
     "masked_linear",
+    "pack",
     "packed_linear",
     "prune",
     "report",
+    "unpack",
     "use_path",
 ]

@@ -170,7 +170,7 @@ def masked_class(dense: type[nn.Module], names: tuple[str, ...]) -> type[Masked]
     # class alive. It is in the order of definition: threads that raced to make a class agree on the first.
     def existing() -> Any:
         for cls in type.__subclasses__(bases[0]):
-            if vars(cls).get("_masked_key") == (dense, names):
+            if vars(cls).get("_made_by") == (masked_class, dense, names):
                 return cls
         return None
 
@@ -184,7 +184,7 @@ def masked_class(dense: type[nn.Module], names: tuple[str, ...]) -> type[Masked]
         "__reduce_ex__": _reduce_ex,
         "_masked_dense": dense,
         "_masked_names": names,
-        "_masked_key": (dense, names),
+        "_made_by": (masked_class, dense, names),
     }
     made = types.new_class(f"Masked{dense.__name__}", bases, {}, lambda space: space.update(namespace))
     return existing() or made
@@ -252,21 +252,26 @@ def _dense_view(module: nn.Module, values: dict[str, Tensor], dense: type[nn.Mod
 def _reduce_ex(self: Any, protocol: Any) -> Any:
     """Pickle as the dense class does, with a constructor that swaps the class: a class made here cannot be imported."""
     cls = type(self)
-    made: Any = next(klass for klass in cls.__mro__ if "_masked_key" in vars(klass))
-    reduced = made._masked_dense.__reduce_ex__(self, protocol)
+    made: Any = next(klass for klass in cls.__mro__ if "_made_by" in vars(klass))
+    dense: Any = made
+    steps: list[tuple[Any, ...]] = []  # from the class that can be imported to this one: a packed one may be masked too
+    while "_made_by" in vars(dense):
+        maker, dense, *arguments = vars(dense)["_made_by"]
+        steps.insert(0, (maker, *arguments))
+    reduced = dense.__reduce_ex__(self, protocol)
     if cls is not made or not isinstance(reduced, tuple):
         return reduced  # somebody else's class on top: theirs to deal with
-    dense, names = made._masked_key
     constructor, arguments, *state = reduced
     constructor, *arguments = (dense if item is cls else item for item in (constructor, *arguments))
-    return (_rebuild, (dense, names, constructor, *arguments), *state)
+    return (_rebuild, (dense, tuple(steps), constructor, *arguments), *state)
 
 
-def _rebuild(dense: type[nn.Module], names: tuple[str, ...], constructor: Callable[..., Any], *arguments: Any) -> Any:
+def _rebuild(dense: type[nn.Module], steps: Any, constructor: Callable[..., Any], *arguments: Any) -> Any:
     """The constructor of a pickled module, whose state comes after it."""
     module = constructor(*arguments)
     if type(module) is dense:
-        module.__class__ = masked_class(dense, names)
+        for maker, *rest in steps:
+            module.__class__ = maker(type(module), *rest)
     return module
 
 

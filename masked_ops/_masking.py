@@ -167,7 +167,8 @@ def atomic(modules: Iterable[nn.Module]) -> contextlib.AbstractContextManager[No
     """Whatever is raised within, KeyboardInterrupt included, the ``modules`` are afterwards what they were before.
 
     Covers, of each module itself (not of its children): class, attributes, parameters, buffers, hooks, the parameters'
-    ``.data``, the values of the masks, and the attributes of the pruning methods among the hooks.
+    ``.data``, ``.grad`` and ``requires_grad``, the values of the masks, and the attributes of the pruning methods among
+    the hooks.
 
     Example:
         >>> module = torch.nn.Linear(3, 2)
@@ -209,7 +210,11 @@ def _snapshot(module: nn.Module) -> Callable[[], None]:
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, BasePruningMethod):
             containers.append((vars(hook), vars(hook).copy()))
-    data = [(param, param.data) for param in module._parameters.values() if param is not None and not is_lazy(param)]
+    params = [
+        (param, param.data, param.grad, param.requires_grad)
+        for param in module._parameters.values()
+        if param is not None and not is_lazy(param)
+    ]
     buffers = [module._buffers.get(mask_name(name)) for name in masked_names(module)]
     masks = [(mask, mask.clone()) for mask in buffers if mask is not None]
 
@@ -218,8 +223,12 @@ def _snapshot(module: nn.Module) -> Callable[[], None]:
         _refill(vars(module), attributes)
         for container, content in containers:
             _refill(container, content)
-        for param, values in data:
+        for param, values, grad, requires_grad in params:
+            if param.grad is not grad:
+                param.grad = None  # lest one of another shape meet the values
             param.data = values
+            param.grad = grad
+            param.requires_grad_(requires_grad)
         for mask, values in masks:
             if not mask.is_meta and not torch.equal(mask, values):
                 mask.copy_(values)
@@ -265,6 +274,8 @@ def _maskable(module: nn.Module, name: str) -> Parameter:
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and hasattr(module, "_initialize_hook"):
         raise ValueError(f"module: {kind} is not initialized; call it once before masking it")
     _refuse_sharded(module)
+    if name == "weight" and hasattr(type(module), "_packed_dense") and hasattr(module, "weight_bits"):
+        raise ValueError(f"'{name}' of {kind} is packed; masked_ops.unpack makes it a masked one")
     if name in masked_names(module):
         raise ValueError(f"'{name}' of {kind} is masked already; set_mask replaces its mask")
     if parametrize.is_parametrized(module, name):

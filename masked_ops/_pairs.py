@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from . import nn
+from ._packing import keep_ties
 
 M = TypeVar("M", bound=Module)
 Pairs = Iterable[tuple[Module, str]]
@@ -47,7 +48,7 @@ def over_pairs(function: Callable[..., Module]) -> Callable[..., Any]:
         if isinstance(module, Module):
             return function(module, *args, **kwargs)
         pairs = as_pairs(module)
-        with nn.atomic([submodule for submodule, _ in pairs]):
+        with nn.atomic([submodule for submodule, _ in pairs]), keep_ties():
             for pair in pairs:
                 own_args = [_entry(value, pair) for value in args]
                 own_kwargs = {key: _entry(value, pair) for key, value in kwargs.items()}

@@ -12,6 +12,8 @@ from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
 from . import nn
+from ._packed_class import is_packed
+from ._packing import convert_checkpoint
 from ._pairs import M, Pairs, as_pairs, over_pairs
 from ._pruning_methods import (
     FROM_DENSE,
@@ -20,7 +22,6 @@ from ._pruning_methods import (
     adopt,
     drop_hook,
     find_hook,
-    pruned_names,
     pruned_parameters,
     refresh,
     replace_hook,
@@ -45,7 +46,7 @@ def restore(module: Module, name: str | None = None) -> Module:
         ``module``; for a list, its modules.
 
     Raises:
-        ValueError: if that is not pruned.
+        ValueError: if that is not pruned, or is packed: the values are gone.
 
     Example:
         >>> layer = torch.nn.Linear(4, 2)
@@ -61,6 +62,7 @@ def restore(module: Module, name: str | None = None) -> Module:
         raise ValueError(f"nothing in {type(module).__name__} is pruned, so there is nothing to restore")
     with nn.atomic([submodule for submodule, _ in pairs]):
         for submodule, pruned_name in pairs:
+            _refuse_packed(submodule, pruned_name, "restored")
             adopt(submodule, pruned_name)
             nn.detach(submodule, pruned_name, apply_mask=False)
             drop_hook(submodule, pruned_name)
@@ -85,7 +87,7 @@ def undo(module: Module, name: str) -> Module:
         ``module``; for a list, its modules.
 
     Raises:
-        ValueError: if it is not pruned, or the last round left no record: a mask given to a masked module's
+        ValueError: if it is not pruned, or packed, or the last round left no record: a mask given to a masked module's
             constructor is no round, and torch's own functions keep no record.
 
     Example:
@@ -96,6 +98,7 @@ def undo(module: Module, name: str) -> Module:
         6
     """
     require_pruned(module, name, "a round can be undone")
+    _refuse_packed(module, name, "taken back to what it was before a round")
     with nn.atomic([module]):
         adopt(module, name)
         found = find_hook(module, name)
@@ -154,6 +157,14 @@ def unprune(module: Module, name: str, where: Any) -> Module:
         nn.set_mask(module, name, mask.detach().masked_fill(chosen & (mask == 0), 1))
         refresh(module, name)
     return module
+
+
+def _refuse_packed(module: Module, name: str, action: str) -> None:
+    if name == "weight" and is_packed(module):
+        raise ValueError(
+            f"parameter {name!r} of {type(module).__name__} is packed and cannot be {action}: the pruned values are "
+            "gone. prune.remove makes it dense and masked_ops.unpack masked, with zeros in their place"
+        )
 
 
 _SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
@@ -216,11 +227,12 @@ def to_sparse(
 
 
 def load_state_dict(model: Module, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-    """Load a dense, a torch-pruned or a masked_ops checkpoint into a model that is in any of these states.
+    """Load a dense, a torch-pruned, a masked or a packed checkpoint into a model that is in any of these states.
 
     Where the checkpoint has a mask the model gets it, as by :func:`custom_from_mask` if it was not pruned there. Where
     the model is masked and the checkpoint is dense, the values go beneath the mask, which stays: this rewinds a pruned
-    model to earlier weights. To load a dense checkpoint as it is, call :func:`restore` first.
+    model to earlier weights. To load a dense checkpoint as it is, call :func:`restore` first. What is packed in the
+    model stays packed; what is packed in the checkpoint only becomes masked.
 
     Args:
         model: any module.
@@ -250,10 +262,11 @@ def load_state_dict(model: Module, state_dict: Mapping[str, Any], strict: bool =
     modules = list(model.modules())
     with _Loading(modules, in_place=not assign):
         for module, name in pruned_parameters(model):
-            adopt(module, name)
+            if not (name == "weight" and is_packed(module)):
+                adopt(module, name)
         for prefix, module in model.named_modules(remove_duplicate=False):
             _fit(module, f"{prefix}." if prefix else "", state)
-        before = {(m, n): getattr(m, f"{n}_mask").clone() for m, n in pruned_parameters(model)}
+        before = {(m, n): getattr(m, f"{n}_mask").clone() for m in modules for n in nn.masked_names(m)}
         keys = model.load_state_dict(state, strict=strict, assign=assign)
         for (module, name), old_mask in before.items():
             mask = getattr(module, f"{name}_mask")
@@ -267,7 +280,8 @@ def load_state_dict(model: Module, state_dict: Mapping[str, Any], strict: bool =
 
 def _fit(module: Module, prefix: str, state: dict[str, Any]) -> None:
     """Mask what is dense in ``module`` and pruned in ``state``; rename what is the other way round."""
-    for name in pruned_names(module):
+    convert_checkpoint(module, prefix, state)
+    for name in nn.masked_names(module):
         dense, orig, mask = (f"{prefix}{name}{suffix}" for suffix in ("", "_orig", "_mask"))
         current = getattr(module, f"{name}_mask")
         if dense in state and orig not in state and mask not in state:

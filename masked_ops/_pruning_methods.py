@@ -19,6 +19,8 @@ from . import functional, nn
 from ._mask_bits import MaskChange, PackedMask
 from ._masking import _maskable as maskable
 from ._masking import _refuse_sharded as refuse_sharded
+from ._packed_class import is_packed
+from ._packing import keep_ties, make_dense, unpack_weight
 
 FROM_DENSE = "dense"  # what a method remembers, in place of a MaskChange, of a round before which there was no mask
 
@@ -56,8 +58,8 @@ def replace_hook(module: Module, name: str, method: torch_prune.BasePruningMetho
 
 
 def pruned_names(module: Module) -> tuple[str, ...]:
-    """The pruned parameters of one module, those that torch's own functions pruned included."""
-    masked = nn.masked_names(module)
+    """The pruned parameters of one module, a packed one and those that torch's own functions pruned included."""
+    masked = nn.masked_names(module) + (("weight",) if is_packed(module) else ())
     hooked = (
         getattr(hook, "_tensor_name", None) or ""
         for hook in module._forward_pre_hooks.values()
@@ -75,7 +77,11 @@ def pruned_parameters(module: Module) -> Iterator[tuple[Module, str]]:
 
 
 def adopt(module: Module, name: str) -> None:
-    """Move a parameter that torch's own functions pruned to the mechanism of :mod:`masked_ops.nn`; else do nothing."""
+    """Make masked what is packed, or was pruned by torch's own functions; else do nothing."""
+    if name == "weight" and is_packed(module):
+        unpack_weight(module)
+        replace_hook(module, name, round_from_mask(name, getattr(module, f"{name}_mask")))
+        return
     if name in nn.masked_names(module) or name not in pruned_names(module):
         return
     found = find_hook(module, name)
@@ -306,6 +312,8 @@ class BasePruningMethod(torch_prune.BasePruningMethod):
         elif self._tensor_name in nn.masked_names(module):
             with nn.atomic([module]):
                 nn.detach(module, self._tensor_name)
+        elif self._tensor_name == "weight" and is_packed(module):
+            make_dense(module)
         else:
             with nn.atomic([module]):
                 torch_prune.BasePruningMethod.remove(self, module)
@@ -317,7 +325,7 @@ def remove_below(module: Module, name: str | None) -> None:
     if not pairs:
         what = "nothing" if name is None else f"no {name!r}"
         raise ValueError(f"{what} in {type(module).__name__} is pruned, so there is no pruning to remove")
-    with nn.atomic([submodule for submodule, _ in pairs]):
+    with nn.atomic([submodule for submodule, _ in pairs]), keep_ties():
         for submodule, pruned_name in pairs:
             remove_one(submodule, pruned_name)
 
@@ -325,7 +333,9 @@ def remove_below(module: Module, name: str | None) -> None:
 def remove_one(module: Module, name: str) -> None:
     """Make pruning of ``module.<name>`` permanent and drop its hook."""
     found = find_hook(module, name)
-    if found:
+    if name == "weight" and is_packed(module):
+        make_dense(module)
+    elif found:
         found[1].remove(module)
     else:
         nn.detach(module, name)

@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from . import _ops, nn
 from ._masked_class import is_sharded
+from ._packed_class import is_packed, sparsity_of
 from ._pruning_methods import pruned_names
 
 
@@ -31,8 +32,9 @@ class LayerReport:
     sparsity: float
     """``1 - nnz / numel``."""
     parameter_bytes: int
-    """Of the dense parameter; 0 for one that an earlier layer holds too."""
+    """Of the Parameter, of which a packed layer holds ``nnz`` values; 0 for one that an earlier layer holds too."""
     mask_bytes: int
+    """Of the mask, or of a packed layer's bits."""
     path: str
     """What a call runs on: ``"dense"``, a path of the kernels, ``"live"`` or ``"hook"``."""
     reason: str
@@ -177,14 +179,16 @@ def report(model: Module, batch: int | Tensor | tuple[Any, ...] = 1) -> Report:
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         pruned = pruned_names(module)
+        label = f"{prefix}." if prefix else ""
+        if is_packed(module):
+            layers.append(_describe_packed(f"{label}weight", module, positions.get(module), seen))
         names = [
             name.removesuffix("_orig") if name.removesuffix("_orig") in pruned else name for name in module._parameters
         ]
         for name in names:
             parameter = module._parameters.get(f"{name}_orig" if name in pruned else name)
             if parameter is not None and (name in pruned or parameter.dim() >= 2):
-                label = f"{prefix}.{name}" if prefix else name
-                layers.append(_describe(label, module, name, parameter, positions.get(module), seen))
+                layers.append(_describe(f"{label}{name}", module, name, parameter, positions.get(module), seen))
                 seen.add(id(parameter))
     return Report(layers)
 
@@ -221,7 +225,7 @@ def _describe(
     multiplies = isinstance(module, (Linear, _ConvNd)) and name == "weight"
     return LayerReport(
         name=label,
-        kind=getattr(type(module), "_masked_dense", type(module)).__name__,
+        kind=_kind(module),
         shape=tuple(parameter.shape),
         nnz=nnz,
         sparsity=1 - density,
@@ -232,6 +236,39 @@ def _describe(
         dense_flops=2 * entries * positions if multiplies and positions is not None else None,
         remaining_flops=None if not multiplies or position is None else 1.0 if mask is None else density,
     )
+
+
+def _kind(module: Module) -> str:
+    cls: type[Module] = getattr(type(module), "_masked_dense", type(module))
+    return getattr(cls, "_packed_dense", cls).__name__
+
+
+def _describe_packed(label: str, module: Any, position: tuple[int, int | None] | None, seen: set[int]) -> LayerReport:
+    values, bits, shape = module.weight_values, module.weight_bits, module._packed_shape()
+    if values.is_meta:
+        raise ValueError(f"{label} is on the meta device: it has no values to report")
+    entries = math.prod(shape)
+    batch, positions = position or (None, None)
+    path, reason = "packed", "not called by the example input"
+    if is_sharded(values):
+        reason = "sharded: chosen within forward, where the values are whole"
+    elif batch is not None:
+        path, reason = _ops.explain_packed_linear(values, bits, shape[1], batch)
+    report = LayerReport(
+        name=label,
+        kind=_kind(module),
+        shape=shape,
+        nnz=values.numel(),
+        sparsity=sparsity_of(values.numel(), entries),
+        parameter_bytes=0 if id(values) in seen else values.numel() * values.element_size(),
+        mask_bytes=bits.numel(),
+        path=path,
+        reason=reason,
+        dense_flops=None if positions is None else 2 * entries * positions,
+        remaining_flops=None if position is None else values.numel() / entries if entries else 1.0,
+    )
+    seen.add(id(values))
+    return report
 
 
 def _path(module: Module, name: str, parameter: Tensor, mask: Tensor | None, batch: int | None) -> tuple[str, str]:

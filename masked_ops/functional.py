@@ -1,9 +1,9 @@
 """Masked linear layers and convolutions as functions: torch's own signatures with ``mask`` after ``weight``.
 
 ``masked_X(input, weight, mask, ...)`` returns what ``F.X(input, where(mask == 0, 0, weight * mask), ...)`` returns,
-with its gradients; ``grad_weight`` is masked and the mask gets no gradient. ``mask`` has exactly the shape of ``weight`` and
-any dtype. If all of its values are 0 or 1 it is binary, and the fused kernels run: a pruned weight counts as absent,
-whatever it holds, Inf and NaN included. Any other mask is soft and multiplies.
+with its gradients; ``grad_weight`` is masked and the mask gets no gradient. ``mask`` has exactly the shape of
+``weight`` and any dtype. If all of its values are 0 or 1 it is binary, and the fused kernels run: a pruned weight
+counts as absent, whatever it holds, Inf and NaN included. Any other mask is soft and multiplies.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ whatever imports torch's module. Masks are those of torch for the same seed, and
 * Every function takes a module and a name, or a list of ``(module, name)`` pairs.
 * :func:`remove` and :func:`restore` without a name act on everything below a module.
 * New: :func:`restore`, :func:`undo`, :func:`unprune`, :func:`to_sparse`, :func:`load_state_dict`, :func:`install`.
+* A layer that :func:`masked_ops.pack` packed counts as pruned: pruning it once more makes it a masked one first.
 
 Pruning changes the class of a module to a subclass of what it was, until the last mask is gone. Code that asks for
 ``type(m) is nn.Linear``, as ``torch.ao.quantization.quantize_dynamic`` does, therefore wants :func:`remove` first.
@@ -28,6 +29,7 @@ from torch.nn.utils import parameters_to_vector
 from torch.nn.utils import prune as torch_prune
 
 from . import nn
+from ._packing import keep_ties
 from ._pairs import M, Pairs, TensorOrDict, as_pairs, over_pairs
 from ._prune_extras import load_state_dict, restore, to_sparse, undo, unprune
 from ._pruning_methods import (
@@ -325,7 +327,7 @@ def global_unstructured(
     if not isinstance(scores_of, dict):
         raise TypeError(f"importance_scores must be a dict, got {type(scores_of).__name__}")
 
-    with nn.atomic([module for module, _ in pairs]), torch.inference_mode(False):
+    with nn.atomic([module for module, _ in pairs]), keep_ties(), torch.inference_mode(False):
         scores, masks = [], []
         for module, name in pairs:
             check_prunable(module, name)
@@ -362,7 +364,8 @@ def remove(module: Pairs) -> list[Module]: ...
 def remove(module: Module, name: str | None = None) -> Module:
     """Make pruning permanent: ``module.<name>`` is a plain parameter again, with zeros where it was pruned.
 
-    As ``torch.nn.utils.prune.remove``. The Parameter is the object it always was and the module has the class it had.
+    As ``torch.nn.utils.prune.remove``. The Parameter is the object it always was (a new one, if the module was packed)
+    and the module has the class it had.
     Nothing holds pruned entries at zero any more: an optimizer with momentum moves them at its next step.
 
     Args:
