@@ -39,15 +39,15 @@ def test_prune_digits(tmp_path: Path) -> None:
     output = run(tmp_path, "examples/prune_digits.py", "--quick", "--seed", "1")
     cells = r" +([\d.]+)% +[\d.]+ s +[\d.]+ s +[\d.]+ s +([\d.]+) MB +([\d.]+) MB +([\d.]+) MB$"
     rows = {}
-    for name in ("dense", "hook", "masked_ops"):
+    for name in ("dense", "hook", "masked_ops", "packed"):
         match = re.search(f"^{name}{cells}", output, re.MULTILINE)
         assert match, output
         rows[name] = dict(zip(("accuracy", "saved", "state", "model"), map(float, match.groups()), strict=True))
-    dense, hook, ours = rows.values()
-    assert min(dense["accuracy"], hook["accuracy"], ours["accuracy"]) > 80
+    dense, hook, ours, packed = rows.values()
+    assert all(row["accuracy"] > 80 for row in rows.values())
     assert dense["saved"] <= ours["saved"] < hook["saved"]
     assert dense["state"] < ours["state"] == hook["state"]
-    assert ours["model"] < hook["model"]
+    assert packed["model"] < dense["model"] < ours["model"] < hook["model"]
 
     assert re.search(r"^total +90\.0%", output, re.MULTILINE), output
     assert "of class Conv2d, Linear again" in output
