@@ -233,9 +233,11 @@ def _write_ninja_file(recipe: Recipe, tools: Tools, scratch: Path, openmp: list[
 
 
 def _run_ninja(tools: Tools, scratch: Path, environment: dict[str, str]) -> None:
-    # In a session of its own, so that Ctrl-C reaches this process alone, which then ends the compilers in order.
+    # In a session of its own, so that Ctrl-C reaches this process alone, which then ends the compilers in order; if this
+    # process is killed, the kernel ends them.
+    with_parent = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
     process = subprocess.Popen(
-        [tools.ninja, "-j", str(tools.jobs)],
+        [*with_parent, tools.ninja, "-j", str(tools.jobs)],
         cwd=scratch,
         env=environment,
         stdin=subprocess.DEVNULL,
