@@ -233,8 +233,8 @@ def _write_ninja_file(recipe: Recipe, tools: Tools, scratch: Path, openmp: list[
 
 
 def _run_ninja(tools: Tools, scratch: Path, environment: dict[str, str]) -> None:
-    # In a session of its own, so that Ctrl-C reaches this process alone, which then ends the compilers in order; if this
-    # process is killed, the kernel ends them.
+    # In a session of its own, so that Ctrl-C reaches this process alone, which then ends the compilers in order. If
+    # this one is killed, the kernel ends them.
     with_parent = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
     process = subprocess.Popen(
         [*with_parent, tools.ninja, "-j", str(tools.jobs)],
