@@ -34,9 +34,12 @@ MASKED_OPS_INLINE void for_words(int64_t first, int64_t last, int64_t stride, co
 template <typename Element>
 void compress_words(Bits bits, int64_t cols, const Element* dense, int64_t first, int64_t last, Element* out,
                     const Element* end) {
+  constexpr int64_t kLine = 64 / sizeof(Element);
   for_words(first, last, bits.stride, [&](int64_t row, int64_t w) {
     const uint64_t word = bits.row(row)[w];
     const Element* in = dense + row * cols + w * 64;
+    MASKED_OPS_UNROLL
+    for (int64_t i = 0; i < 64; i += kLine) prefetch(in + tuning::kStreamAhead / sizeof(Element) + i);
     out = end - out >= 64 ? compress64<false>(word, in, out) : compress64<true>(word, in, out);
   });
 }

@@ -4,7 +4,6 @@
 // (see sparse_index.h): a row of grad_output is in registers while the segment's entries are taken, the block of input
 // in L1. As many dot products as a vector has lanes are summed across at a time.
 #include "kernels.h"
-#include "sparse_index.h"
 #include "sparse_tiles.h"
 
 namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
@@ -30,44 +29,46 @@ MASKED_OPS_INLINE Vec dot(const Vec (&dy)[NV], const float* x) {
   return sum;
 }
 
-// N <= L entries of each segment of a run.
+// N <= L entries of each segment of a run. Columns and segments are loaded one segment ahead (see spmm.cpp).
 template <int NV, int N>
-__attribute__((noinline)) void dots(int64_t segments, const Operands& o) {
+__attribute__((noinline)) void dots(int64_t segments, Operands o) {
   constexpr int kWords = (N + 7) / 8;
-  const uint8_t* columns = o.columns;
   uint64_t words[kWords];
   MASKED_OPS_UNROLL
-  for (int w = 0; w < kWords; ++w) words[w] = load_ahead(columns + 8 * w);
+  for (int w = 0; w < kWords; ++w) words[w] = load_ahead(o.columns + 8 * w);
   const auto valid = Vec::first(N);
+  SparseIndex::Segment next = o.segments[0];
   for (int64_t s = 0; s < segments; ++s) {
-    const SparseIndex::Segment segment = o.segments[s];
-    const float* const row = o.dy + int64_t{segment.row} * (NV * L);
+    const float* const row = o.dy + int64_t{next.row} * (NV * L);
+    float* const to = o.results + next.value;
+    next = o.segments[s + 1];
     Vec dy[NV];
     MASKED_OPS_UNROLL
     for (int j = 0; j < NV; ++j) dy[j] = Vec::load(row + j * L);
-    columns += o.stride;
+    o.columns += o.stride;
     Vec quads[L / 4];
+    uint64_t word = 0;
     MASKED_OPS_UNROLL
     for (int q = 0; q < L / 4; ++q) {
+      if (q % 2 == 0 && q / 2 < kWords) {
+        word = words[q / 2];
+        words[q / 2] = load_ahead(o.columns + 4 * q);
+      }
       Vec sum[4];
       MASKED_OPS_UNROLL
       for (int i = 0; i < 4; ++i) {
-        const int entry = 4 * q + i;
-        sum[i] =
-            entry < N ? dot<NV>(dy, o.x + uint8_t(words[entry / 8 % kWords] >> entry % 8 * 8) * (NV * L)) : Vec::zero();
+        sum[i] = 4 * q + i < N ? dot<NV>(dy, o.x + int64_t{uint8_t(word)} * (NV * L)) : Vec::zero();
+        word >>= 8;
       }
       quads[q] = 4 * q < N ? sum_quads(sum[0], sum[1], sum[2], sum[3]) : Vec::zero();
-      if (q % 2 == 1 && q / 2 < kWords) words[q / 2] = load_ahead(columns + 8 * (q / 2));
     }
-    if (L == 4) words[0] = load_ahead(columns);
     Vec result = sum_across_quads(quads);
-    float* const to = o.results + segment.value;
     if (o.accumulate) result = result + Vec::loadu(valid, to);
     result.storeu(valid, to);
   }
 }
 
-using Dots = void (*)(int64_t segments, const Operands&);
+using Dots = void (*)(int64_t segments, Operands);
 
 template <int NV>
 struct DotsTable {
@@ -102,7 +103,7 @@ void sample_tile(const SparseIndex& index, int64_t tile, const float* x, const f
 
 void sddmm(const Team& team, const SparseIndex& index, int64_t M, const float* grad_output, const float* input,
            float* grad_values) {
-  const int vectors = tuning::spmm_vectors(index.block_cols);
+  const int vectors = tuning::kMaxVectors;
   const int64_t width = vectors * L;
   const int64_t deepest = max<int64_t>(max(index.rows, index.cols), 1);
   const int64_t chunk = max<int64_t>(tuning::kPackedBytes / int64_t{sizeof(float)} / deepest / width, 1) * width;
@@ -115,21 +116,20 @@ void sddmm(const Team& team, const SparseIndex& index, int64_t M, const float* g
     };
     const float* const x = pack(Slot::kPanelA, input, index.cols);
     const float* const dy = pack(Slot::kPanelB, grad_output, index.rows);
-    const int64_t per_group = max<int64_t>(tuning::kTaskLanes / width, 1);
     team.for_each(index.panels, [&](int64_t panel) {
       float* const results = grad_values + index.panel_values[panel];
-      for (int64_t group = 0; group < tiles.count(); group += per_group) {
-        for (int64_t block = 0; block < index.blocks; ++block) {
-          for (int64_t t = group; t < min(tiles.count(), group + per_group); ++t) {
-            with_vectors(tiles.vectors_of(t), [&](auto NV) {
-              constexpr int kVectors = decltype(NV)::value;
-              sample_tile<kVectors>(index, panel * index.blocks + block,
-                                    x + tiles.offset(t, index.cols) + block * index.block_cols * (kVectors * L),
-                                    dy + tiles.offset(t, index.rows) + panel * index.panel_rows * (kVectors * L),
-                                    results, m > 0 || t > 0);
-            });
+      for (int64_t t = 0; t < tiles.count(); ++t) {
+        with_vectors(tiles.vectors_of(t), [&](auto vectors_of_tile) {
+          constexpr int NV = decltype(vectors_of_tile)::value;
+          const float* const x_tile = x + tiles.offset(t, index.cols);
+          const float* const dy_panel = dy + tiles.offset(t, index.rows) + panel * index.panel_rows * (NV * L);
+          for (int64_t block = 0; block < index.blocks; ++block) {
+            const int64_t tile = panel * index.blocks + block;
+            prefetch_tile(index, tile + 1);
+            sample_tile<NV>(index, tile, x_tile + block * index.block_cols * (NV * L), dy_panel, results,
+                            m > 0 || t > 0);
           }
-        }
+        });
       }
     });
   }

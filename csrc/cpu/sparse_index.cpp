@@ -15,8 +15,7 @@ using Run = SparseIndex::Run;
 using Segment = SparseIndex::Segment;
 using Tile = SparseIndex::Tile;
 
-constexpr int64_t kMaxValues = int64_t{1} << 32;  // that 32 bits can number
-constexpr int kMaxCount = 256;                    // columns of the widest block
+constexpr int kMaxCount = 256;  // columns of the widest block
 
 template <typename Body>
 MASKED_OPS_INLINE void for_bits(uint64_t word, const Body& body) {
@@ -124,12 +123,16 @@ void lay_out(const uint16_t* counts, int64_t n, Run* runs, Segment* segments, ui
 struct Shape {
   int64_t rows, cols, panel_rows, panels, block_cols, blocks;
 
-  Shape(int64_t rows, int64_t cols, int64_t nnz, int threads) : rows(rows), cols(cols) {
-    const int64_t most = max<int64_t>(min(kPanelRows, kMaxValues / max<int64_t>(cols, 1) / 64 * 64), 64);
+  // Panels end at words of bits if they are columns of the weight, and their values can be numbered with 32 bits if
+  // they are rows.
+  Shape(int64_t rows, int64_t cols, int64_t nnz, bool transposed, int threads)
+      : rows(rows), cols(cols), block_cols(tuning::block_cols(double(nnz) / (double(rows) * double(cols)))) {
+    const int64_t step = transposed ? 64 : 16;
+    const int64_t limit = transposed ? tuning::transposed_panel_rows(block_cols) : kMaxIndexNnz / max<int64_t>(cols, 1);
+    const int64_t most = min(tuning::kPanelRows, limit) / step * step;
     const int64_t wanted = min<int64_t>(tuning::kTasksPerThread * threads, ceil_div(rows, tuning::kMinPanelRows));
-    panel_rows = ceil_div(ceil_div(rows, max(ceil_div(rows, most), wanted)), 64) * 64;
+    panel_rows = ceil_div(ceil_div(rows, max(ceil_div(rows, most), wanted)), step) * step;
     panels = ceil_div(rows, panel_rows);
-    block_cols = tuning::block_cols(double(nnz) / (double(rows) * double(cols)));
     blocks = ceil_div(cols, block_cols);
   }
   Range rows_of(int64_t panel) const { return {panel * panel_rows, min(rows, (panel + 1) * panel_rows)}; }
@@ -229,11 +232,11 @@ SparseIndex* make_index(const Team& team, Bits bits, int64_t rows, int64_t cols,
                         bool transposed) {
   const int64_t nnz = offsets[rows];
   if (transposed) {
-    if (nnz >= kMaxValues) return nullptr;
-    return build(team, Shape(cols, rows, nnz, team.threads), Transposed{bits, offsets}, true);
+    if (nnz >= kMaxIndexNnz) return nullptr;
+    return build(team, Shape(cols, rows, nnz, true, team.threads), Transposed{bits, offsets}, true);
   }
-  if (cols > kMaxValues / 64) return nullptr;
-  return build(team, Shape(rows, cols, nnz, team.threads), Plain{bits, offsets}, false);
+  if (cols > kMaxIndexSide) return nullptr;
+  return build(team, Shape(rows, cols, nnz, false, team.threads), Plain{bits, offsets}, false);
 }
 
 }  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY

@@ -2,7 +2,7 @@
 // into tiles [depth][lanes], so that an entry of the index names a row of aligned vectors.
 #pragma once
 
-#include "api.h"
+#include "sparse_index.h"
 #include "tuning.h"
 
 namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
@@ -43,6 +43,31 @@ MASKED_OPS_INLINE void with_vectors(int vectors, const Body& body) {
     default:
       return body(Int<8>());
   }
+}
+
+// Vectors of a tile: as many as let the block of input stay in L1; the most, where a row has so few entries in a block
+// that its sums come and go more often than the input.
+inline int tile_vectors(const SparseIndex& index) {
+  const int64_t segments = max<int64_t>(index.rows * index.blocks, 1);
+  if (index.tiles[index.panels * index.blocks].entry < tuning::kFewEntries * segments) return tuning::kMaxVectors;
+  const int64_t depth = max<int64_t>(min(index.block_cols, index.cols), 1);
+  int vectors = tuning::kMaxVectors;
+  while (vectors > 1 && depth * vectors * Vec::kLanes > tuning::kBlockFloats) vectors /= 2;
+  return vectors;
+}
+
+// Brings what the index has of a tile into L2, while the tile before it is computed.
+inline void prefetch_tile(const SparseIndex& index, int64_t tile) {
+  if (tile >= index.panels * index.blocks) return;
+  const auto touch = [](const auto* first, const auto* last) {
+    for (const char* p = reinterpret_cast<const char*>(first); p < reinterpret_cast<const char*>(last); p += 64) {
+      prefetch_l2(p);
+    }
+  };
+  const SparseIndex::Tile begin = index.tiles[tile], end = index.tiles[tile + 1];
+  touch(index.segments + begin.segment, index.segments + end.segment);
+  touch(index.columns + begin.entry, index.columns + end.entry);
+  if (index.transposed) touch(index.positions + begin.entry, index.positions + end.entry);
 }
 
 // packed[d][lane] = matrix[lane][d] for columns [d0, d1) of lanes rows; zero from there to the last vector's end.

@@ -5,7 +5,6 @@
 // segment, the sums are in registers: an entry costs one byte of index, a quarter of a load of values, and one aligned
 // load per FMA. At the end the panel is transposed into the output.
 #include "kernels.h"
-#include "sparse_index.h"
 #include "sparse_tiles.h"
 
 namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
@@ -61,7 +60,7 @@ struct Sums {
       const bool whole = i / 4 * 4 + 4 <= N;
       if (whole && i % 4 == 0) quad = Vec::quad(v + i);
       const Vec value = whole ? broadcast(quad, i % 4) : Vec::set1(v[i]);
-      const float* row = x + uint8_t(word) * (NV * L);
+      const float* row = x + int64_t{uint8_t(word)} * (NV * L);
       word >>= 8;
       MASKED_OPS_UNROLL
       for (int j = 0; j < NV; ++j) sum[i % kSets<NV>][j] = fmadd(value, Vec::load(row + j * L), sum[i % kSets<NV>][j]);
@@ -92,6 +91,8 @@ __attribute__((noinline)) void short_run(int64_t segments, Operands o) {
     const float* const v = o.values + next.value;
     next = o.segments[s + 1];
     o.columns += N;
+    MASKED_OPS_UNROLL
+    for (int i = 0; i < N; i += 16) prefetch_l2(v + N + i + 12);
     Sums<NV> sums;
     MASKED_OPS_UNROLL
     for (int w = 0; w < kWords; ++w) {
@@ -107,9 +108,9 @@ __attribute__((noinline)) void short_run(int64_t segments, Operands o) {
   }
 }
 
-// A run of segments of 8 * octets + kRest entries.
+// A run of segments of count entries, kRest of them beyond the last whole octet.
 template <int NV, int kRest>
-__attribute__((noinline)) void long_run(int64_t segments, int octets, Operands o) {
+__attribute__((noinline)) void long_run(int64_t segments, int count, Operands o) {
   uint64_t word = load_ahead(o.columns);
   SparseIndex::Segment next = o.segments[0];
   for (int64_t s = 0; s < segments; ++s) {
@@ -117,9 +118,10 @@ __attribute__((noinline)) void long_run(int64_t segments, int octets, Operands o
     const float* v = o.values + next.value;
     next = o.segments[s + 1];
     Sums<NV> sums;
-    for (int i = 0; i < octets; ++i) {
+    for (int i = 0; i < count / 8; ++i) {
       const uint64_t now = word;
       word = load_ahead(o.columns += 8);
+      prefetch_l2(v + count + 12);
       sums.template add<8>(now, v, o.x);
       v += 8;
     }
@@ -133,7 +135,7 @@ __attribute__((noinline)) void long_run(int64_t segments, int octets, Operands o
 }
 
 using ShortRun = void (*)(int64_t segments, Operands);
-using LongRun = void (*)(int64_t segments, int octets, Operands);
+using LongRun = void (*)(int64_t segments, int count, Operands);
 
 // Runs of up to kShort entries are unrolled whole.
 constexpr int kShort = 24;
@@ -161,7 +163,7 @@ void multiply_tile(const SparseIndex& index, int64_t tile, Operands o) {
     if (count <= kShort) {
       table.short_runs[count](segments, o);
     } else {
-      table.long_runs[count % 8](segments, count / 8, o);
+      table.long_runs[count % 8](segments, count, o);
     }
     o.columns += int64_t{count} * segments;
     o.segments += segments;
@@ -200,7 +202,18 @@ const float* gather_values(const SparseIndex& index, int64_t tile, const float* 
   const int64_t first = index.tiles[tile].entry, n = index.tiles[tile + 1].entry - first;
   const uint32_t* const positions = index.positions + first;
   float* const gathered = static_cast<float*>(scratch(Slot::kValues, n * sizeof(float)));
-  for (int64_t i = 0; i < n; ++i) gathered[i] = values[positions[i]];
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4) {  // two positions a load: loads are what limits this
+    uint64_t pair[2];
+    std::memcpy(pair, positions + i, sizeof(pair));
+    const float a = values[uint32_t(pair[0])], b = values[pair[0] >> 32];
+    const float c = values[uint32_t(pair[1])], d = values[pair[1] >> 32];
+    gathered[i] = a;
+    gathered[i + 1] = b;
+    gathered[i + 2] = c;
+    gathered[i + 3] = d;
+  }
+  for (; i < n; ++i) gathered[i] = values[positions[i]];
   return gathered;
 }
 
@@ -239,7 +252,7 @@ void multiply_panel(const SparseIndex& index, const float* values, int64_t panel
 
 void spmm(const Team& team, const SparseIndex& index, const float* values, int64_t M, const float* input,
           const float* bias, float* output) {
-  const int vectors = tuning::spmm_vectors(index.block_cols);
+  const int vectors = tile_vectors(index);
   const int64_t width = vectors * L;
   const int64_t chunk =
       max<int64_t>(tuning::kPackedBytes / int64_t{sizeof(float)} / max<int64_t>(index.cols, 1) / width, 1) * width;
@@ -249,7 +262,7 @@ void spmm(const Team& team, const SparseIndex& index, const float* values, int64
         static_cast<float*>(scratch(Slot::kPanelA, tiles.offset(tiles.count(), index.cols) * sizeof(float)));
     pack_tiles(team, input + m * index.cols, tiles, index.cols, x);
 
-    const int64_t per_task = max<int64_t>(tuning::kTaskLanes / width, 1);
+    const int64_t per_task = max<int64_t>(tuning::kPanelFloats / index.panel_rows / width, 1);
     const int64_t groups = ceil_div(tiles.count(), per_task);
     team.for_each(index.panels * groups, [&](int64_t task) {
       const int64_t panel = task / groups, first = task % groups * per_task;
