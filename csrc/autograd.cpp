@@ -10,6 +10,7 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include "autograd_common.h"
+#include "checks.h"
 #include "masking.h"
 #include "ops.h"
 
@@ -155,7 +156,11 @@ struct Convolution : torch::autograd::Function<Convolution> {
     variable_list result(5);
     if (ctx->needs_input_grad(0)) result[0] = geometry.grad_input(dy, weight, mask, input.sym_sizes());
     if (ctx->needs_input_grad(1)) result[1] = geometry.grad_weight(dy, input, mask);
-    if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(3)) result[3] = dy.sum(all_but(1, dy.dim()));
+    if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(3)) {
+      const c10::SymInt channels = geometry.transposed ? weight.sym_size(1) * geometry.groups : weight.sym_size(0);
+      // An input without channels has an output without channels, however many the bias has.
+      result[3] = dy.sym_size(1) == channels ? dy.sum(all_but(1, dy.dim())) : dy.new_zeros_symint(channels);
+    }
     return result;
   }
 };
@@ -201,6 +206,8 @@ struct ConvolutionGradWeight : torch::autograd::Function<ConvolutionGradWeight> 
 }  // namespace
 
 Tensor apply_mask_autograd(const Tensor& weight, const Tensor& mask) {
+  check_defined("weight", weight);
+  check_defined("mask", mask);
   if (takes_composite(weight)) {
     check_mask(weight, mask);
     return masked_weight_composite(weight, mask);
@@ -211,11 +218,14 @@ Tensor apply_mask_autograd(const Tensor& weight, const Tensor& mask) {
 }
 
 Tensor linear_autograd(const Tensor& input, const Tensor& weight, const Tensor& mask, const OptionalTensor& bias) {
+  check_defined("input", input);
+  check_defined("weight", weight);
+  check_defined("mask", mask);
   const bool has_bias = bias && bias->defined();
   // A bias that is no vector of N broadcasts, a weight of one dimension drops one: torch's own rules, by torch.
   const bool plain = weight.dim() == 2 && (!has_bias || (bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0)));
   if (takes_composite(input, weight, bias) || !plain) {
-    check_mask(weight, mask);
+    check_linear(input, weight, mask, bias);
     return at::linear(input, masked_weight_composite(weight, mask), bias);
   }
   if (takes_function(input, weight, bias)) return Linear::apply(input, weight, mask, bias);
@@ -248,6 +258,9 @@ Tensor linear_grad_weight_autograd(const Tensor& grad_output, const Tensor& inpu
 Tensor convolution_autograd(const Tensor& input, const Tensor& weight, const Tensor& mask, const OptionalTensor& bias,
                             c10::SymIntArrayRef stride, c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
                             bool transposed, c10::SymIntArrayRef output_padding, c10::SymInt groups) {
+  check_defined("input", input);
+  check_defined("weight", weight);
+  check_defined("mask", mask);
   if (takes_composite(input, weight, bias)) {
     check_mask(weight, mask);
     return at::convolution_symint(input, masked_weight_composite(weight, mask), bias, stride, padding, dilation,

@@ -1,4 +1,5 @@
 // The linear family: checks, shapes, allocation and choice of path. No arithmetic.
+#include <ATen/ExpandUtils.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
@@ -87,6 +88,22 @@ at::Tensor empty_with_last_dim(const at::Tensor& like, int64_t size) {
   return at::empty(sizes, like.options());
 }
 
+void check_linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask,
+                  const std::optional<at::Tensor>& bias) {
+  check_defined("input", input);
+  check_mask(weight, mask);
+  check_same_kind("input", input, "weight", weight);
+  TORCH_CHECK(weight.dim() == 1 || weight.dim() == 2, "weight must have 1 or 2 dimensions, got shape ",
+              weight.sym_sizes());
+  check_last_dim("input", input, "weight", weight.sym_size(-1));
+  if (!bias || !bias->defined()) return;
+  check_same_kind("bias", *bias, "weight", weight);
+  at::SymDimVector output(input.sym_sizes().slice(0, input.dim() - 1));
+  if (weight.dim() == 2) output.push_back(weight.sym_size(0));
+  TORCH_CHECK(at::is_expandable_to(bias->sym_sizes(), output), "bias must broadcast to the output, ",
+              c10::SymIntArrayRef(output), ", got shape ", bias->sym_sizes());
+}
+
 at::Tensor apply_mask(const at::Tensor& weight, const at::Tensor& mask) {
   check_mask(weight, mask);
   return masked_weight(weight, mask);
@@ -94,13 +111,9 @@ at::Tensor apply_mask(const at::Tensor& weight, const at::Tensor& mask) {
 
 std::tuple<at::Tensor, at::Tensor> linear_with_values(const at::Tensor& input, const at::Tensor& weight,
                                                       const at::Tensor& mask, const std::optional<at::Tensor>& bias) {
-  check_mask(weight, mask);
-  check_same_kind("input", input, "weight", weight);
-  TORCH_CHECK(weight.dim() == 1 || weight.dim() == 2, "weight must have 1 or 2 dimensions, got shape ", weight.sizes());
-  check_last_dim("input", input, "weight", weight.size(-1));
+  check_linear(input, weight, mask, bias);
   const bool has_bias = bias && bias->defined();
-  if (has_bias) check_same_kind("bias", *bias, "weight", weight);
-  // Anything but a vector of N goes to torch, which broadcasts it or says what is wrong.
+  // Anything but a vector of N goes to torch, which broadcasts it.
   const bool plain = weight.dim() == 2 && (!has_bias || (bias->dim() == 1 && bias->size(0) == weight.size(0)));
   if (!plain) return {at::linear(input, masked_weight(weight, mask), bias), at::Tensor()};
 

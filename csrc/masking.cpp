@@ -2,12 +2,13 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/where.h>
+#include <ATen/ops/mul.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <numeric>
 
+#include "checks.h"
 #include "parallel.h"
 
 namespace masked_ops {
@@ -24,6 +25,10 @@ c10::SmallVector<int64_t, 5> memory_order(const at::Tensor& t) {
 }  // namespace
 
 void check_mask(const at::Tensor& weight, const at::Tensor& mask) {
+  check_defined("weight", weight);
+  check_defined("mask", mask);
+  TORCH_CHECK(weight.layout() == at::kStrided, "weight must be dense, got layout ", weight.layout());
+  TORCH_CHECK(mask.layout() == at::kStrided, "mask must be dense, got layout ", mask.layout());
   TORCH_CHECK(weight.is_floating_point() || weight.is_complex(), "weight must have a floating-point dtype, got ",
               weight.scalar_type());
   TORCH_CHECK(mask.sym_sizes() == weight.sym_sizes(), "mask must have the shape of weight, ", weight.sym_sizes(),
@@ -38,7 +43,7 @@ PatternPtr try_pattern_of(const at::Tensor& mask) {
 
 at::Tensor masked_weight_composite(const at::Tensor& weight, const at::Tensor& mask) {
   const at::Tensor factor = mask.detach().to(weight.scalar_type());
-  return at::where(factor.eq(0), at::Scalar(0), weight.mul(factor)).to(weight.scalar_type());
+  return weight.mul(factor).masked_fill_(factor.eq(0), 0);  // the weight first: it decides on the memory format
 }
 
 at::Tensor masked_weight(const at::Tensor& weight, const at::Tensor& mask) {
@@ -46,7 +51,7 @@ at::Tensor masked_weight(const at::Tensor& weight, const at::Tensor& mask) {
     return masked_weight_composite(weight, mask);
   }
   // The kernels walk memory: both tensors are seen in the weight's order, in which it is contiguous.
-  const at::Tensor dense = weight.is_non_overlapping_and_dense() ? weight : weight.contiguous();
+  const at::Tensor dense = weight.is_non_overlapping_and_dense() ? weight : weight.clone();
   at::Tensor w = dense, m = mask;
   if (!w.is_contiguous()) {
     const auto order = memory_order(w);
@@ -61,11 +66,15 @@ at::Tensor masked_weight(const at::Tensor& weight, const at::Tensor& mask) {
                              pattern->cols(), out.data_ptr());
     return out;
   }
-  if (w.scalar_type() != at::kFloat && w.scalar_type() != at::kDouble) return masked_weight_composite(weight, mask);
   const at::Tensor factor = m.to(w.scalar_type()).contiguous();
   at::Tensor out = at::empty_like(dense);
-  cpu::kernels().mask_multiply(team, w.scalar_type() == at::kFloat ? cpu::Dtype::kFloat : cpu::Dtype::kDouble,
-                               w.const_data_ptr(), factor.const_data_ptr(), w.numel(), out.data_ptr());
+  if (w.scalar_type() == at::kFloat || w.scalar_type() == at::kDouble) {
+    cpu::kernels().mask_multiply(team, w.scalar_type() == at::kFloat ? cpu::Dtype::kFloat : cpu::Dtype::kDouble,
+                                 w.const_data_ptr(), factor.const_data_ptr(), w.numel(), out.data_ptr());
+  } else {
+    at::Tensor in_order = out.as_strided(w.sizes(), w.strides());
+    at::mul_out(in_order, w, factor).masked_fill_(factor.eq(0), 0);
+  }
   return out;
 }
 

@@ -110,8 +110,7 @@ def _load() -> bool:
     with _lock:
         if _loaded is None:
             try:
-                _module = _build.load_library(_build.build())
-                _loaded = True
+                module = _build.load_library(_build.build())
             except _build.BuildError as error:
                 if os.environ.get("MASKED_OPS_REQUIRE_BUILD", "0") not in ("", "0"):
                     raise
@@ -124,10 +123,13 @@ def _load() -> bool:
                 )
             else:
                 # A library of several capabilities starts with the best that the CPU has; fewer may be allowed.
-                any(_module.set_capability(name.upper()) for name in _build.usable_capabilities())
+                any(module.set_capability(name.upper()) for name in _build.usable_capabilities())
                 path = os.environ.get("MASKED_OPS_PATH")
                 if path:
-                    _module.set_path(path)
+                    module.set_path(path)
+                _module, _loaded = module, True
+                for op in OPERATIONS:  # the Python dispatcher, which is on while torch traces, remembers kernels
+                    op._dispatch_cache.clear()
         return _loaded
 
 
@@ -247,18 +249,14 @@ def explain_convolution(weight: Tensor, mask: Tensor, batch: int) -> tuple[str, 
 # --- kernels in Python -----------------------------------------------------------------------------------------------
 
 
-def _until_loaded(op: Any, plain: Callable[..., Tensor], key: str) -> Callable[..., Tensor]:
-    """The kernel behind an alias key: loads the library and calls again, or computes in plain torch."""
-    name = op.name()
-    prefix = "Autograd" if key == "Autograd" else ""
+def _until_loaded(op: Any, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The kernel behind the alias keys: loads the library and calls again, or computes in plain torch."""
 
     def kernel(*args: Any, **kwargs: Any) -> Tensor:
-        # Where the library serves the device it outranks this function, and the call cannot come back here. It does not
-        # serve sparse tensors: the gradient of nn.Embedding(sparse=True) is one.
-        if args[0].layout is torch.strided and load():
-            backend = torch._C._dispatch_key_for_device(args[0].device.type)
-            if torch._C._dispatch_has_kernel_for_dispatch_key(name, prefix + backend):
-                return op(*args, **kwargs)
+        # Once it is loaded, the library outranks this function: what still arrives (other devices, sparse or quantized
+        # tensors) is not for the library, and would come back here for ever.
+        if _loaded is None and load():
+            return op(*args, **kwargs)
         return plain(*args, **kwargs)
 
     return kernel
@@ -268,7 +266,7 @@ for _op in OPERATIONS:
     _name = _op._opname
     _plain = getattr(reference, _name)
     for _key in ("Autograd", "CompositeExplicitAutograd"):
-        _library.impl(_name, _until_loaded(_op, _plain, _key), _key)
+        _library.impl(_name, _until_loaded(_op, _plain), _key)
     for _key in ("FuncTorchBatched", "Batched"):
         _library.impl(_name, _plain, _key)
 
@@ -276,45 +274,49 @@ for _op in OPERATIONS:
 # --- fake kernels ----------------------------------------------------------------------------------------------------
 
 
-def _check(condition: Any, message: Callable[[], str]) -> None:
-    torch._check(condition, message)
-
-
 @torch.library.register_fake("masked_ops::linear", lib=_library)
 def _(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:
-    _check(mask.dim() == weight.dim(), lambda: "mask must have the shape of weight")
+    reference.check_linear(input, weight, mask, bias)
     return input.new_empty(input.shape[:-1] + weight.shape[:-1])
 
 
 @torch.library.register_fake("masked_ops::linear_grad_input", lib=_library)
 def _(grad_output: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    reference.check_linear_grad_input(grad_output, weight, mask)
     return grad_output.new_empty(grad_output.shape[:-1] + weight.shape[1:])
 
 
 @torch.library.register_fake("masked_ops::linear_grad_weight", lib=_library)
 def _(grad_output: Tensor, input: Tensor, mask: Tensor) -> Tensor:
+    reference.check_linear_grad_weight(grad_output, input, mask)
     return grad_output.new_empty(mask.shape)
 
 
 @torch.library.register_fake("masked_ops::convolution", lib=_library)
-def _(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
-    return torch.ops.aten.convolution(input, weight, bias, *args)
+def _(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+    reference.check_convolution(input, weight, mask, bias, *geometry)
+    return torch.ops.aten.convolution(input, weight, bias, *geometry)
 
 
 @torch.library.register_fake("masked_ops::convolution_grad_input", lib=_library)
-def _(grad_output: Tensor, weight: Tensor, mask: Tensor, input_size: list[int], *args: Any) -> Tensor:
+def _(grad_output: Tensor, weight: Tensor, mask: Tensor, input_size: list[int], *geometry: Any) -> Tensor:
+    reference.check_mask(weight, mask)
+    reference.check_same_kind("grad_output", grad_output, "weight", weight)
     input = grad_output.new_empty(input_size)
-    return torch.ops.aten.convolution_backward(grad_output, input, weight, None, *args, [True, False, False])[0]
+    return torch.ops.aten.convolution_backward(grad_output, input, weight, None, *geometry, [True, False, False])[0]
 
 
 @torch.library.register_fake("masked_ops::convolution_grad_weight", lib=_library)
-def _(grad_output: Tensor, input: Tensor, mask: Tensor, *args: Any) -> Tensor:
+def _(grad_output: Tensor, input: Tensor, mask: Tensor, *geometry: Any) -> Tensor:
+    reference.check_same_kind("input", input, "grad_output", grad_output)
     weight = grad_output.new_empty(mask.shape)
-    return torch.ops.aten.convolution_backward(grad_output, input, weight, None, *args, [False, True, False])[1]
+    reference.check_mask(weight, mask)
+    return torch.ops.aten.convolution_backward(grad_output, input, weight, None, *geometry, [False, True, False])[1]
 
 
 @torch.library.register_fake("masked_ops::apply_mask", lib=_library)
 def _(weight: Tensor, mask: Tensor) -> Tensor:
+    reference.check_mask(weight, mask)
     return torch.empty_like(weight)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _ops
+from . import _ops, reference
 
 __all__ = [
     "apply_mask",
@@ -121,6 +121,8 @@ def _expand(name: str, value: _IntOrInts, n: int) -> list[int]:
 
 
 def _check_rank(input: Tensor, weight: Tensor, n: int) -> None:
+    if not (isinstance(input, Tensor) and isinstance(weight, Tensor)):
+        reference.check_tensors(input=input, weight=weight)
     if weight.dim() != n + 2:
         raise RuntimeError(f"weight must have {n + 2} dimensions, got shape {list(weight.shape)}")
     if input.dim() not in (n + 1, n + 2):
@@ -147,10 +149,15 @@ def _conv(
     stride = _expand("stride", stride, n)
     dilation = _expand("dilation", dilation, n)
     if isinstance(padding, str):
+        if transposed:
+            raise TypeError(f"padding of a transposed convolution must be integers, got {padding!r}")
         input, padding = _pad_by_name(input, weight, padding, stride, dilation)
     else:
         padding = _expand("padding", padding, n)
     output_padding = _expand("output_padding", output_padding, n)
+    if weight.is_complex():
+        masked = _ops.apply_mask(weight, mask)
+        return _complex_conv(n, input, masked, bias, stride, padding, dilation, groups, transposed, output_padding)
     batched = input.dim() == n + 2
     out = _ops.convolution(
         input if batched else input.unsqueeze(0),
@@ -165,6 +172,25 @@ def _conv(
         groups,
     )
     return out if batched else out.squeeze(0)
+
+
+def _complex_conv(
+    n: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    transposed: bool,
+    output_padding: list[int],
+) -> Tensor:
+    """Over a masked weight, by torch's functions: they take real and imaginary parts apart, its operation cannot."""
+    if transposed:
+        conv_transpose = getattr(F, f"conv_transpose{n}d")
+        return conv_transpose(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    return getattr(F, f"conv{n}d")(input, weight, bias, stride, padding, dilation, groups)
 
 
 def _pad_by_name(

@@ -6,42 +6,191 @@ torch's own operations, so that it works under every transform (``vmap``, forwar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+# --- checks: those of the compiled operations, for the fallback and for the fake kernels -----------------------------
 
-def _check_mask(weight: Tensor, mask: Tensor) -> None:
-    if not (weight.is_floating_point() or weight.is_complex()):
-        raise RuntimeError(f"weight must have a floating-point dtype, got {weight.dtype}")
-    if mask.shape != weight.shape:
-        raise RuntimeError(f"mask must have the shape of weight, {list(weight.shape)}, got {list(mask.shape)}")
-    if mask.device != weight.device:
-        raise RuntimeError(f"mask must be on the device of weight, {weight.device}, got {mask.device}")
+
+def check_tensors(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {tensor!r}")
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    torch._check(tensor.layout == torch.strided, lambda: f"{name} must be dense, got layout {tensor.layout}")
+
+
+def check_mask(weight: Tensor, mask: Tensor) -> None:
+    check_tensors(weight=weight, mask=mask)
+    check_dense("mask", mask)
+    torch._check(
+        weight.is_floating_point() or weight.is_complex(),
+        lambda: f"weight must have a floating-point dtype, got {weight.dtype}",
+    )
+    torch._check(
+        mask.shape == weight.shape,
+        lambda: f"mask must have the shape of weight, {list(weight.shape)}, got {list(mask.shape)}",
+    )
+    torch._check(
+        mask.device == weight.device,
+        lambda: f"mask must be on the device of weight, {weight.device}, got {mask.device}",
+    )
+
+
+def check_same_kind(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    torch._check(
+        tensor.device == other.device,
+        lambda: f"{name} must be on the device of {other_name}, {other.device}, got {tensor.device}",
+    )
+    # Plain torch casts where autocast is on.
+    autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    torch._check(
+        autocast or tensor.dtype == other.dtype,
+        lambda: f"{name} must have the dtype of {other_name}, {other.dtype}, got {tensor.dtype}",
+    )
+
+
+def check_last_dim(name: str, tensor: Tensor, other_name: str, size: int) -> None:
+    torch._check(
+        tensor.dim() > 0 and tensor.shape[-1] == size,
+        lambda: (
+            f"{name} must have {size} features in its last dimension, as {other_name} has, "
+            f"got shape {list(tensor.shape)}"
+        ),
+    )
+
+
+def check_linear(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> None:
+    check_tensors(input=input)
+    check_mask(weight, mask)
+    check_dense("weight", weight)
+    check_same_kind("input", input, "weight", weight)
+    torch._check(weight.dim() in (1, 2), lambda: f"weight must have 1 or 2 dimensions, got shape {list(weight.shape)}")
+    check_last_dim("input", input, "weight", weight.shape[-1])
+    if bias is None:
+        return
+    check_same_kind("bias", bias, "weight", weight)
+    output = (*input.shape[:-1], *weight.shape[:-1])
+    torch._check(
+        bias.dim() <= len(output)
+        and all(size in (1, wanted) for size, wanted in zip(bias.shape[::-1], output[::-1], strict=False)),
+        lambda: f"bias must broadcast to the output, {list(output)}, got shape {list(bias.shape)}",
+    )
+
+
+def check_linear_grad_input(grad_output: Tensor, weight: Tensor, mask: Tensor) -> None:
+    check_tensors(grad_output=grad_output)
+    check_mask(weight, mask)
+    check_dense("weight", weight)
+    check_same_kind("grad_output", grad_output, "weight", weight)
+    torch._check(weight.dim() == 2, lambda: f"weight must have 2 dimensions, got shape {list(weight.shape)}")
+    check_last_dim("grad_output", grad_output, "weight", weight.shape[0])
+
+
+def check_linear_grad_weight(grad_output: Tensor, input: Tensor, mask: Tensor) -> None:
+    check_tensors(grad_output=grad_output, input=input, mask=mask)
+    torch._check(mask.dim() == 2, lambda: f"mask must have 2 dimensions, got shape {list(mask.shape)}")
+    torch._check(
+        mask.device == grad_output.device,
+        lambda: f"mask must be on the device of grad_output, {grad_output.device}, got {mask.device}",
+    )
+    check_same_kind("input", input, "grad_output", grad_output)
+    check_last_dim("grad_output", grad_output, "mask", mask.shape[0])
+    check_last_dim("input", input, "mask", mask.shape[1])
+    torch._check(
+        grad_output.shape[:-1] == input.shape[:-1],
+        lambda: (
+            "grad_output and input must agree in all but their last dimension, "
+            f"got shapes {list(grad_output.shape)} and {list(input.shape)}"
+        ),
+    )
+
+
+_MOST = 2**31 - 1  # of a number in a convolution: some of torch's backends cut them to 32 bits
+
+
+def check_geometry(
+    weight_shape: Sequence[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+) -> None:
+    for name, numbers, least in (
+        ("stride", stride, 1),
+        ("padding", padding, 0),
+        ("dilation", dilation, 1),
+        ("output_padding", output_padding, 0),
+    ):
+        for number in numbers:
+            torch._check(number >= least, lambda: f"{name} must be at least {least}, got {numbers}")  # noqa: B023
+            torch._check(number <= _MOST, lambda: f"{name} must be at most {_MOST}, got {numbers}")  # noqa: B023
+    torch._check(
+        all(size >= 1 for size in weight_shape[2:]),
+        lambda: f"weight must have a kernel of at least 1 in every dimension, got shape {list(weight_shape)}",
+    )
+    torch._check(groups >= 1, lambda: f"groups must be at least 1, got {groups}")
+
+
+def check_convolution(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, *geometry: Any) -> None:
+    check_tensors(input=input)
+    check_mask(weight, mask)
+    check_dense("weight", weight)
+    check_same_kind("input", input, "weight", weight)
+    if bias is not None:
+        check_same_kind("bias", bias, "weight", weight)
+    check_geometry(weight.shape, *geometry)
+
+
+def check_grad_output(
+    grad_output: Tensor, input_size: Sequence[int], weight_shape: Sequence[int], *geometry: Any
+) -> None:
+    """Torch reads past the end of a grad_output that is too small."""
+    check_geometry(weight_shape, *geometry)
+    input, weight = (torch.empty(size, device="meta") for size in (input_size, weight_shape))
+    wanted = torch.ops.aten.convolution(input, weight, None, *geometry).shape
+    torch._check(
+        input.numel() == 0 or grad_output.shape == wanted,
+        lambda: f"grad_output must have the shape of the output, {list(wanted)}, got {list(grad_output.shape)}",
+    )
+
+
+# --- operations ------------------------------------------------------------------------------------------------------
 
 
 def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
     """``where(mask == 0, 0, weight * mask)``, the mask taken in the weight's dtype."""
-    _check_mask(weight, mask)
+    check_mask(weight, mask)
     factor = mask.detach().to(weight.dtype)
-    if weight.layout is torch.sparse_coo:  # a gradient; torch.where takes no sparse tensors
+    if weight.layout is torch.sparse_coo:  # a gradient; masked_fill_ takes no sparse tensors
         indices = weight._indices()
         values = apply_mask(weight._values(), factor[tuple(indices)])
         return torch.sparse_coo_tensor(
             indices, values, weight.shape, is_coalesced=weight.is_coalesced(), check_invariants=False
         )
-    return torch.where(factor == 0, 0, weight * factor)
+    return (weight * factor).masked_fill_(factor == 0, 0)  # the weight first: it decides on the memory format
 
 
 def linear(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:
+    check_linear(input, weight, mask, bias)
     return F.linear(input, apply_mask(weight, mask), bias)
 
 
 def linear_grad_input(grad_output: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    check_linear_grad_input(grad_output, weight, mask)
     return torch.matmul(grad_output, apply_mask(weight, mask).conj())
 
 
 def linear_grad_weight(grad_output: Tensor, input: Tensor, mask: Tensor) -> Tensor:
+    check_linear_grad_weight(grad_output, input, mask)
     rows = list(range(grad_output.dim() - 1))
     return apply_mask(torch.tensordot(grad_output, input.conj(), (rows, rows)), mask)
 
@@ -58,10 +207,9 @@ def convolution(
     output_padding: list[int],
     groups: int,
 ) -> Tensor:
-    masked = apply_mask(weight, mask)
-    return torch.ops.aten.convolution(
-        input, masked, bias, stride, padding, dilation, transposed, output_padding, groups
-    )
+    geometry = (stride, padding, dilation, transposed, output_padding, groups)
+    check_convolution(input, weight, mask, bias, *geometry)
+    return torch.ops.aten.convolution(input, apply_mask(weight, mask), bias, *geometry)
 
 
 def convolution_grad_input(
@@ -76,22 +224,16 @@ def convolution_grad_input(
     output_padding: list[int],
     groups: int,
 ) -> Tensor:
+    geometry = (stride, padding, dilation, transposed, output_padding, groups)
+    check_tensors(grad_output=grad_output)
+    check_mask(weight, mask)
+    check_dense("weight", weight)
+    check_same_kind("grad_output", grad_output, "weight", weight)
+    check_grad_output(grad_output, input_size, weight.shape, *geometry)
     masked = apply_mask(weight, mask)
     # Only the input's sizes are read; an expanded scalar has them without the memory.
     input = grad_output.new_zeros(()).expand(input_size)
-    grads = torch.ops.aten.convolution_backward(
-        grad_output,
-        input,
-        masked,
-        None,
-        stride,
-        padding,
-        dilation,
-        transposed,
-        output_padding,
-        groups,
-        [True, False, False],
-    )
+    grads = torch.ops.aten.convolution_backward(grad_output, input, masked, None, *geometry, [True, False, False])
     return grads[0]
 
 
@@ -106,20 +248,12 @@ def convolution_grad_weight(
     output_padding: list[int],
     groups: int,
 ) -> Tensor:
+    geometry = (stride, padding, dilation, transposed, output_padding, groups)
+    check_tensors(grad_output=grad_output, input=input, mask=mask)
+    check_same_kind("input", input, "grad_output", grad_output)
+    check_grad_output(grad_output, input.shape, mask.shape, *geometry)
     weight = grad_output.new_zeros(()).expand(mask.shape)
-    grads = torch.ops.aten.convolution_backward(
-        grad_output,
-        input,
-        weight,
-        None,
-        stride,
-        padding,
-        dilation,
-        transposed,
-        output_padding,
-        groups,
-        [False, True, False],
-    )
+    grads = torch.ops.aten.convolution_backward(grad_output, input, weight, None, *geometry, [False, True, False])
     return apply_mask(grads[1], mask)
 
 
