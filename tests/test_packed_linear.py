@@ -1,0 +1,209 @@
+"""The packed linear family: the remaining weights and one bit a weight in place of a dense weight."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import pytest
+import torch
+from generators import (
+    FLOATS,
+    LARGE_SHAPES,
+    LAYOUTS,
+    PATHS,
+    PATTERNS,
+    SHAPES,
+    assert_exact,
+    every_capability,
+    every_float,
+    integers,
+    mask_of,
+    poisoned,
+    refuses,
+    running_on,
+)
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn import functional as F
+
+import masked_ops
+from masked_ops import _ops, reference
+
+
+def bits_of(mask: Tensor) -> Tensor:
+    """uint8 [N, ceil(K / 8)], little bit order."""
+    padded = F.pad(mask.to(torch.uint8), (0, -mask.shape[1] % 8))
+    powers = 2 ** torch.arange(8)
+    return (padded.unflatten(1, (-1, 8)) * powers).sum(2).to(torch.uint8)
+
+
+class Case(NamedTuple):
+    name: str
+    mask: Tensor
+    bits: Tensor
+    values: Tensor
+    input: Tensor
+    bias: Tensor | None
+    grad_output: Tensor
+
+    def calls(self) -> dict[str, tuple]:
+        K = self.mask.shape[1]
+        return {
+            "packed_linear": (self.input, self.values, self.bits, K, self.bias),
+            "packed_linear_grad_input": (self.grad_output, self.values, self.bits, K),
+            "packed_linear_grad_values": (self.grad_output, self.input, self.bits, len(self.values)),
+            "unpack_values": (self.values, self.bits, K),
+            "pack_values": (integers(*self.mask.shape, dtype=self.values.dtype), self.bits, len(self.values)),
+        }
+
+    def exact(self, calls: dict[str, tuple]) -> dict[str, Tensor]:
+        """Of calls, since what is packed there is drawn anew."""
+        weight = torch.zeros(self.mask.shape, dtype=torch.float64)
+        weight[self.mask] = self.values.double()
+        x, g = self.input.double(), self.grad_output.double()
+        y = x @ weight.t()
+        return {
+            "packed_linear": y if self.bias is None else y + self.bias.double(),
+            "packed_linear_grad_input": g @ weight,
+            "packed_linear_grad_values": (g.t() @ x)[self.mask],
+            "unpack_values": weight,
+            "pack_values": calls["pack_values"][0].double()[self.mask],
+        }
+
+
+@functools.cache
+def cases(dtype: torch.dtype) -> list[Case]:
+    torch.manual_seed(4)
+    result = []
+    for n, (M, N, K) in enumerate([*SHAPES[::5], *LARGE_SHAPES, (0, 4, 9), (3, 0, 9), (3, 4, 0)]):
+        pattern = list(PATTERNS)[n % len(PATTERNS)]
+        layouts = [list(LAYOUTS)[n // step % len(LAYOUTS)] for step in (1, 3, 5)]
+        mask = mask_of(pattern, N, K)
+        result.append(
+            Case(
+                f"{M}x{N}x{K} {pattern} {layouts}",
+                mask,
+                bits_of(mask),
+                LAYOUTS[layouts[0]](integers(int(mask.sum()), dtype=dtype)),
+                LAYOUTS[layouts[1]](integers(M, K, dtype=dtype)),
+                integers(N, dtype=dtype) if n % 3 else None,
+                LAYOUTS[layouts[2]](integers(M, N, dtype=dtype)),
+            )
+        )
+    return result
+
+
+@every_capability
+@every_float
+@pytest.mark.parametrize("path", [None, *PATHS])
+def test_family_is_exact_on_integers(path: str | None, dtype: torch.dtype, capability: str) -> None:
+    served = 0
+    with running_on(path, capability), poisoned():
+        for case in cases(dtype):
+            calls = case.calls()
+            for op, expected in case.exact(calls).items():
+                try:
+                    result = getattr(_ops, op)(*calls[op])
+                except RuntimeError as error:
+                    if not refuses(path, error):
+                        raise
+                    continue
+                assert_exact(result, expected, op, case.name)
+                served += 1
+    assert served or path not in (None, "copy")
+
+
+@every_float
+def test_reference_is_exact(dtype: torch.dtype) -> None:
+    for case in cases(dtype)[::3]:
+        calls = case.calls()
+        for op, expected in case.exact(calls).items():
+            assert_exact(getattr(reference, op)(*calls[op]), expected, op, case.name)
+
+
+@pytest.mark.parametrize("pattern", ["half", "none", "all"])
+def test_derivatives(pattern: str) -> None:
+    mask = mask_of(pattern, 4, 11)
+    bits, nnz = bits_of(mask), int(mask.sum())
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+    for function, inputs in (
+        (lambda x, v, b: _ops.packed_linear(x, v, bits, 11, b), (leaf(2, 11), leaf(nnz), leaf(4))),
+        (lambda x, v: _ops.packed_linear(x, v, bits, 11), (leaf(2, 3, 11), leaf(nnz))),
+        (lambda g, v: _ops.packed_linear_grad_input(g, v, bits, 11), (leaf(2, 4), leaf(nnz))),
+        (lambda g, x: _ops.packed_linear_grad_values(g, x, bits, nnz), (leaf(2, 4), leaf(2, 11))),
+        (lambda v: _ops.unpack_values(v, bits, 11), (leaf(nnz),)),
+        (lambda w: _ops.pack_values(w, bits, nnz), (leaf(4, 11),)),
+    ):
+        assert gradcheck(function, inputs, check_forward_ad=True, check_batched_grad=True)
+        assert gradgradcheck(function, inputs, check_batched_grad=True)
+
+
+@every_float
+def test_gradients(dtype: torch.dtype) -> None:
+    for lead in ((), (3,), (2, 5)):
+        mask = mask_of("tenth", 64, 96)
+        x, b = integers(*lead, 96, dtype=dtype).requires_grad_(), integers(64, dtype=dtype).requires_grad_()
+        values = integers(int(mask.sum()), dtype=dtype).requires_grad_()
+        y = masked_ops.packed_linear(x, values, bits_of(mask), 96, b)
+        exact = [t.detach().double().requires_grad_() for t in (x, values, b)]
+        weight = torch.zeros(64, 96, dtype=torch.float64).masked_scatter(mask, exact[1])
+        expected = F.linear(exact[0], weight, exact[2])
+        assert_exact(y, expected)
+        grad = integers(*y.shape, dtype=dtype)
+        grads = torch.autograd.grad(y, (x, values, b), grad)
+        for actual, wanted in zip(grads, torch.autograd.grad(expected, exact, grad.double()), strict=True):
+            assert_exact(actual, wanted, lead)
+
+
+def test_edited_bits_count_at_once() -> None:
+    mask = mask_of("half", 8, 24)
+    bits = bits_of(mask)
+    x, values = integers(3, 24), integers(int(mask.sum()))
+    for _ in range(3):
+        weight = torch.zeros(8, 24).masked_scatter(mask, values)
+        for _ in range(2):
+            assert_exact(masked_ops.packed_linear(x, values, bits, 24), x @ weight.t())
+        mask = mask.flip(0)
+        bits.copy_(bits_of(mask))
+
+
+ONES = torch.ones
+BITS = torch.full((4, 2), 1, dtype=torch.uint8)  # the first of each eight weights of [4, 9]: but bit 8 is the last one
+ERRORS: dict[str, tuple[dict, str]] = {
+    "input features": ({"input": ONES(2, 8)}, "input must have 9 features"),
+    "input dtype": ({"input": ONES(2, 9).double()}, "input must have the dtype of weight_values"),
+    "too few values": ({"weight_values": ONES(7)}, "weight_values must hold one value for each of the 8 bits"),
+    "too many values": ({"weight_values": ONES(9)}, "weight_values must hold one value for each of the 8 bits"),
+    "values of two dimensions": ({"weight_values": ONES(4, 2)}, "weight_values must be"),
+    "values of integers": ({"weight_values": ONES(8).int()}, "weight_values must be"),
+    "bits of another dtype": ({"weight_bits": BITS.int()}, "weight_bits must be uint8"),
+    "bits of one dimension": ({"weight_bits": BITS[0]}, "weight_bits must be uint8"),
+    "bits too narrow": ({"weight_bits": BITS[:, :1]}, "weight_bits must be uint8 of shape"),
+    "bits beyond the features": ({"weight_bits": BITS * 2}, "weight_bits must have zero bits beyond in_features"),
+    "in_features": ({"in_features": 8}, "weight_bits must be uint8 of shape"),
+    "in_features negative": ({"in_features": -1}, "in_features must not be negative"),
+    "in_features near 64 bits": ({"in_features": 2**63 - 1}, "weight_bits must be uint8 of shape"),
+    "bias": ({"bias": ONES(5)}, "bias must have shape"),
+    "bias dtype": ({"bias": ONES(4).double()}, "bias must have the dtype of weight_values"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_bad_input(name: str) -> None:
+    bad, message = ERRORS[name]
+    arguments = {"input": ONES(2, 9), "weight_values": ONES(8), "weight_bits": BITS, "in_features": 9, "bias": ONES(4)}
+    masked_ops.packed_linear(**arguments)
+    with pytest.raises(RuntimeError, match=message):
+        masked_ops.packed_linear(**arguments | bad)
+
+
+def test_dtypes_are_those_of_the_dense_layer() -> None:
+    mask = mask_of("half", 4, 9)
+    for dtype in FLOATS:
+        y = masked_ops.packed_linear(ONES(2, 9, dtype=dtype), ONES(int(mask.sum()), dtype=dtype), bits_of(mask), 9)
+        assert y.dtype == dtype
+        assert_exact(y, mask.sum(1).expand(2, 4))

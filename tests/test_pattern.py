@@ -1,0 +1,527 @@
+"""The cache of mask patterns: a mask's new values count at once, memory is bounded, threads and forks do no harm."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from generators import (
+    MASK_DTYPES,
+    assert_exact,
+    compiled_only,
+    integers,
+    mask_of,
+    name_of,
+    normal,
+    run_each_in_a_process,
+    running_on,
+)
+from torch import Tensor
+from torch.nn import functional as F
+
+import masked_ops
+from masked_ops import _ops
+
+pytestmark = compiled_only
+
+N, K = 40, 70
+
+
+@pytest.fixture(autouse=True)
+def empty_cache() -> Iterator[None]:
+    gc.collect()
+    masked_ops.clear_cache()
+    yield
+    masked_ops.clear_cache()
+
+
+def check(mask: Tensor, *, times: int = 2) -> None:
+    """The operation over this mask gives what torch gives over the values that the mask holds now."""
+    x, w = integers(3, mask.shape[1]), integers(*mask.shape)
+    for _ in range(times):
+        assert_exact(masked_ops.masked_linear(x, w, mask), F.linear(x, w * mask.to(w.dtype)))
+        assert_exact(masked_ops.apply_mask(w, mask), w * mask.to(w.dtype))
+
+
+# --- new values count at once ----------------------------------------------------------------------------------------
+
+EDITS: dict[str, Callable[[Tensor], object]] = {
+    "copy_": lambda m: m.copy_(mask_of("tenth", *m.shape)),
+    "fill_": lambda m: m.fill_(1),
+    "zero_": lambda m: m.zero_(),
+    "index": lambda m: m.__setitem__((0, 0), 1 - m[0, 0].to(torch.uint8)),
+    "last element": lambda m: m[-1:, -1:].copy_(1 - m[-1:, -1:].to(torch.uint8)),
+    "row of a view": lambda m: m[3].zero_(),
+    "view of a view": lambda m: m.view(-1)[7:90].view(-1).fill_(1),
+    "transposed view": lambda m: m.t()[2].zero_(),
+    "masked_fill_": lambda m: m.masked_fill_(torch.rand(m.shape) < 0.5, 0),
+    "out=": lambda m: torch.mul(m, mask_of("half", *m.shape).to(m.dtype), out=m),
+    "detach": lambda m: m.detach().zero_(),
+    "soft": lambda m: m.copy_(m * 2) if m.dtype != torch.bool else m.logical_not_(),
+    "foreach": lambda m: torch._foreach_zero_([m]),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("dtype", MASK_DTYPES, ids=name_of)
+def test_edit_in_place(dtype: torch.dtype, edit: str) -> None:
+    mask = mask_of("half", N, K, dtype=dtype)
+    check(mask)
+    EDITS[edit](mask)
+    check(mask)
+    EDITS["copy_"](mask)
+    check(mask)
+
+
+@pytest.mark.parametrize("path", _ops.paths())
+def test_every_path_sees_an_edit(path: str) -> None:
+    """Including what a path derives from the bits: from the second use of a mask on, and after an edit."""
+    x, w, g = integers(4, K), integers(N, K), integers(4, N)
+    mask = mask_of("tenth", N, K)
+    with running_on(path):
+        for pattern in ("tenth", "few", "none", "one row", "all", "half", "tenth"):
+            mask.copy_(mask_of(pattern, N, K))
+            for _ in range(3):
+                assert_exact(masked_ops.masked_linear(x, w, mask), F.linear(x, w * mask), pattern)
+                assert_exact(_ops.linear_grad_input(g, w, mask), g @ (w * mask), pattern)
+                assert_exact(_ops.linear_grad_weight(g, x, mask), (g.t() @ x) * mask, pattern)
+
+
+def test_edits_seen_by_convolutions() -> None:
+    x, w, mask = integers(2, 4, 6, 6), integers(5, 4, 3, 3), mask_of("half", 5, 4, 3, 3)
+    for pattern in ("half", "tenth", "none", "all"):
+        mask.copy_(mask_of(pattern, 5, 4, 3, 3))
+        for _ in range(2):
+            assert_exact(masked_ops.masked_conv2d(x, w, mask), F.conv2d(x, w * mask))
+
+
+def test_binary_to_soft_and_back() -> None:
+    mask = mask_of("half", N, K, dtype=torch.float32)
+    for factor in (1, 2, 0.5, 2, 1):
+        check(mask)
+        mask.mul_(factor)
+    check(mask)
+
+
+def test_replaced_mask() -> None:
+    """A new tensor at the address of one that is gone is another mask."""
+    for _ in range(50):
+        check(mask_of("half", N, K), times=1)
+    mask = torch.zeros(N, K)
+    check(mask)
+    mask.data = mask_of("half", N, K, dtype=torch.float32)
+    check(mask)
+    mask.set_(mask_of("few", N, K, dtype=torch.float32))
+    check(mask)
+    mask.resize_(3, 5).fill_(1)
+    check(mask)
+
+
+def test_loaded_mask() -> None:
+    module = torch.nn.Module()
+    module.register_buffer("mask", mask_of("half", N, K))
+    check(module.mask)
+    for assign in (False, True):
+        module.load_state_dict({"mask": mask_of("tenth", N, K)}, assign=assign)
+        check(module.mask)
+    check(copy.deepcopy(module).mask)
+    check(module.double().mask)
+
+
+def test_views_of_one_storage() -> None:
+    """Masks that share memory are told apart by offset, sizes and strides, and all see each other's edits."""
+    base = mask_of("half", 3 * N, K, dtype=torch.uint8)
+    views = [base[:N], base[N : 2 * N], base[2 * N :], base[::3], base.view(N, 3, K)[:, 1], base[:N].flip(0)]
+    square = base[:K, :K]
+    for _ in range(3):
+        for view in views:
+            check(view)
+        check(square)
+        check(square.t())
+        check(base[:N].t())
+        check(base.view(3 * K, N))
+        check(base.flatten()[None])
+        check(base[:1].expand(N, K))
+        check(base[:N, :1].expand(N, K))
+        check(base[:N].view(torch.int8))
+        check(base[:N].view(torch.bool))
+        base.copy_(mask_of("half", 3 * N, K))
+
+
+def test_mask_shared_by_two_layers() -> None:
+    mask = mask_of("half", N, K)
+    x, weights = integers(3, K), [integers(N, K), integers(N, K)]
+    for pattern in ("half", "tenth"):
+        mask.copy_(mask_of(pattern, N, K))
+        for w in weights:
+            assert_exact(masked_ops.masked_linear(x, w, mask), F.linear(x, w * mask))
+    assert masked_ops.cache_info()["entries"] == 1
+
+
+def test_one_mask_seen_as_matrix_and_kernel() -> None:
+    mask = mask_of("half", 6, 4, 3, 3)
+    x, w = integers(2, 4, 5, 5), integers(6, 4, 3, 3)
+    for pattern in ("half", "tenth"):
+        mask.copy_(mask_of(pattern, 6, 4, 3, 3))
+        assert_exact(masked_ops.masked_conv2d(x, w, mask), F.conv2d(x, w * mask))
+        check(mask.view(6, 36))
+        assert_exact(masked_ops.masked_conv2d(x, w, mask), F.conv2d(x, w * mask))
+
+
+def test_inference_mode_masks() -> None:
+    """Inference tensors count no versions: nothing of theirs is cached, and every edit counts."""
+    with torch.inference_mode():
+        mask = mask_of("half", N, K)
+        check(mask)
+        mask.copy_(mask_of("tenth", N, K))
+        check(mask)
+        mask.zero_()
+        check(mask)
+    assert masked_ops.cache_info()["entries"] == 0
+    mask = mask_of("half", N, K)
+    check(mask)
+    with torch.inference_mode():
+        mask.copy_(mask_of("tenth", N, K))
+        check(mask)
+    check(mask)
+
+
+WRITES_BEHIND_TORCH: dict[str, Callable[[Tensor], object]] = {
+    "data": lambda m: m.data.zero_(),
+    "numpy": lambda m: m.numpy().fill(0),
+}
+
+
+@pytest.mark.parametrize("write", WRITES_BEHIND_TORCH)
+def test_writes_that_torch_cannot_see_need_clear_cache(write: str) -> None:
+    """Documented both ways: such a write is not seen, and clear_cache() makes it seen."""
+    mask = mask_of("half", N, K)
+    before = mask.clone()
+    check(mask)
+    WRITES_BEHIND_TORCH[write](mask)
+    x, w = integers(3, K), integers(N, K)
+    assert not mask.any()
+    assert_exact(masked_ops.masked_linear(x, w, mask), F.linear(x, w * before))
+    masked_ops.clear_cache()
+    check(mask)
+
+
+# --- what is cached --------------------------------------------------------------------------------------------------
+
+
+def test_counters() -> None:
+    mask, w = mask_of("half", N, K, dtype=torch.uint8), integers(N, K)
+    start = masked_ops.cache_info()
+
+    def counts() -> tuple[int, int, int]:
+        info = masked_ops.cache_info()
+        return tuple(info[name] - start[name] for name in ("hits", "misses", "repacks"))
+
+    masked_ops.apply_mask(w, mask)
+    assert counts() == (0, 1, 0)
+    masked_ops.apply_mask(w, mask)
+    assert counts() == (1, 1, 0)
+    mask.mul_(1)  # a new version with the same bits: packed again, and nothing else
+    masked_ops.apply_mask(w, mask)
+    assert counts() == (1, 1, 1)
+    masked_ops.apply_mask(w, mask)
+    assert counts() == (2, 1, 1)
+    assert masked_ops.cache_info()["entries"] == 1
+    masked_ops.clear_cache()
+    assert masked_ops.cache_info()["entries"] == masked_ops.cache_info()["bytes"] == 0
+    masked_ops.apply_mask(w, mask)
+    assert counts() == (2, 2, 1)
+
+
+def test_size_is_one_bit_a_weight() -> None:
+    mask = mask_of("half", 512, 1024)
+    masked_ops.apply_mask(integers(512, 1024), mask)
+    info = masked_ops.cache_info()
+    assert 512 * 1024 / 8 <= info["bytes"] <= 512 * 1024 / 8 + 4096
+
+
+def test_pattern_dies_with_its_mask() -> None:
+    masks = [mask_of("half", N, K) for _ in range(5)]
+    for mask in masks:
+        check(mask)
+    assert masked_ops.cache_info()["entries"] == 5
+    view = masks[0][:20]
+    del masks, mask
+    assert masked_ops.cache_info()["entries"] == 1  # its storage lives on in the view
+    del view
+    info = masked_ops.cache_info()
+    assert info["entries"] == info["bytes"] == 0
+
+
+def test_cache_does_not_keep_memory_of_masks_alive() -> None:
+    def resident() -> int:
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    w = torch.ones(512, 1024)
+    for i in range(3):
+        masked_ops.apply_mask(w, torch.ones(512, 1024))
+        if i == 0:
+            before = resident()
+    for _ in range(100):
+        masked_ops.apply_mask(w, torch.ones(512, 1024))
+    assert resident() - before < 50 << 20  # 100 masks would be 200 MB
+
+
+# Each in a process of its own, since the limit is read once.
+LIMITS = {
+    "bounded": """
+        import os
+        os.environ["MASKED_OPS_CACHE_BYTES"] = "20000"
+        import torch, masked_ops
+        from torch.nn import functional as F
+        info = masked_ops.cache_info()
+        assert info["limit_bytes"] == 20000, info
+        masks = [torch.rand(100, 256) < .5 for _ in range(12)]
+        w, x = torch.randint(-1, 2, (100, 256)).float(), torch.randint(-1, 2, (4, 256)).float()
+        for _ in range(3):
+            for mask in masks:
+                assert torch.equal(masked_ops.apply_mask(w, mask), w * mask)
+                assert torch.equal(masked_ops.masked_linear(x, w, mask), F.linear(x, w * mask))
+                info = masked_ops.cache_info()
+                assert 0 <= info["bytes"] <= 20000, info
+        assert 1 <= info["entries"] < 12, info
+    """,
+    "least recently used goes first": """
+        import os
+        os.environ["MASKED_OPS_CACHE_BYTES"] = "20000"
+        import torch, masked_ops
+        masks, w = [torch.rand(100, 256) < .5 for _ in range(12)], torch.ones(100, 256)
+        masked_ops.apply_mask(w, masks[0])
+        for mask in masks[1:]:
+            masked_ops.apply_mask(w, mask)
+            hits = masked_ops.cache_info()["hits"]
+            masked_ops.apply_mask(w, masks[0])
+            assert masked_ops.cache_info()["hits"] == hits + 1
+    """,
+    "a pattern larger than all of the cache": """
+        import os
+        os.environ["MASKED_OPS_CACHE_BYTES"] = "20000"
+        import torch, masked_ops
+        big, w = torch.rand(1000, 512) < .5, torch.ones(1000, 512)
+        for _ in range(3):
+            assert torch.equal(masked_ops.apply_mask(w, big), w * big)
+            assert torch.equal(masked_ops.masked_linear(w[:3], w, big), w[:3] @ (w * big).t())
+        assert masked_ops.cache_info()["entries"] == 0
+    """,
+}
+LIMITS |= {
+    f"limit {limit!r}": f"""
+        import os
+        os.environ["MASKED_OPS_CACHE_BYTES"] = {limit!r}
+        import torch, masked_ops
+        w, m = torch.ones(9, 70), torch.rand(9, 70) < .5
+        for _ in range(3):
+            assert torch.equal(masked_ops.apply_mask(w, m), w * m)
+            assert torch.equal(masked_ops.masked_linear(w, w, m), w @ (w * m).t())
+        assert masked_ops.cache_info()["entries"] == 0
+    """
+    for limit in ("0", "-1", "nonsense")
+}
+LIMITS |= {
+    f"MASKED_OPS_PATH={path}": f"""
+        import os
+        os.environ["MASKED_OPS_PATH"] = {path!r}
+        import torch, masked_ops
+        masked_ops.is_available()
+        assert masked_ops._ops.explain_linear(torch.ones(4, 3), torch.ones(4, 3), 1)[0] == {path!r}
+    """
+    for path in ("copy", "fused")
+}
+LIMITS |= {
+    "MASKED_OPS_PATH of no path": """
+        import os
+        os.environ["MASKED_OPS_PATH"] = "fastest"
+        import torch, masked_ops
+        for _ in range(2):  # not only the first call
+            try:
+                masked_ops.masked_linear(torch.ones(1, 3), torch.ones(4, 3), torch.ones(4, 3))
+            except ValueError as error:
+                assert "path must be one of copy, fused" in str(error) and "got 'fastest'" in str(error), error
+            else:
+                raise AssertionError("no error")
+    """,
+}
+
+
+@pytest.fixture(scope="module")
+def in_processes(request: pytest.FixtureRequest, tmp_path_factory: Any) -> dict[str, tuple[int, str]]:
+    return run_each_in_a_process(LIMITS, request.getfixturevalue("run_python"), tmp_path_factory.mktemp("limits"))
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_environment(name: str, in_processes: dict[str, tuple[int, str]]) -> None:
+    status, output = in_processes[name]
+    assert status == 0, output
+
+
+# --- threads and forks -----------------------------------------------------------------------------------------------
+
+
+def test_threads_share_masks() -> None:
+    """Eight threads over the same masks, while others make, edit and drop their own, and one empties the cache."""
+    shared = [mask_of("half", N, K) for _ in range(4)]
+    x, w = integers(3, K), integers(N, K)
+    expected = [F.linear(x, w * mask) for mask in shared]
+    errors: list[BaseException] = []
+    stop = threading.Event()
+
+    def guarded(work: Callable[[int], None]) -> Callable[[int], None]:
+        def run(seed: int) -> None:
+            try:
+                work(seed)
+            except BaseException as error:
+                errors.append(error)
+
+        return run
+
+    @guarded
+    def read(seed: int) -> None:
+        for i in range(150):
+            which = (seed + i) % len(shared)
+            assert_exact(masked_ops.masked_linear(x, w, shared[which]), expected[which])
+
+    @guarded
+    def edit(seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(60):
+            mask = torch.rand(N, K, generator=generator) < 0.5
+            for _ in range(3):
+                mask[0] = ~mask[0]
+                assert_exact(masked_ops.masked_linear(x, w, mask), F.linear(x, w * mask))
+
+    @guarded
+    def clear(_: int) -> None:
+        while not stop.is_set():
+            masked_ops.clear_cache()
+            masked_ops.cache_info()
+
+    workers = [threading.Thread(target=target, args=(i,)) for i, target in enumerate([read] * 8 + [edit] * 2)]
+    clearer = threading.Thread(target=clear, args=(0,))
+    for thread in (*workers, clearer):
+        thread.start()
+    for thread in workers:
+        thread.join()
+    stop.set()
+    clearer.join()
+    assert not errors, errors[0]
+
+
+def _in_child(mask: Tensor, x: Tensor, w: Tensor, expected: Tensor, edited: Tensor) -> None:
+    torch.set_num_threads(1)
+    for _ in range(2):
+        assert torch.equal(masked_ops.masked_linear(x, w, mask), expected)
+    mask.zero_()
+    assert not masked_ops.masked_linear(x, w, mask).any()
+    mask.copy_(edited)
+    assert torch.equal(masked_ops.masked_linear(x, w, mask), F.linear(x, w * edited))
+    v = w.clone().requires_grad_()
+    masked_ops.masked_linear(x, v, mask).sum().backward()
+    assert torch.equal(v.grad, x.sum(0).expand_as(w) * edited)
+    assert masked_ops.cache_info()["entries"] >= 1
+
+
+def test_fork_after_use() -> None:
+    """Data loaders and workers fork: also while other threads of the parent are inside the cache."""
+    mask, x, w = mask_of("half", N, K), integers(3, K), integers(N, K)
+    expected = masked_ops.masked_linear(x, w, mask)
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            masked_ops.apply_mask(w, mask_of("half", N, K))
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    context = multiprocessing.get_context("fork")
+    try:
+        for _ in range(5):
+            child = context.Process(target=_in_child, args=(mask, x, w, expected, mask_of("tenth", N, K)))
+            child.start()
+            child.join(60)
+            if child.is_alive():
+                child.kill()
+                pytest.fail("a forked child hangs")
+            assert child.exitcode == 0
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert_exact(masked_ops.masked_linear(x, w, mask), expected)
+
+
+# --- the choice of a path --------------------------------------------------------------------------------------------
+
+
+def test_use_path_nests_and_restores() -> None:
+    mask = mask_of("half", 4, 3)
+    with masked_ops.use_path("fused"):
+        with masked_ops.use_path("copy"):
+            assert _ops.explain_linear(torch.ones(4, 3), mask, 1)[0] == "copy"
+            with masked_ops.use_path(None):
+                assert _ops.explain_linear(torch.ones(4, 3).double(), mask, 1)[0] == "copy"
+            assert _ops.explain_linear(torch.ones(4, 3), mask, 1)[0] == "copy"
+        assert _ops.explain_linear(torch.ones(4, 3), mask, 1)[0] == "fused"
+        with pytest.raises(RuntimeError, match="path 'fused' cannot serve"):
+            masked_ops.masked_linear(torch.ones(1, 3).double(), torch.ones(4, 3).double(), mask)
+    masked_ops.masked_linear(torch.ones(1, 3).double(), torch.ones(4, 3).double(), mask)
+    with pytest.raises(ZeroDivisionError), masked_ops.use_path("fused"):
+        raise ZeroDivisionError
+    assert _ops.explain_linear(torch.ones(4, 3).double(), mask, 1)[0] == "copy"
+
+
+def test_use_path_refuses_unknown_names() -> None:
+    for name in ("fastest", "", 3):
+        with pytest.raises(ValueError, match="path must be one of copy, fused"), masked_ops.use_path(name):
+            pytest.fail("entered")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "soft", "reason"),
+    [
+        (torch.float64, False, "float32 only"),
+        (torch.float32, True, "the mask is soft"),
+    ],
+)
+def test_forced_path_says_why_it_cannot_serve(dtype: torch.dtype, soft: bool, reason: str) -> None:
+    mask = torch.ones(4, 3) * (2 if soft else 1)
+    x, w, g = normal(2, 3, dtype=dtype), normal(4, 3, dtype=dtype), normal(2, 4, dtype=dtype)
+    with running_on("fused"):
+        for call in (
+            lambda: masked_ops.masked_linear(x, w, mask),
+            lambda: _ops.linear_grad_input(g, w, mask),
+            lambda: _ops.linear_grad_weight(g, x, mask),
+        ):
+            with pytest.raises(RuntimeError, match=f"path 'fused' cannot serve.*{reason}"):
+                call()
+        with pytest.raises(RuntimeError, match="path 'fused' cannot serve this convolution"):
+            masked_ops.masked_conv1d(x[..., None], w[..., None], mask[..., None])
+
+
+def test_explanation_matches_what_runs() -> None:
+    """explain_linear names a path that serves, for every dtype, density and number of rows."""
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        for pattern in ("none", "few", "half", "all"):
+            mask = mask_of(pattern, 64, 96)
+            w = integers(64, 96, dtype=dtype)
+            for rows in (1, 8, 128):
+                path, reason = _ops.explain_linear(w, mask, rows)
+                assert path in _ops.paths() and reason
+                x = integers(rows, 96, dtype=dtype)
+                with running_on(path):
+                    assert_exact(masked_ops.masked_linear(x, w, mask), x @ (w * mask).t())
+    path, reason = _ops.explain_convolution(integers(4, 3, 3, 3), mask_of("half", 4, 3, 3, 3), 8)
+    assert path in _ops.paths() and reason
