@@ -5,6 +5,7 @@
 #
 #   make test        lint, then all tests, on kernels for all capabilities; ARGS="-k linear -x" goes to pytest
 #   make demo        prune a network on real scans, against torch.nn.utils.prune
+#   make bench       linear layers against torch, in five minutes; rewrites bench/results and the README's figures
 #   make lint        formatting, lint and types
 #   make format      put the formatting right
 #   make sanitize    the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -28,7 +29,7 @@ CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '
 
 export MASKED_OPS_CACHE_DIR ?= $(CURDIR)/.cache/masked_ops
 
-.PHONY: test demo lint format sanitize clean
+.PHONY: test demo bench lint format sanitize clean
 
 test: export MASKED_OPS_BUILD_CAPABILITIES := all
 test: export MASKED_OPS_REQUIRE_BUILD := 1
@@ -39,6 +40,13 @@ test: lint
 demo: .venv/.demo
 	@cd .venv && bin/python -m masked_ops
 	$(BIN)/python examples/prune_digits.py
+
+# On an idle machine, or the figures mean little.
+bench: .venv/.bench
+	$(BIN)/python bench/linear.py --shapes bench/shapes/linear_short.txt --sparsity 0.5 0.8 0.9 0.95 0.99 \
+	    --json bench/results/linear.json
+	$(BIN)/python bench/plot.py bench/results/linear.json --readme
+	$(BIN)/python bench/overhead.py --json bench/results/overhead.json
 
 lint: .venv/.test
 	$(BIN)/ruff check .

@@ -1,0 +1,140 @@
+"""Draw what bench/linear.py measured, and put its table into the README.
+
+python bench/plot.py bench/results/linear.json            # writes linear.png and linear-roofline.png beside it
+python bench/plot.py bench/results/linear.json --readme   # and the table between the README's markers
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+Row = dict[str, Any]
+README = Path(__file__).resolve().parent.parent / "README.md"
+COLORS = {"hook": "#888888", "dense": "#444444", "csr": "#c98a1b", "live": "#2a6fbb", "packed": "#b3312c"}
+LABELS = {"live": "masked_linear", "packed": "packed_linear", "csr": "torch CSR", "dense": "dense", "hook": "hook"}
+
+
+def shape(row: Row) -> tuple[int, int, int]:
+    return row["M"], row["N"], row["K"]
+
+
+def speedups(rows: list[Row], target: Path) -> None:
+    """Times the hook, against sparsity: a column for each shape, forward above and step below."""
+    shapes = sorted({shape(row) for row in rows})
+    figure, axes = plt.subplots(2, len(shapes), figsize=(3.4 * len(shapes), 6), sharex=True, squeeze=False)
+    for column, which in enumerate(shapes):
+        for ax, step in zip(axes[:, column], (False, True), strict=True):
+            here = [row for row in rows if shape(row) == which and row["step"] == step]
+            for layer in ("packed", "live", "dense", "csr"):
+                points = sorted((row["sparsity"], row["x_hook"]) for row in here if row["layer"] == layer)
+                if points:
+                    ax.plot(*zip(*points, strict=True), "o-", ms=3.5, color=COLORS[layer], label=LABELS[layer])
+            ax.axhline(1, color=COLORS["hook"], lw=1)
+            ax.set_yscale("log")
+            ax.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g×"))
+            ax.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+            ax.grid(True, which="both", alpha=0.2)
+            ax.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
+        axes[0, column].set_title(f"M={which[0]}, {which[2]}→{which[1]}")
+        axes[1, column].set_xlabel("sparsity")
+    axes[0, 0].set_ylabel("forward, times the hook's speed")
+    axes[1, 0].set_ylabel("step, times the hook's speed")
+    axes[0, 0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(target, dpi=150)
+    plt.close(figure)
+    print(target)
+
+
+def intensity(row: Row) -> float:
+    """Operations for each byte that a float32 forward pass must move: input, output, weights as they are stored."""
+    M, N, K = shape(row)
+    weights = row["nnz"] if row["layer"] == "packed" else N * K
+    bits = 0 if row["layer"] in ("hook", "dense") else N * K / 8
+    useful = N * K if row["layer"] in ("hook", "dense") else row["nnz"]
+    return 2 * M * useful / (4 * (weights + M * (N + K)) + bits)
+
+
+def roofline(rows: list[Row], target: Path) -> None:
+    """Operations on remaining weights a second, under the two bounds that were measured in the same run."""
+    forward = [row for row in rows if not row["step"] and row["layer"] != "csr"]
+    peak = max(row["peak_gflops"] for row in forward)
+    read = max(row["read_gb_per_s"] for row in forward)
+    figure, ax = plt.subplots(figsize=(7, 5))
+    xs = [2**e for e in range(-4, 9)]
+    ax.plot(xs, [min(peak, read * x) for x in xs], color="black", lw=1.2, label=f"{peak:.0f} GF/s, {read:.0f} GB/s")
+    for layer in ("hook", "dense", "live", "packed"):
+        points = [(intensity(row), row["gflops"]) for row in forward if row["layer"] == layer]
+        ax.scatter(*zip(*points, strict=True), s=22, color=COLORS[layer], alpha=0.8, label=LABELS[layer])
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.set_xlabel("operations per byte from memory (weights that stay in a cache may exceed the slope)")
+    ax.set_ylabel("GF/s on the remaining weights")
+    ax.grid(True, which="both", alpha=0.2)
+    ax.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(target, dpi=150)
+    plt.close(figure)
+    print(target)
+
+
+def milliseconds(row: Row | None) -> str:
+    return "" if row is None else f"{row['minimum_s'] * 1e3:.3g}"
+
+
+def markdown(rows: list[Row]) -> str:
+    lines = [
+        "| M, N, K | | sparsity | hook | dense | masked_linear | packed_linear | packed, × hook | × dense |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for which in sorted({shape(row) for row in rows}):
+        for step in (False, True):
+            for sparsity in sorted({row["sparsity"] for row in rows}):
+                cell = {
+                    row["layer"]: row
+                    for row in rows
+                    if shape(row) == which and row["step"] == step and row["sparsity"] == sparsity
+                }
+                if not cell:
+                    continue
+                times = [milliseconds(cell.get(layer)) for layer in ("hook", "dense", "live", "packed")]
+                ratios = [f"{cell['packed'][key]:.1f}" for key in ("x_hook", "x_dense")]
+                name = ", ".join(map(str, which))
+                lines.append(
+                    " | ".join(["| " + name, "step" if step else "forward", f"{sparsity:.0%}", *times, *ratios]) + " |"
+                )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--readme", action="store_true")
+    args = parser.parse_args()
+    rows = [row for row in json.loads(args.results.read_text())["results"] if row["dtype"] == "float32"]
+    most = max(row["threads"] for row in rows)
+    rows = [row for row in rows if row["threads"] == most]
+    speedups(rows, args.results.with_suffix(".png"))
+    roofline(rows, args.results.with_name(args.results.stem + "-roofline.png"))
+    if args.readme:
+        begin, end = "<!-- bench/linear.py: begin -->\n", "<!-- bench/linear.py: end -->\n"
+        text, count = re.subn(
+            f"{begin}.*?{end}", lambda _: begin + markdown(rows) + end, README.read_text(), flags=re.S
+        )
+        if count != 1:
+            raise SystemExit(f"{README} must hold the markers {begin.strip()} and {end.strip()} once")
+        README.write_text(text)
+        print(README)
+
+
+if __name__ == "__main__":
+    main()
