@@ -19,8 +19,8 @@ at::Tensor placeholder(at::IntArrayRef sizes, const at::Tensor& like) {
   return at::empty(sizes, like.options(), like.suggest_memory_format());
 }
 
-// Torch's backends differ in what they check: some cut numbers to 32 bits, and the backward operations of some read past
-// the end of a grad_output that is too small. So all of it is checked here.
+// Torch's backends differ in what they check: some cut numbers to 32 bits, and the backward operations of some read
+// past the end of a grad_output that is too small. So all of it is checked here.
 struct Geometry {
   at::IntArrayRef weight, stride, padding, dilation;
   bool transposed;
@@ -75,8 +75,8 @@ struct Geometry {
       return static_cast<int64_t>((padded - extent) / nth(stride, d) + 1);
     }
     const Wide size = (input[d] - 1) * nth(stride, d) - 2 * nth(padding, d) + extent + nth(output_padding, d);
-    TORCH_CHECK(size >= 0, "padding must not be larger than the output, got padding ", padding, " for an input of shape ",
-                input, " and a weight of shape ", weight);
+    TORCH_CHECK(size >= 0, "padding must not be larger than the output, got padding ", padding,
+                " for an input of shape ", input, " and a weight of shape ", weight);
     TORCH_CHECK(size <= std::numeric_limits<int64_t>::max(), "stride, dilation or output_padding are too large");
     return static_cast<int64_t>(size);
   }
