@@ -36,7 +36,8 @@ double cost(Path path, Pass pass, int64_t M, int64_t N, int64_t K, int64_t nnz, 
   const int row = path == Path::kSparse ? 2 : path == Path::kFused ? 1 : 0;
   cpu::Cost c = cpu::kCosts[row][2 * static_cast<int>(pass) + (M > cpu::kSmallM)];
   if (!reads_dense_weight) c.weight = 0;
-  return c(M, N, K, nnz, threads);
+  const double fresh = path == Path::kCopy && N * K > cpu::kFreshWeights ? cpu::kFreshCost * double(N * K) : 0;
+  return c(M, N, K, nnz, threads) + fresh;
 }
 
 double cost(Path path, Pass pass, int64_t M, const Pattern& pattern, int threads, bool reads_dense_weight = true) {

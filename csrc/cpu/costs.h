@@ -20,6 +20,11 @@ struct Cost {
 // The compact path gathers and scatters: nanoseconds for an element moved, and for the calls themselves.
 inline constexpr double kGatherCost = 0.5, kCompactCall = 8e3;
 
+// A copy of more weights than this is fresh memory, whose page faults outlast the pass itself and do not share among
+// threads (1, 4096 -> 4096: 21 ms of which 17): nanoseconds a weight, on top of what was fitted.
+inline constexpr int64_t kFreshWeights = int64_t{1} << 20;
+inline constexpr double kFreshCost = 1;
+
 // [path: copy, fused, sparse][pass: forward, grad_input, grad_weight, each for M <= 16 and for M > 16]
 inline constexpr int64_t kSmallM = 16;
 inline constexpr Cost kCosts[3][6] = {
