@@ -47,7 +47,7 @@ void spmv(const Team& team, const Rows& rows, const float* values, const float* 
       }
       for (; i < end; i += L) {
         const auto valid = Vec::first(end - i);
-        sum = fmadd(Vec::loadu(valid, values + i), Vec::gather(valid, x, rows.columns + i), sum);
+        sum = fmadd(Vec::loadu(valid, values + i), Vec::gather(x, rows.columns + i).select(valid), sum);
       }
       y[n] = (sum + other).sum() + (bias ? bias[n] : 0);
     }
@@ -64,11 +64,15 @@ void spmv_transposed(const Team& team, const Rows& rows, int64_t cols, const flo
     std::memset(part, 0, size_t(cols) * sizeof(float));
     for (int64_t n = rows.count * task / tasks; n < rows.count * (task + 1) / tasks; ++n) {
       const Vec factor = Vec::set1(dy[n]);
-      for (int64_t i = rows.offsets[n]; i < rows.offsets[n + 1]; i += L) {
-        const auto valid = Vec::first(rows.offsets[n + 1] - i);
+      int64_t i = rows.offsets[n];
+      const int64_t end = rows.offsets[n + 1];
+      for (; i + L <= end; i += L) {
+        prefetch(values + i + tuning::kFloatsAhead);
+        prefetch(rows.columns + i + tuning::kFloatsAhead);
         const uint16_t* const columns = rows.columns + i;
-        fmadd(factor, Vec::loadu(valid, values + i), Vec::gather(valid, part, columns)).scatter(valid, part, columns);
+        fmadd(factor, Vec::loadu(values + i), Vec::gather(part, columns)).scatter(part, columns);
       }
+      for (; i < end; ++i) part[rows.columns[i]] += dy[n] * values[i];
     }
   });
   for (int64_t k = 0; k < cols; ++k) {
@@ -84,7 +88,7 @@ void sampled_outer(const Team& team, const Rows& rows, const float* dy, const fl
       const Vec factor = Vec::set1(dy[n]);
       for (int64_t i = rows.offsets[n]; i < rows.offsets[n + 1]; i += L) {
         const auto valid = Vec::first(rows.offsets[n + 1] - i);
-        (factor * Vec::gather(valid, x, rows.columns + i)).storeu(valid, grad_values + i);
+        (factor * Vec::gather(x, rows.columns + i)).storeu(valid, grad_values + i);
       }
     }
   });
