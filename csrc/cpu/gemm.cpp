@@ -289,6 +289,9 @@ void linear_grad_input(const Team& team, int64_t M, int64_t N, int64_t K, const 
 
 void linear_grad_weight(const Team& team, int64_t M, int64_t N, int64_t K, const float* grad_output, const float* input,
                         Bits bits, float* grad_weight) {
+  if (M <= tuning::kSmallRows) {
+    return linear_grad_weight_small(team, M, N, K, grad_output, input, bits, grad_weight);
+  }
   gemm(team, N, K, M, from_columns(team, grad_output, N), Columns<false>(input, K, {nullptr, 0}), nullptr, &bits,
        grad_weight);
 }

@@ -3,7 +3,9 @@
 //
 // Forward takes a few rows of the weight at a time, each a dot product with every row of input: both run along K.
 // grad_input takes a strip of columns, in it blocks of rows, in those tiles of columns that stay in registers down the
-// block. Both prefetch by hand: a strip's lines are a row apart, and a row's end is another row's beginning.
+// block; or, where input is so narrow that a strip of its gradient stays in L1, four rows after four. Both prefetch by
+// hand: a strip's lines are a row apart, and a row's end is another row's beginning. grad_weight writes tiles of a few
+// rows and vectors.
 #include "kernels.h"
 #include "tuning.h"
 
@@ -161,6 +163,96 @@ __attribute__((noinline)) void axpys(const Axpys& o, Ahead& ahead) {
   }
 }
 
+struct Rows4 {
+  const float* dy;  // [M][ldy], from the first of the rows on
+  int64_t ldy;
+  const float* weight;  // of the first row, at the strip's first column
+  int64_t ldw, ahead;   // ahead: floats to what is prefetched
+  Bits bits;            // of the first row
+  int64_t column, columns;
+  bool accumulate;
+  float* dx;  // [M][ldw], at the strip's first column
+};
+
+// dx[m][strip] (+)= sum over R rows of dy[m][row] * weight[row][strip].
+template <int M, int R>
+__attribute__((noinline)) void axpy_rows(const Rows4& o) {
+  Vec dy[M][R];
+  MASKED_OPS_UNROLL
+  for (int m = 0; m < M; ++m) {
+    MASKED_OPS_UNROLL
+    for (int r = 0; r < R; ++r) dy[m][r] = Vec::set1(o.dy[m * o.ldy + r]);
+  }
+  const auto step = [&](int64_t k, auto tail) __attribute__((always_inline)) {
+    Vec w[R];
+    MASKED_OPS_UNROLL
+    for (int r = 0; r < R; ++r) {
+      prefetch(o.weight + r * o.ldw + k + o.ahead);
+      w[r] = Vec::loadu(Vec::predicate(o.bits.row(r), o.column + k), o.weight + r * o.ldw + k);
+    }
+    const auto valid = Vec::first(o.columns - k);
+    MASKED_OPS_UNROLL
+    for (int m = 0; m < M; ++m) {
+      float* const to = o.dx + m * o.ldw + k;
+      Vec sum = !o.accumulate ? Vec::zero() : decltype(tail)::value ? Vec::loadu(valid, to) : Vec::loadu(to);
+      MASKED_OPS_UNROLL
+      for (int r = 0; r < R; ++r) sum = fmadd(dy[m][r], w[r], sum);
+      decltype(tail)::value ? sum.storeu(valid, to) : sum.storeu(to);
+    }
+  };
+  int64_t k = 0;
+  for (; k + L <= o.columns; k += L) step(k, Int<0>());
+  if (k < o.columns) step(k, Int<1>());
+}
+
+// --- grad_weight -----------------------------------------------------------------------------------------------------
+
+struct Outer {
+  int64_t M;
+  const float* dy;  // [M][ldy], at the tile's first row
+  int64_t ldy;
+  const float* x;  // [M][K], at the tile's first column
+  int64_t K;
+  Bits bits;  // of the tile's first row
+  int64_t column, columns;
+  float* dw;  // the tile's corner
+};
+
+// dw[r][tile] = masked(sum over m of dy[m][r] * x[m][tile]).
+template <int R, int NV>
+__attribute__((noinline)) void outer(const Outer& o) {
+  Vec sum[R][NV];
+  MASKED_OPS_UNROLL
+  for (int r = 0; r < R; ++r) {
+    MASKED_OPS_UNROLL
+    for (int j = 0; j < NV; ++j) sum[r][j] = Vec::zero();
+  }
+  const auto valid = [&](int j) { return Vec::first(o.columns - j * L); };
+  const bool full = o.columns == NV * L;
+  for (int64_t m = 0; m < o.M; ++m) {
+    const float* const from = o.x + m * o.K;
+    Vec x[NV];
+    MASKED_OPS_UNROLL
+    for (int j = 0; j < NV; ++j) x[j] = full ? Vec::loadu(from + j * L) : Vec::loadu(valid(j), from + j * L);
+    MASKED_OPS_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const Vec dy = Vec::set1(o.dy[m * o.ldy + r]);
+      MASKED_OPS_UNROLL
+      for (int j = 0; j < NV; ++j) sum[r][j] = fmadd(dy, x[j], sum[r][j]);
+    }
+  }
+  MASKED_OPS_UNROLL
+  for (int r = 0; r < R; ++r) {
+    const uint64_t* const bits = o.bits.row(r);
+    float* const to = o.dw + r * o.K;
+    MASKED_OPS_UNROLL
+    for (int j = 0; j < NV; ++j) {
+      const Vec v = sum[r][j].select(Vec::predicate(bits, o.column + j * L));
+      full ? v.storeu(to + j * L) : v.storeu(valid(j), to + j * L);
+    }
+  }
+}
+
 }  // namespace
 
 void linear_small(const Team& team, int64_t M, int64_t N, int64_t K, const float* input, const float* weight, Bits bits,
@@ -195,12 +287,40 @@ void linear_small(const Team& team, int64_t M, int64_t N, int64_t K, const float
   });
 }
 
+namespace {
+
+// Strips of columns of equal width, a multiple of `unit`; every thread has the same number of them.
+int64_t strip_width(const Team& team, int64_t K, int64_t most, int64_t unit) {
+  const int64_t wanted = ceil_div(ceil_div(K, most), team.threads) * team.threads;
+  return ceil_div(ceil_div(K, wanted), unit) * unit;
+}
+
+void grad_input_by_rows(const Team& team, int64_t M, int64_t N, int64_t K, const float* grad_output,
+                        const float* weight, Bits bits, float* grad_input) {
+  constexpr int64_t kRows = 4;
+  const int64_t strip = strip_width(team, K, tuning::kAxpyStrip, L);
+  team.for_each(ceil_div(K, strip), [&](int64_t task) {
+    const int64_t k = task * strip;
+    for (int64_t n = 0; n < N; n += kRows) {
+      const int64_t ahead = n + 2 * kRows <= N ? kRows * K : 0;
+      const Rows4 o = {grad_output + n,   N,     weight + n * K + k, K, ahead, {bits.row(n), bits.stride}, k,
+                       min(strip, K - k), n > 0, grad_input + k};
+      with_int<tuning::kAxpyRows>(M, [&](auto height) {
+        with_int<kRows>(min(kRows, N - n),
+                        [&](auto rows) { axpy_rows<decltype(height)::value, decltype(rows)::value>(o); });
+      });
+    }
+  });
+}
+
+}  // namespace
+
 void linear_grad_input_small(const Team& team, int64_t M, int64_t N, int64_t K, const float* grad_output,
                              const float* weight, Bits bits, float* grad_input) {
+  if (M <= tuning::kAxpyRows) return grad_input_by_rows(team, M, N, K, grad_output, weight, bits, grad_input);
   const RowTiles tiles(M);
   const int64_t width = weight_vectors(int(tiles.height)) * L;  // of a tile
-  const int64_t wanted = ceil_div(ceil_div(K, tuning::kSmallStrip), team.threads) * team.threads;
-  const int64_t strip = ceil_div(ceil_div(K, wanted), width) * width;
+  const int64_t strip = strip_width(team, K, tuning::kSmallStrip, width);
   team.for_each(ceil_div(K, strip), [&](int64_t task) {
     const int64_t begin = task * strip, end = min(K, begin + strip);
     for (int64_t n = 0; n < N; n += tuning::kSmallBlock) {
@@ -229,6 +349,32 @@ void linear_grad_input_small(const Team& team, int64_t M, int64_t N, int64_t K, 
             });
           });
         }
+      }
+    }
+  });
+}
+
+void linear_grad_weight_small(const Team& team, int64_t M, int64_t N, int64_t K, const float* grad_output,
+                              const float* input, Bits bits, float* grad_weight) {
+  constexpr int kRows = tuning::kOuterRows, kVectors = tuning::kOuterVectors;
+  const int64_t rows = max<int64_t>(ceil_div(tuning::kSmallGrain, K), kRows) / kRows * kRows;  // of a task
+  team.for_each(ceil_div(N, rows), [&](int64_t task) {
+    const int64_t last = min(N, (task + 1) * rows);
+    for (int64_t n = task * rows; n < last; n += kRows) {
+      for (int64_t k = 0; k < K; k += kVectors * L) {
+        const Outer o = {M,
+                         grad_output + n,
+                         N,
+                         input + k,
+                         K,
+                         {bits.row(n), bits.stride},
+                         k,
+                         min<int64_t>(kVectors * L, K - k),
+                         grad_weight + n * K + k};
+        with_int<kRows>(min<int64_t>(kRows, last - n), [&](auto height) {
+          with_int<kVectors>(ceil_div(o.columns, L),
+                             [&](auto vectors) { outer<decltype(height)::value, decltype(vectors)::value>(o); });
+        });
       }
     }
   });

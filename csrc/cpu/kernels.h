@@ -17,11 +17,13 @@ void linear_grad_input(const Team&, int64_t M, int64_t N, int64_t K, const float
 void linear_grad_weight(const Team&, int64_t M, int64_t N, int64_t K, const float* grad_output, const float* input,
                         Bits, float* grad_weight);
 
-// gemv.cpp. linear and linear_grad_input where M <= tuning::kSmallRows.
+// gemv.cpp. linear and its gradients where M <= tuning::kSmallRows.
 void linear_small(const Team&, int64_t M, int64_t N, int64_t K, const float* input, const float* weight, Bits,
                   const float* bias, float* output);
 void linear_grad_input_small(const Team&, int64_t M, int64_t N, int64_t K, const float* grad_output,
                              const float* weight, Bits, float* grad_input);
+void linear_grad_weight_small(const Team&, int64_t M, int64_t N, int64_t K, const float* grad_output,
+                              const float* input, Bits, float* grad_weight);
 
 void row_offsets(const Team&, Bits, int64_t rows, int64_t cols, int64_t* offsets);
 void compress(const Team&, size_t element_size, Bits, int64_t rows, int64_t cols, const int64_t* offsets,

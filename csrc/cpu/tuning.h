@@ -44,6 +44,14 @@ constexpr int kSmallTile = 4, kSmallSums = 9, kSmallVectors = 4;
 constexpr int64_t kSmallGrain = int64_t{1} << 14;
 constexpr int64_t kFloatsAhead = 512;
 constexpr int64_t kSmallStrip = 512, kSmallBlock = 32;
+// grad_input of up to kAxpyRows rows goes by rows of the weight, in strips of this many columns. Tiles of grad_weight.
+constexpr int kAxpyRows = 3;
+constexpr int64_t kAxpyStrip = 1024;
+#if defined(__AVX512F__)
+constexpr int kOuterRows = 4, kOuterVectors = 4;
+#else
+constexpr int kOuterRows = 4, kOuterVectors = 2;
+#endif
 
 // Elements per task of the passes over a mask or a weight (64 KB of floats: several tasks a thread, little overhead).
 constexpr int64_t kPassGrain = int64_t{1} << 14;
