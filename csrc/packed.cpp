@@ -62,9 +62,8 @@ at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& values, cons
   const at::Tensor x = input.contiguous(), v = values.contiguous();
   const at::Tensor b = has_bias ? bias->contiguous() : at::Tensor();
   const auto index = pattern->index(/*transposed=*/false);
-  index->kernels().spmm(team_for(M * pattern->nnz()), index->get(), v.const_data_ptr<float>(), M,
-                        x.const_data_ptr<float>(), has_bias ? b.const_data_ptr<float>() : nullptr,
-                        output.mutable_data_ptr<float>());
+  index->kernels().spmm(team_for(M * pattern->nnz()), index->get(), dtype_of(v.scalar_type()), v.const_data_ptr(), M,
+                        x.const_data_ptr(), has_bias ? b.const_data_ptr() : nullptr, output.mutable_data_ptr());
   return output;
 }
 
@@ -83,8 +82,8 @@ at::Tensor packed_linear_grad_input(const at::Tensor& grad_output, const at::Ten
   }
   const at::Tensor dy = grad_output.contiguous(), v = values.contiguous();
   const auto index = pattern->index(/*transposed=*/true);
-  index->kernels().spmm(team_for(M * pattern->nnz()), index->get(), v.const_data_ptr<float>(), M,
-                        dy.const_data_ptr<float>(), nullptr, grad_input.mutable_data_ptr<float>());
+  index->kernels().spmm(team_for(M * pattern->nnz()), index->get(), dtype_of(v.scalar_type()), v.const_data_ptr(), M,
+                        dy.const_data_ptr(), nullptr, grad_input.mutable_data_ptr());
   return grad_input;
 }
 
@@ -102,8 +101,8 @@ at::Tensor packed_linear_grad_values(const at::Tensor& grad_output, const at::Te
   }
   const at::Tensor dy = grad_output.contiguous(), x = input.contiguous();
   const auto index = pattern->index(/*transposed=*/false);
-  index->kernels().sddmm(team_for(M * nnz), index->get(), M, dy.const_data_ptr<float>(), x.const_data_ptr<float>(),
-                         values.mutable_data_ptr<float>());
+  index->kernels().sddmm(team_for(M * nnz), index->get(), dtype_of(x.scalar_type()), M, dy.const_data_ptr(),
+                         x.const_data_ptr(), values.mutable_data_ptr());
   return values;
 }
 

@@ -17,6 +17,9 @@ constexpr std::array<const char*, 4> kNames = {"copy", "fused", "compact", "spar
 
 std::atomic<int> forced{-1};
 
+bool has_kernels(at::ScalarType dtype) { return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf; }
+
+constexpr const char* kOtherDtype = "its kernels take float32, bfloat16 and float16";
 constexpr const char* kTooLarge = "the weight is larger than an index can address";
 
 // Why a path cannot serve, null where it can; the copy path always can.
@@ -77,8 +80,8 @@ Choice choose_linear(Pass pass, int64_t rows, const at::Tensor& weight, const Pa
   const char* obstacle = nullptr;
   if (!weight.is_cpu()) {
     obstacle = "the weight is not in CPU memory";
-  } else if (weight.scalar_type() != at::kFloat) {
-    obstacle = "its kernels take float32 only";
+  } else if (!has_kernels(weight.scalar_type())) {
+    obstacle = kOtherDtype;
   } else if (!weight.is_contiguous()) {
     obstacle = "the weight is not contiguous";
   } else if (!pattern || !pattern->binary()) {
@@ -115,9 +118,7 @@ Choice choose_linear(Pass pass, int64_t rows, const at::Tensor& weight, const Pa
 }
 
 Choice choose_packed_linear(Pass pass, int64_t rows, const at::Tensor& values, const Pattern& pattern) {
-  const char* obstacle = values.scalar_type() != at::kFloat ? "its kernels take float32 only"
-                         : !pattern.indexable()             ? kTooLarge
-                                                            : nullptr;
+  const char* obstacle = !has_kernels(values.scalar_type()) ? kOtherDtype : !pattern.indexable() ? kTooLarge : nullptr;
   Choice choice = {Path::kCopy, obstacle};
   if (!obstacle) {
     const int threads = team_for(rows * pattern.nnz()).threads;

@@ -38,6 +38,7 @@ MASKED_OPS_INLINE T opaque(T x) {
 }
 
 using Word16 __attribute__((may_alias)) = uint16_t;
+using Word32 __attribute__((may_alias)) = uint32_t;
 
 #if defined(__AVX512F__)
 
