@@ -49,6 +49,7 @@ inline constexpr int64_t kMaxIndexSide = int64_t{1} << 28, kMaxIndexNnz = int64_
 
 struct Kernels {
   const char* capability;
+  bool bf16_dots;  // whether bfloat16 is multiplied as it is, at twice the rate of float, and not converted first
 
   // mask.cpp. Bits of mask[rows][cols] (contiguous), set where the value is not zero.
   MaskFacts (*pack_mask)(const Team&, Dtype, const void* mask, int64_t rows, int64_t cols, uint64_t* words);
@@ -90,9 +91,9 @@ struct Kernels {
   void (*sddmm)(const Team&, const SparseIndex&, Dtype, int64_t M, const void* grad_output, const void* input,
                 void* grad_values);
 
-  // limits.cpp, for benchmarks: multiply-adds out of registers, returning how many operations it did; and n floats
-  // read.
-  int64_t (*fma_loop)(int64_t rounds);
+  // limits.cpp, for benchmarks: multiply-adds of the dtype out of registers, returning how many operations it did; and
+  // n floats read.
+  int64_t (*fma_loop)(Dtype, int64_t rounds);
   void (*read_loop)(const float* data, int64_t n);
 };
 

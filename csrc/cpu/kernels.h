@@ -29,7 +29,7 @@ void spmm(const Team&, const SparseIndex&, Dtype, const void* values, int64_t M,
 void sddmm(const Team&, const SparseIndex&, Dtype, int64_t M, const void* grad_output, const void* input,
            void* grad_values);
 
-int64_t fma_loop(int64_t rounds);
+int64_t fma_loop(Dtype, int64_t rounds);
 void read_loop(const float* data, int64_t n);
 
 }  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY
