@@ -181,8 +181,33 @@ MASKED_OPS_INLINE Vec load_floats(Vec::Predicate m, int64_t, const float* p) { r
 MASKED_OPS_INLINE void store_floats(Vec x, float* p) { x.storeu(p); }
 MASKED_OPS_INLINE void store_floats(Vec x, int64_t n, float* p) { x.storeu(Vec::first(n), p); }
 template <typename T>
+MASKED_OPS_INLINE void store_float(float x, T* p) {
+  store_floats(Vec::set1(x), 1, p);
+}
+MASKED_OPS_INLINE void store_float(float x, float* p) { *p = x; }
+template <typename T>
 MASKED_OPS_INLINE Vec load_first(int64_t n, const T* p) {
   return load_floats(Vec::first(n), n, p);
+}
+
+// to[0..n) = from[0..n), rounded.
+template <typename T>
+void round_floats(const float* from, int64_t n, T* to) {
+  constexpr int L = Vec::kLanes;
+  for (int64_t i = 0; i < n; i += L) store_floats(load_first(n - i, from + i), n - i, to + i);
+}
+
+// The elements as floats: themselves, or a copy in scratch memory of this thread.
+MASKED_OPS_INLINE const float* as_floats(const Team&, Slot, const float* elements, int64_t) { return elements; }
+template <typename T>
+const float* as_floats(const Team& team, Slot slot, const T* elements, int64_t n) {
+  constexpr int64_t L = Vec::kLanes, kGrain = int64_t{1} << 14;
+  float* const floats = static_cast<float*>(scratch(slot, size_t(n + L) * sizeof(float)));
+  team.for_each(ceil_div(n, kGrain), [=](int64_t task) {
+    const int64_t last = min(n, (task + 1) * kGrain);
+    for (int64_t i = task * kGrain; i < last; i += L) load_first(last - i, elements + i).store(floats + i);
+  });
+  return floats;
 }
 
 // --- what the microkernel multiplies ---------------------------------------------------------------------------------
@@ -199,6 +224,9 @@ struct Operand {
     return load_floats(Vec::predicate(bits, k), valid, p);
   }
   static MASKED_OPS_INLINE Vec along(int64_t valid, const T* p) { return load_first(valid, p); }
+  static MASKED_OPS_INLINE Vec along(const T* p) { return load_floats(p); }
+  // One operand in all lanes.
+  static MASKED_OPS_INLINE Vec broadcast(int64_t, const T* p) { return Vec::set1(to_float(*p)); }
 
   // Operands of one depth for neighbouring columns.
   static MASKED_OPS_INLINE Vec across(const Vec::Predicate (&m)[kDepth], int64_t valid, const T* p, int64_t) {
@@ -219,6 +247,11 @@ struct Operand<BFloat16> {
   static MASKED_OPS_INLINE Vec along(int64_t valid, const BFloat16* p) {
     const __mmask32 m = valid >= 32 ? ~0u : (1u << (valid > 0 ? valid : 0)) - 1;
     return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(m, p))};
+  }
+  static MASKED_OPS_INLINE Vec along(const BFloat16* p) { return {_mm512_loadu_ps(p)}; }
+  static MASKED_OPS_INLINE Vec broadcast(int64_t valid, const BFloat16* p) {
+    const uint32_t odd = valid > 1 ? p[1].bits : 0;
+    return {_mm512_castsi512_ps(_mm512_set1_epi32(int(odd << 16 | p[0].bits)))};
   }
   static MASKED_OPS_INLINE Vec across(const Vec::Predicate (&m)[kDepth], int64_t, const BFloat16* p, int64_t ld) {
     const __m512i even = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m[0], p));

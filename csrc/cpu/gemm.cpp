@@ -323,6 +323,7 @@ struct Linear {
 
 void linear(const Team& team, Dtype dtype, int64_t M, int64_t N, int64_t K, const void* input, const void* weight,
             Bits bits, const void* bias, void* output) {
+  if (M <= tuning::kSmallRows) return linear_small(team, dtype, M, N, K, input, weight, bits, bias, output);
   with_element(dtype, [&](auto element) {
     Linear<decltype(element)>::forward(team, M, N, K, input, weight, bits, bias, output);
   });
@@ -330,6 +331,9 @@ void linear(const Team& team, Dtype dtype, int64_t M, int64_t N, int64_t K, cons
 
 void linear_grad_input(const Team& team, Dtype dtype, int64_t M, int64_t N, int64_t K, const void* grad_output,
                        const void* weight, Bits bits, void* grad_input) {
+  if (M <= tuning::kSmallRows) {
+    return linear_grad_input_small(team, dtype, M, N, K, grad_output, weight, bits, grad_input);
+  }
   with_element(dtype, [&](auto element) {
     Linear<decltype(element)>::grad_input(team, M, N, K, grad_output, weight, bits, grad_input);
   });

@@ -17,6 +17,12 @@ void linear_grad_input(const Team&, Dtype, int64_t M, int64_t N, int64_t K, cons
 void linear_grad_weight(const Team&, Dtype, int64_t M, int64_t N, int64_t K, const void* grad_output, const void* input,
                         Bits, void* grad_weight);
 
+// gemv.cpp. linear and linear_grad_input where M <= tuning::kSmallRows.
+void linear_small(const Team&, Dtype, int64_t M, int64_t N, int64_t K, const void* input, const void* weight, Bits,
+                  const void* bias, void* output);
+void linear_grad_input_small(const Team&, Dtype, int64_t M, int64_t N, int64_t K, const void* grad_output,
+                             const void* weight, Bits, void* grad_input);
+
 void row_offsets(const Team&, Bits, int64_t rows, int64_t cols, int64_t* offsets);
 void compress(const Team&, size_t element_size, Bits, int64_t rows, int64_t cols, const int64_t* offsets,
               const void* dense, void* values);
@@ -28,6 +34,10 @@ void spmm(const Team&, const SparseIndex&, Dtype, const void* values, int64_t M,
           void* output);
 void sddmm(const Team&, const SparseIndex&, Dtype, int64_t M, const void* grad_output, const void* input,
            void* grad_values);
+void row_columns(const Team&, Bits, int64_t rows, int64_t cols, const int64_t* offsets, uint16_t* columns);
+void spmv(const Team&, const Rows&, int64_t cols, Dtype, const void* values, const void* x, const void* bias, void* y);
+void spmv_transposed(const Team&, const Rows&, int64_t cols, Dtype, const void* values, const void* dy, void* dx);
+void sampled_outer(const Team&, const Rows&, int64_t cols, Dtype, const void* dy, const void* x, void* grad_values);
 
 int64_t fma_loop(Dtype, int64_t rounds);
 void read_loop(const float* data, int64_t n);

@@ -101,11 +101,6 @@ void sample_tile(const SparseIndex& index, int64_t tile, const float* x, const f
 }
 
 template <typename T>
-void round_values(const float* sums, int64_t n, T* values) {
-  for (int64_t i = 0; i < n; i += L) store_floats(load_first(n - i, sums + i), n - i, values + i);
-}
-
-template <typename T>
 void sample(const Team& team, const SparseIndex& index, int64_t M, const T* grad_output, const T* input,
             T* grad_values) {
   const int64_t nnz = index.tiles[index.panels * index.blocks].entry;
@@ -146,7 +141,7 @@ void sample(const Team& team, const SparseIndex& index, int64_t M, const T* grad
       if (!kIsFloat<T> && m + chunk >= M) {
         const int64_t first = index.panel_values[panel];
         const int64_t end = panel + 1 < index.panels ? index.panel_values[panel + 1] : nnz;
-        round_values(results, end - first, grad_values + first);
+        round_floats(results, end - first, grad_values + first);
       }
     });
   }

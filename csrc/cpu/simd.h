@@ -37,6 +37,12 @@ MASKED_OPS_INLINE T opaque(T x) {
   return x;
 }
 
+// A number as a type, for the argument of a generic lambda.
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+
 using Word16 __attribute__((may_alias)) = uint16_t;
 using Word32 __attribute__((may_alias)) = uint32_t;
 
@@ -68,6 +74,20 @@ struct Vec {
   }
   MASKED_OPS_INLINE Vec select(Predicate m) const { return {_mm512_maskz_mov_ps(m, v)}; }
   MASKED_OPS_INLINE float sum() const { return _mm512_reduce_add_ps(v); }
+
+  // p[columns[i]] for each lane; columns has a whole vector of lanes, p is not read at those without a bit.
+  static MASKED_OPS_INLINE __m512i indices(const uint16_t* columns) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(columns)));
+  }
+  static MASKED_OPS_INLINE Vec gather(const float* p, const uint16_t* columns) {
+    return {_mm512_i32gather_ps(indices(columns), p, 4)};
+  }
+  static MASKED_OPS_INLINE Vec gather(Predicate m, const float* p, const uint16_t* columns) {
+    return {_mm512_mask_i32gather_ps(_mm512_setzero_ps(), m, indices(columns), p, 4)};
+  }
+  MASKED_OPS_INLINE void scatter(Predicate m, float* p, const uint16_t* columns) const {
+    _mm512_mask_i32scatter_ps(p, m, indices(columns), v, 4);
+  }
 
   // The bits of lanes [k, k + kLanes) of a row; k is a multiple of kLanes.
   static MASKED_OPS_INLINE Predicate predicate(const uint64_t* row, int64_t k) {
@@ -184,6 +204,21 @@ struct Vec {
     return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
   }
 
+  static MASKED_OPS_INLINE __m256i indices(const uint16_t* columns) {
+    return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(columns)));
+  }
+  static MASKED_OPS_INLINE Vec gather(const float* p, const uint16_t* columns) {
+    return {_mm256_i32gather_ps(p, indices(columns), 4)};
+  }
+  static MASKED_OPS_INLINE Vec gather(Predicate m, const float* p, const uint16_t* columns) {
+    return {_mm256_mask_i32gather_ps(_mm256_setzero_ps(), p, indices(columns), _mm256_castsi256_ps(lanes(m)), 4)};
+  }
+  MASKED_OPS_INLINE void scatter(Predicate m, float* p, const uint16_t* columns) const {
+    alignas(32) float lane[8];
+    _mm256_store_ps(lane, v);
+    for (int i = 0; i < 8 && m >> i & 1; ++i) p[columns[i]] = lane[i];
+  }
+
   static MASKED_OPS_INLINE Predicate predicate(const uint64_t* row, int64_t k) {
     return reinterpret_cast<const uint8_t*>(row)[k >> 3];
   }
@@ -273,6 +308,19 @@ struct Vec {
     return {Floats{m & 1 ? v[0] : 0, m & 2 ? v[1] : 0, m & 4 ? v[2] : 0, m & 8 ? v[3] : 0}};
   }
   MASKED_OPS_INLINE float sum() const { return (v[0] + v[2]) + (v[1] + v[3]); }
+
+  static MASKED_OPS_INLINE Vec gather(const float* p, const uint16_t* columns) {
+    return {Floats{p[columns[0]], p[columns[1]], p[columns[2]], p[columns[3]]}};
+  }
+  static MASKED_OPS_INLINE Vec gather(Predicate m, const float* p, const uint16_t* columns) {
+    return {Floats{m & 1 ? p[columns[0]] : 0, m & 2 ? p[columns[1]] : 0, m & 4 ? p[columns[2]] : 0,
+                   m & 8 ? p[columns[3]] : 0}};
+  }
+  MASKED_OPS_INLINE void scatter(Predicate m, float* p, const uint16_t* columns) const {
+    for (int i = 0; i < 4; ++i) {
+      if (m >> i & 1) p[columns[i]] = v[i];
+    }
+  }
 
   static MASKED_OPS_INLINE Predicate predicate(const uint64_t* row, int64_t k) {
     return Predicate(row[k >> 6] >> (k & 63) & 15);

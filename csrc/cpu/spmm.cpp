@@ -252,22 +252,11 @@ void multiply_panel(const SparseIndex& index, const float* values, int64_t panel
   }
 }
 
-const float* as_floats(const Team&, const float* values, int64_t) { return values; }
-
-template <typename T>
-const float* as_floats(const Team& team, const T* values, int64_t n) {
-  float* const floats = static_cast<float*>(scratch(Slot::kPanelB, (n + L) * sizeof(float)));
-  team.for_each(ceil_div(n, tuning::kPassGrain), [=](int64_t task) {
-    const int64_t last = min(n, (task + 1) * tuning::kPassGrain);
-    for (int64_t i = task * tuning::kPassGrain; i < last; i += L) load_first(last - i, values + i).store(floats + i);
-  });
-  return floats;
-}
-
 template <typename T>
 void multiply(const Team& team, const SparseIndex& index, const T* all_values, int64_t M, const T* input, const T* bias,
               T* output) {
-  const float* const values = as_floats(team, all_values, index.tiles[index.panels * index.blocks].entry);
+  const float* const values =
+      as_floats(team, Slot::kPanelB, all_values, index.tiles[index.panels * index.blocks].entry);
   const int vectors = tile_vectors(index);
   const int64_t width = vectors * L;
   const int64_t chunk =
