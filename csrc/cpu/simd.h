@@ -46,6 +46,31 @@ struct Int {
 using Word16 __attribute__((may_alias)) = uint16_t;
 using Word32 __attribute__((may_alias)) = uint32_t;
 
+#if defined(__AVX512F__) || defined(__AVX2__)
+// Four floats from anywhere: a load and a shuffle for each, in less than half of the time of the gather instructions.
+MASKED_OPS_INLINE __m128 gather_quad(const float* p, const uint16_t* columns) {
+  uint64_t c;
+  std::memcpy(&c, columns, sizeof(c));
+  __m128 v = _mm_load_ss(p + uint16_t(c));
+  v = _mm_insert_ps(v, _mm_load_ss(p + uint16_t(c >> 16)), 0x10);
+  v = _mm_insert_ps(v, _mm_load_ss(p + uint16_t(c >> 32)), 0x20);
+  return _mm_insert_ps(v, _mm_load_ss(p + (c >> 48)), 0x30);
+}
+template <int kLane>
+MASKED_OPS_INLINE void store_lane(__m128 v, float* p) {
+  const int bits = _mm_extract_ps(v, kLane);
+  std::memcpy(p, &bits, sizeof(bits));
+}
+MASKED_OPS_INLINE void scatter_quad(__m128 v, float* p, const uint16_t* columns) {
+  uint64_t c;
+  std::memcpy(&c, columns, sizeof(c));
+  _mm_store_ss(p + uint16_t(c), v);
+  store_lane<1>(v, p + uint16_t(c >> 16));
+  store_lane<2>(v, p + uint16_t(c >> 32));
+  store_lane<3>(v, p + (c >> 48));
+}
+#endif
+
 #if defined(__AVX512F__)
 
 struct Vec {
@@ -75,18 +100,18 @@ struct Vec {
   MASKED_OPS_INLINE Vec select(Predicate m) const { return {_mm512_maskz_mov_ps(m, v)}; }
   MASKED_OPS_INLINE float sum() const { return _mm512_reduce_add_ps(v); }
 
-  // p[columns[i]] for each lane; columns has a whole vector of lanes, p is not read at those without a bit.
-  static MASKED_OPS_INLINE __m512i indices(const uint16_t* columns) {
-    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(columns)));
-  }
+  // p[columns[i]] for each lane.
   static MASKED_OPS_INLINE Vec gather(const float* p, const uint16_t* columns) {
-    return {_mm512_i32gather_ps(indices(columns), p, 4)};
+    const __m256 low = _mm256_set_m128(gather_quad(p, columns + 4), gather_quad(p, columns));
+    const __m256 high = _mm256_set_m128(gather_quad(p, columns + 12), gather_quad(p, columns + 8));
+    return {_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1)};
   }
-  static MASKED_OPS_INLINE Vec gather(Predicate m, const float* p, const uint16_t* columns) {
-    return {_mm512_mask_i32gather_ps(_mm512_setzero_ps(), m, indices(columns), p, 4)};
-  }
-  MASKED_OPS_INLINE void scatter(Predicate m, float* p, const uint16_t* columns) const {
-    _mm512_mask_i32scatter_ps(p, m, indices(columns), v, 4);
+  // p[columns[i]] = lane i; columns differ.
+  MASKED_OPS_INLINE void scatter(float* p, const uint16_t* columns) const {
+    scatter_quad(_mm512_castps512_ps128(v), p, columns);
+    scatter_quad(_mm512_extractf32x4_ps(v, 1), p, columns + 4);
+    scatter_quad(_mm512_extractf32x4_ps(v, 2), p, columns + 8);
+    scatter_quad(_mm512_extractf32x4_ps(v, 3), p, columns + 12);
   }
 
   // The bits of lanes [k, k + kLanes) of a row; k is a multiple of kLanes.
@@ -204,19 +229,12 @@ struct Vec {
     return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
   }
 
-  static MASKED_OPS_INLINE __m256i indices(const uint16_t* columns) {
-    return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(columns)));
-  }
   static MASKED_OPS_INLINE Vec gather(const float* p, const uint16_t* columns) {
-    return {_mm256_i32gather_ps(p, indices(columns), 4)};
+    return {_mm256_set_m128(gather_quad(p, columns + 4), gather_quad(p, columns))};
   }
-  static MASKED_OPS_INLINE Vec gather(Predicate m, const float* p, const uint16_t* columns) {
-    return {_mm256_mask_i32gather_ps(_mm256_setzero_ps(), p, indices(columns), _mm256_castsi256_ps(lanes(m)), 4)};
-  }
-  MASKED_OPS_INLINE void scatter(Predicate m, float* p, const uint16_t* columns) const {
-    alignas(32) float lane[8];
-    _mm256_store_ps(lane, v);
-    for (int i = 0; i < 8 && m >> i & 1; ++i) p[columns[i]] = lane[i];
+  MASKED_OPS_INLINE void scatter(float* p, const uint16_t* columns) const {
+    scatter_quad(_mm256_castps256_ps128(v), p, columns);
+    scatter_quad(_mm256_extractf128_ps(v, 1), p, columns + 4);
   }
 
   static MASKED_OPS_INLINE Predicate predicate(const uint64_t* row, int64_t k) {
@@ -312,14 +330,8 @@ struct Vec {
   static MASKED_OPS_INLINE Vec gather(const float* p, const uint16_t* columns) {
     return {Floats{p[columns[0]], p[columns[1]], p[columns[2]], p[columns[3]]}};
   }
-  static MASKED_OPS_INLINE Vec gather(Predicate m, const float* p, const uint16_t* columns) {
-    return {Floats{m & 1 ? p[columns[0]] : 0, m & 2 ? p[columns[1]] : 0, m & 4 ? p[columns[2]] : 0,
-                   m & 8 ? p[columns[3]] : 0}};
-  }
-  MASKED_OPS_INLINE void scatter(Predicate m, float* p, const uint16_t* columns) const {
-    for (int i = 0; i < 4; ++i) {
-      if (m >> i & 1) p[columns[i]] = v[i];
-    }
+  MASKED_OPS_INLINE void scatter(float* p, const uint16_t* columns) const {
+    for (int i = 0; i < 4; ++i) p[columns[i]] = v[i];
   }
 
   static MASKED_OPS_INLINE Predicate predicate(const uint64_t* row, int64_t k) {

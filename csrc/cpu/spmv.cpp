@@ -10,6 +10,11 @@ namespace {
 
 constexpr int L = Vec::kLanes;
 
+// How far the prefetches run ahead, in elements.
+template <typename T>
+constexpr int64_t kAhead = tuning::kBytesAhead / int64_t{sizeof(T)};
+constexpr int64_t kColumnsAhead = tuning::kBytesAhead / int64_t{sizeof(uint16_t)};
+
 // body(first row, last row) for each task; rows of about kSmallGrain remaining weights.
 template <typename Body>
 void for_rows(const Team& team, const Rows& rows, const Body& body) {
@@ -20,21 +25,20 @@ void for_rows(const Team& team, const Rows& rows, const Body& body) {
 
 template <typename T>
 void gather_dots(const Team& team, const Rows& rows, const T* values, const float* x, const T* bias, T* y) {
-  constexpr int64_t kAhead = tuning::kBytesAhead / sizeof(T);
   for_rows(team, rows, [&](int64_t first, int64_t last) {
     for (int64_t n = first; n < last; ++n) {
       int64_t i = rows.offsets[n];
       const int64_t end = rows.offsets[n + 1];
       Vec sum = Vec::zero(), other = Vec::zero();
       for (; i + 2 * L <= end; i += 2 * L) {
-        prefetch(values + i + kAhead);
-        if (sizeof(T) * L == 64) prefetch(values + i + kAhead + L);
-        prefetch(rows.columns + i + tuning::kBytesAhead / sizeof(uint16_t));
+        prefetch(values + i + kAhead<T>);
+        if (sizeof(T) * L == 64) prefetch(values + i + kAhead<T> + L);
+        prefetch(rows.columns + i + kColumnsAhead);
         sum = fmadd(load_floats(values + i), Vec::gather(x, rows.columns + i), sum);
         other = fmadd(load_floats(values + i + L), Vec::gather(x, rows.columns + i + L), other);
       }
       for (; i < end; i += L) {
-        sum = fmadd(load_first(end - i, values + i), Vec::gather(Vec::first(end - i), x, rows.columns + i), sum);
+        sum = fmadd(load_first(end - i, values + i), Vec::gather(x, rows.columns + i).select(Vec::first(end - i)), sum);
       }
       store_float((sum + other).sum() + (bias ? to_float(bias[n]) : 0), y + n);
     }
@@ -50,13 +54,17 @@ void scatter_rows(const Team& team, const Rows& rows, int64_t cols, const T* val
     float* const part = parts + task * cols;
     std::memset(part, 0, size_t(cols) * sizeof(float));
     for (int64_t n = rows.count * task / tasks; n < rows.count * (task + 1) / tasks; ++n) {
-      const Vec factor = Vec::set1(to_float(dy[n]));
-      for (int64_t i = rows.offsets[n]; i < rows.offsets[n + 1]; i += L) {
-        const int64_t left = rows.offsets[n + 1] - i;
-        const auto valid = Vec::first(left);
+      const float factor = to_float(dy[n]);
+      const Vec factors = Vec::set1(factor);
+      int64_t i = rows.offsets[n];
+      const int64_t end = rows.offsets[n + 1];
+      for (; i + L <= end; i += L) {
+        prefetch(values + i + kAhead<T>);
+        prefetch(rows.columns + i + kColumnsAhead);
         const uint16_t* const columns = rows.columns + i;
-        fmadd(factor, load_first(left, values + i), Vec::gather(valid, part, columns)).scatter(valid, part, columns);
+        fmadd(factors, load_floats(values + i), Vec::gather(part, columns)).scatter(part, columns);
       }
+      for (; i < end; ++i) part[rows.columns[i]] += factor * to_float(values[i]);
     }
   });
   for (int64_t k = 0; k < cols; ++k) {
@@ -72,7 +80,7 @@ void outer(const Team& team, const Rows& rows, const T* dy, const float* x, T* g
       const Vec factor = Vec::set1(to_float(dy[n]));
       for (int64_t i = rows.offsets[n]; i < rows.offsets[n + 1]; i += L) {
         const int64_t left = rows.offsets[n + 1] - i;
-        store_floats(factor * Vec::gather(Vec::first(left), x, rows.columns + i), left, grad_values + i);
+        store_floats(factor * Vec::gather(x, rows.columns + i), left, grad_values + i);
       }
     }
   });
