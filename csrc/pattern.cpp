@@ -13,7 +13,6 @@
 #include "parallel.h"
 
 namespace masked_ops {
-namespace {
 
 cpu::Dtype dtype_of(at::ScalarType dtype) {
   switch (dtype) {
@@ -37,9 +36,11 @@ cpu::Dtype dtype_of(at::ScalarType dtype) {
     case at::kDouble:
       return cpu::Dtype::kDouble;
     default:
-      TORCH_INTERNAL_ASSERT(false, "no pattern of a mask of dtype ", dtype);
+      TORCH_INTERNAL_ASSERT(false, "no kernel takes dtype ", dtype);
   }
 }
+
+namespace {
 
 // Where a mask lies and how it is read. The storage is compared by address: the cache's weak reference keeps that
 // address from being given to another storage.

@@ -13,6 +13,9 @@
 
 namespace masked_ops {
 
+// The kernels' name of a dtype that is packable.
+cpu::Dtype dtype_of(at::ScalarType dtype);
+
 // The index of one orientation, owned; it belongs to the kernels that made it.
 class Index {
  public:

@@ -492,7 +492,7 @@ def test_use_path_refuses_unknown_names() -> None:
 @pytest.mark.parametrize(
     ("dtype", "soft", "reason"),
     [
-        (torch.float64, False, "float32 only"),
+        (torch.float64, False, "float32, bfloat16 and float16"),
         (torch.float32, True, "the mask is soft"),
     ],
 )

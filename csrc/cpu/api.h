@@ -58,6 +58,7 @@ inline constexpr int64_t kMaxColumns = int64_t{1} << 16, kColumnsPadding = 16;
 
 struct Kernels {
   const char* capability;
+  bool bf16_dots;  // whether bfloat16 is multiplied as it is, at twice the rate of float, and not converted first
 
   // mask.cpp. Bits of mask[rows][cols] (contiguous), set where the value is not zero.
   MaskFacts (*pack_mask)(const Team&, Dtype, const void* mask, int64_t rows, int64_t cols, uint64_t* words);
@@ -66,16 +67,17 @@ struct Kernels {
   // out[i] = mask[i] == 0 ? 0 : weight[i] * mask[i]; floating dtypes.
   void (*mask_multiply)(const Team&, Dtype, const void* weight, const void* mask, int64_t n, void* out);
 
-  // gemm.cpp, with weight [N][K] under its bits, all row-major and contiguous.
+  // gemm.cpp, with weight [N][K] under its bits, all row-major and contiguous. Here and in spmm.cpp and sddmm.cpp the
+  // elements are float, bfloat16 or half; sums are floats, and rounded once.
   // output[M][N] = input[M][K] * masked(weight)^T + bias[N] (may be null)
-  void (*linear)(const Team&, int64_t M, int64_t N, int64_t K, const float* input, const float* weight, Bits,
-                 const float* bias, float* output);
+  void (*linear)(const Team&, Dtype, int64_t M, int64_t N, int64_t K, const void* input, const void* weight, Bits,
+                 const void* bias, void* output);
   // grad_input[M][K] = grad_output[M][N] * masked(weight)
-  void (*linear_grad_input)(const Team&, int64_t M, int64_t N, int64_t K, const float* grad_output, const float* weight,
-                            Bits, float* grad_input);
+  void (*linear_grad_input)(const Team&, Dtype, int64_t M, int64_t N, int64_t K, const void* grad_output,
+                            const void* weight, Bits, void* grad_input);
   // grad_weight[N][K] = masked(grad_output[M][N]^T * input[M][K])
-  void (*linear_grad_weight)(const Team&, int64_t M, int64_t N, int64_t K, const float* grad_output, const float* input,
-                             Bits, float* grad_weight);
+  void (*linear_grad_weight)(const Team&, Dtype, int64_t M, int64_t N, int64_t K, const void* grad_output,
+                             const void* input, Bits, void* grad_weight);
 
   // compress.cpp. The remaining weights of dense[rows][cols] are values[nnz] in row-major order, those of row i from
   // offsets[i] to offsets[i + 1]. Elements of 2, 4 or 8 bytes.
@@ -92,25 +94,27 @@ struct Kernels {
 
   // spmm.cpp. output[M][N] = input[M][K] * weight^T + bias[N] (may be null), the weight given by its values. With a
   // transposed index, output[M][K] = input[M][N] * weight.
-  void (*spmm)(const Team&, const SparseIndex&, const float* values, int64_t M, const float* input, const float* bias,
-               float* output);
+  void (*spmm)(const Team&, const SparseIndex&, Dtype, const void* values, int64_t M, const void* input,
+               const void* bias, void* output);
   // sddmm.cpp. grad_values[nnz] = the remaining weights' entries of grad_output[M][N]^T * input[M][K].
-  void (*sddmm)(const Team&, const SparseIndex&, int64_t M, const float* grad_output, const float* input,
-                float* grad_values);
+  void (*sddmm)(const Team&, const SparseIndex&, Dtype, int64_t M, const void* grad_output, const void* input,
+                void* grad_values);
 
   // spmv.cpp: spmm and sddmm of one row, over the columns of the remaining weights in row-major order, for matrices of
   // at most kMaxColumns columns.
   void (*row_columns)(const Team&, Bits, int64_t rows, int64_t cols, const int64_t* offsets, uint16_t* columns);
   // y[rows] = weight * x + bias (may be null)
-  void (*spmv)(const Team&, const Rows&, const float* values, const float* x, const float* bias, float* y);
+  void (*spmv)(const Team&, const Rows&, int64_t cols, Dtype, const void* values, const void* x, const void* bias,
+               void* y);
   // dx[cols] = weight^T * dy
-  void (*spmv_transposed)(const Team&, const Rows&, int64_t cols, const float* values, const float* dy, float* dx);
+  void (*spmv_transposed)(const Team&, const Rows&, int64_t cols, Dtype, const void* values, const void* dy, void* dx);
   // grad_values[nnz] = the remaining weights' entries of dy * x^T
-  void (*sampled_outer)(const Team&, const Rows&, const float* dy, const float* x, float* grad_values);
+  void (*sampled_outer)(const Team&, const Rows&, int64_t cols, Dtype, const void* dy, const void* x,
+                        void* grad_values);
 
-  // limits.cpp, for benchmarks: multiply-adds out of registers, returning how many operations it did; and n floats
-  // read.
-  int64_t (*fma_loop)(int64_t rounds);
+  // limits.cpp, for benchmarks: multiply-adds of the dtype out of registers, returning how many operations it did; and
+  // n floats read.
+  int64_t (*fma_loop)(Dtype, int64_t rounds);
   void (*read_loop)(const float* data, int64_t n);
 };
 

@@ -2,7 +2,8 @@
 //
 // Both operands are packed into tiles [features][lanes]. A task takes a panel of rows through all blocks of columns
 // (see sparse_index.h): a row of grad_output is in registers while the segment's entries are taken, the block of input
-// in L1. As many dot products as a vector has lanes are summed across at a time.
+// in L1. As many dot products as a vector has lanes are summed across at a time. Values of 16 bits are summed as floats
+// and rounded at the end.
 #include "kernels.h"
 #include "sparse_tiles.h"
 
@@ -99,17 +100,23 @@ void sample_tile(const SparseIndex& index, int64_t tile, const float* x, const f
   }
 }
 
-}  // namespace
-
-void sddmm(const Team& team, const SparseIndex& index, int64_t M, const float* grad_output, const float* input,
-           float* grad_values) {
+template <typename T>
+void sample(const Team& team, const SparseIndex& index, int64_t M, const T* grad_output, const T* input,
+            T* grad_values) {
+  const int64_t nnz = index.tiles[index.panels * index.blocks].entry;
+  float* sums;
+  if constexpr (kIsFloat<T>) {
+    sums = grad_values;
+  } else {
+    sums = static_cast<float*>(scratch(Slot::kValues, nnz * sizeof(float)));
+  }
   const int vectors = tuning::kMaxVectors;
   const int64_t width = vectors * L;
   const int64_t deepest = max<int64_t>(max(index.rows, index.cols), 1);
   const int64_t chunk = max<int64_t>(tuning::kPackedBytes / int64_t{sizeof(float)} / deepest / width, 1) * width;
   for (int64_t m = 0; m < M; m += chunk) {
     const Tiles tiles = {min(chunk, M - m), vectors};
-    const auto pack = [&](Slot slot, const float* matrix, int64_t depth) {
+    const auto pack = [&](Slot slot, const T* matrix, int64_t depth) {
       float* const packed = static_cast<float*>(scratch(slot, tiles.offset(tiles.count(), depth) * sizeof(float)));
       pack_tiles(team, matrix + m * depth, tiles, depth, packed);
       return packed;
@@ -117,7 +124,7 @@ void sddmm(const Team& team, const SparseIndex& index, int64_t M, const float* g
     const float* const x = pack(Slot::kPanelA, input, index.cols);
     const float* const dy = pack(Slot::kPanelB, grad_output, index.rows);
     team.for_each(index.panels, [&](int64_t panel) {
-      float* const results = grad_values + index.panel_values[panel];
+      float* const results = sums + index.panel_values[panel];
       for (int64_t t = 0; t < tiles.count(); ++t) {
         with_vectors(tiles.vectors_of(t), [&](auto vectors_of_tile) {
           constexpr int NV = decltype(vectors_of_tile)::value;
@@ -131,8 +138,24 @@ void sddmm(const Team& team, const SparseIndex& index, int64_t M, const float* g
           }
         });
       }
+      if (!kIsFloat<T> && m + chunk >= M) {
+        const int64_t first = index.panel_values[panel];
+        const int64_t end = panel + 1 < index.panels ? index.panel_values[panel + 1] : nnz;
+        round_floats(results, end - first, grad_values + first);
+      }
     });
   }
+}
+
+}  // namespace
+
+void sddmm(const Team& team, const SparseIndex& index, Dtype dtype, int64_t M, const void* grad_output,
+           const void* input, void* grad_values) {
+  with_element(dtype, [&](auto element) {
+    using T = decltype(element);
+    sample(team, index, M, static_cast<const T*>(grad_output), static_cast<const T*>(input),
+           static_cast<T*>(grad_values));
+  });
 }
 
 }  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY

@@ -44,6 +44,7 @@ struct Int {
 };
 
 using Word16 __attribute__((may_alias)) = uint16_t;
+using Word32 __attribute__((may_alias)) = uint32_t;
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 // Four floats from anywhere: a load and a shuffle for each, in less than half of the time of the gather instructions.

@@ -2,6 +2,7 @@
 // into tiles [depth][lanes], so that an entry of the index names a row of aligned vectors.
 #pragma once
 
+#include "elements.h"
 #include "sparse_index.h"
 #include "tuning.h"
 
@@ -67,25 +68,25 @@ inline void prefetch_tile(const SparseIndex& index, int64_t tile) {
 }
 
 // packed[d][lane] = matrix[lane][d] for columns [d0, d1) of lanes rows; zero from there to the last vector's end.
-inline void pack_tile(const float* matrix, int64_t ld, int64_t lanes, int vectors, int64_t d0, int64_t d1,
-                      float* packed) {
+template <typename T>
+inline void pack_tile(const T* matrix, int64_t ld, int64_t lanes, int vectors, int64_t d0, int64_t d1, float* packed) {
   constexpr int L = Vec::kLanes;
   for (int v = 0; v < vectors; ++v) {
     const int64_t rows = min<int64_t>(L, lanes - v * L);
     for (int64_t d = d0; d < d1; d += L) {
       const int64_t columns = min<int64_t>(L, d1 - d);
-      const float* in = matrix + v * L * ld + d;
+      const T* in = matrix + v * L * ld + d;
       float* out = packed + d * vectors * L + v * L;
       Vec tile[L];
       if (rows == L && columns == L) {
         MASKED_OPS_UNROLL
-        for (int i = 0; i < L; ++i) tile[i] = Vec::loadu(in + i * ld);
+        for (int i = 0; i < L; ++i) tile[i] = load_floats(in + i * ld);
         transpose(tile);
         MASKED_OPS_UNROLL
         for (int i = 0; i < L; ++i) tile[i].store(out + i * vectors * L);
       } else {
         MASKED_OPS_UNROLL
-        for (int i = 0; i < L; ++i) tile[i] = i < rows ? Vec::loadu(Vec::first(columns), in + i * ld) : Vec::zero();
+        for (int i = 0; i < L; ++i) tile[i] = i < rows ? load_first(columns, in + i * ld) : Vec::zero();
         transpose(tile);
         for (int i = 0; i < columns; ++i) tile[i].store(out + i * vectors * L);
       }
@@ -94,7 +95,8 @@ inline void pack_tile(const float* matrix, int64_t ld, int64_t lanes, int vector
 }
 
 // All tiles of matrix[M][depth], by the team.
-inline void pack_tiles(const Team& team, const float* matrix, Tiles tiles, int64_t depth, float* packed) {
+template <typename T>
+inline void pack_tiles(const Team& team, const T* matrix, Tiles tiles, int64_t depth, float* packed) {
   const int64_t slices = ceil_div(depth, tuning::kPackSlice);
   team.for_each(tiles.count() * slices, [=](int64_t task) {
     const int64_t tile = task / slices, d0 = task % slices * tuning::kPackSlice;

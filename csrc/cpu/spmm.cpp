@@ -3,7 +3,8 @@
 // The input is packed into tiles [K][lanes], whose blocks of columns fit L1 (see sparse_index.h). A task takes a panel
 // of rows through all blocks; the panel's part of the output, [row][lanes], stays in L2 and begins as the bias. Per
 // segment, the sums are in registers: an entry costs one byte of index, a quarter of a load of values, and one aligned
-// load per FMA. At the end the panel is transposed into the output.
+// load per FMA. At the end the panel is transposed into the output. Elements of 16 bits become floats on the way in,
+// the values all at once, and are rounded on the way out.
 #include "kernels.h"
 #include "sparse_tiles.h"
 
@@ -170,15 +171,17 @@ void multiply_tile(const SparseIndex& index, int64_t tile, Operands o) {
   }
 }
 
-void start_from_bias(const float* bias, int64_t rows, int64_t lanes, float* c) {
+template <typename T>
+void start_from_bias(const T* bias, int64_t rows, int64_t lanes, float* c) {
   for (int64_t r = 0; r < rows; ++r) {
-    const Vec value = bias ? Vec::set1(bias[r]) : Vec::zero();
+    const Vec value = bias ? Vec::set1(to_float(bias[r])) : Vec::zero();
     for (int64_t j = 0; j < lanes; j += L) value.store(c + r * lanes + j);
   }
 }
 
 // output[lane][r] = c[r][lane] for the valid lanes of a tile.
-void store_output(const float* c, int64_t rows, int64_t width, int64_t lanes, float* output, int64_t ld) {
+template <typename T>
+void store_output(const float* c, int64_t rows, int64_t width, int64_t lanes, T* output, int64_t ld) {
   for (int64_t j = 0; j < lanes; j += L) {
     const int64_t valid = min<int64_t>(L, lanes - j);
     for (int64_t r = 0; r < rows; r += L) {
@@ -187,12 +190,12 @@ void store_output(const float* c, int64_t rows, int64_t width, int64_t lanes, fl
       MASKED_OPS_UNROLL
       for (int i = 0; i < L; ++i) tile[i] = Vec::load(c + (r + i) * width + j);
       transpose(tile);
-      float* const to = output + j * ld + r;
+      T* const to = output + j * ld + r;
       if (columns == L && valid == L) {
         MASKED_OPS_UNROLL
-        for (int i = 0; i < L; ++i) tile[i].storeu(to + i * ld);
+        for (int i = 0; i < L; ++i) store_floats(tile[i], to + i * ld);
       } else {
-        for (int64_t i = 0; i < valid; ++i) tile[i].storeu(Vec::first(columns), to + i * ld);
+        for (int64_t i = 0; i < valid; ++i) store_floats(tile[i], columns, to + i * ld);
       }
     }
   }
@@ -218,8 +221,9 @@ const float* gather_values(const SparseIndex& index, int64_t tile, const float* 
 }
 
 // One panel of the output for tiles [first, last) of the packed input x.
+template <typename T>
 void multiply_panel(const SparseIndex& index, const float* values, int64_t panel, Tiles tiles, int64_t first,
-                    int64_t last, const float* x, const float* bias, float* output) {
+                    int64_t last, const float* x, const T* bias, T* output) {
   const int64_t row = panel * index.panel_rows, rows = min(index.panel_rows, index.rows - row);
   const int64_t padded = ceil_div(rows, L) * L;
   float* const c =
@@ -248,10 +252,11 @@ void multiply_panel(const SparseIndex& index, const float* values, int64_t panel
   }
 }
 
-}  // namespace
-
-void spmm(const Team& team, const SparseIndex& index, const float* values, int64_t M, const float* input,
-          const float* bias, float* output) {
+template <typename T>
+void multiply(const Team& team, const SparseIndex& index, const T* all_values, int64_t M, const T* input, const T* bias,
+              T* output) {
+  const float* const values =
+      as_floats(team, Slot::kPanelB, all_values, index.tiles[index.panels * index.blocks].entry);
   const int vectors = tile_vectors(index);
   const int64_t width = vectors * L;
   const int64_t chunk =
@@ -270,6 +275,17 @@ void spmm(const Team& team, const SparseIndex& index, const float* values, int64
                      output + m * index.rows);
     });
   }
+}
+
+}  // namespace
+
+void spmm(const Team& team, const SparseIndex& index, Dtype dtype, const void* values, int64_t M, const void* input,
+          const void* bias, void* output) {
+  with_element(dtype, [&](auto element) {
+    using T = decltype(element);
+    multiply(team, index, static_cast<const T*>(values), M, static_cast<const T*>(input), static_cast<const T*>(bias),
+             static_cast<T*>(output));
+  });
 }
 
 }  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY

@@ -39,10 +39,10 @@ constexpr int kSmallTile = 8, kSmallSums = 24, kSmallVectors = 6;
 #else
 constexpr int kSmallTile = 4, kSmallSums = 9, kSmallVectors = 4;
 #endif
-// Floats of a weight per task; how far forward prefetches along a row; columns of a strip and rows of a block of
+// Elements of a weight per task; how far forward prefetches along a row; columns of a strip and rows of a block of
 // grad_input.
 constexpr int64_t kSmallGrain = int64_t{1} << 14;
-constexpr int64_t kFloatsAhead = 512;
+constexpr int64_t kBytesAhead = 2048;
 constexpr int64_t kSmallStrip = 512, kSmallBlock = 32;
 // grad_input of up to kAxpyRows rows goes by rows of the weight, in strips of this many columns. Tiles of grad_weight.
 constexpr int kAxpyRows = 3;
