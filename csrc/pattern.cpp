@@ -6,8 +6,8 @@
 #include <c10/util/hash.h>
 #include <pthread.h>
 
+#include <algorithm>
 #include <cstdlib>
-#include <cstring>
 #include <unordered_map>
 
 #include "parallel.h"
@@ -222,13 +222,16 @@ Pattern::Pattern(const at::Tensor& mask) {
 }
 
 Pattern::Pattern(const at::Tensor& bits, int64_t cols)
-    : rows_(bits.size(0)), cols_(cols), stride_((cols + 63) / 64), words_(static_cast<size_t>(rows_ * stride_)) {
+    : rows_(bits.size(0)),
+      cols_(cols),
+      stride_(cols / 64 + (cols % 64 != 0)),
+      words_(static_cast<size_t>(rows_ * stride_)) {
   const at::Tensor values = bits.contiguous();
   const int64_t bytes = values.size(1);
   const uint8_t* from = values.const_data_ptr<uint8_t>();
   for (int64_t row = 0; row < rows_; ++row) {
     uint64_t* words = words_.data() + row * stride_;
-    std::memcpy(words, from + row * bytes, static_cast<size_t>(bytes));
+    std::copy_n(from + row * bytes, bytes, reinterpret_cast<uint8_t*>(words));
     for (int64_t i = 0; i < stride_; ++i) nnz_ += __builtin_popcountll(words[i]);
     TORCH_CHECK(cols % 64 == 0 || words[stride_ - 1] >> (cols % 64) == 0,
                 "weight_bits must have zero bits beyond in_features = ", cols, ", but row ", row, " has others");

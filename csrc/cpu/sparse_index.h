@@ -37,7 +37,8 @@ struct SparseIndex {
   const Run* runs;
   const uint8_t* columns;  // in the block, of each entry; and kLookahead bytes more
 
-  static constexpr int64_t kLookahead = 64;
+  // Loops look a segment ahead; sddmm, which takes segments in pieces, from the middle of one.
+  static constexpr int64_t kLookahead = 256;
 };
 
 }  // namespace masked_ops::cpu
