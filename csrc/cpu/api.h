@@ -47,6 +47,22 @@ struct SparseIndex;
 // What an index can address; make_index returns null beyond.
 inline constexpr int64_t kMaxIndexSide = int64_t{1} << 28, kMaxIndexNnz = int64_t{1} << 32;
 
+// A convolution of weight [out_channels][in_channels / groups][kernel]; a transposed one is the gradient of this one with
+// respect to its input, with input and output, and so the channels, the other way round. Sizes of depth, height and
+// width: what has fewer dimensions has leading ones of size 1 (stride and dilation 1, padding 0).
+struct Convolution {
+  int64_t batch, groups;
+  int64_t in_channels, out_channels;  // of all groups
+  int64_t input[3], output[3], kernel[3], stride[3], padding[3], dilation[3];
+};
+
+// [batch][channels][depth][height][width], or [batch][depth][height][width][channels] if channels_last.
+template <typename T>
+struct Images {
+  T* data;
+  bool channels_last;
+};
+
 struct Kernels {
   const char* capability;
 
@@ -88,6 +104,18 @@ struct Kernels {
   // sddmm.cpp. grad_values[nnz] = the remaining weights' entries of grad_output[M][N]^T * input[M][K].
   void (*sddmm)(const Team&, const SparseIndex&, int64_t M, const float* grad_output, const float* input,
                 float* grad_values);
+
+  // conv.cpp, for a weight [out_channels][in_channels / groups * kernel] of which bits, offsets and values are those of a
+  // matrix. The index depends on channels, groups and kernel, a transposed one on stride and dilation too; null if the
+  // matrix is beyond what it can address. Scratch is bounded and does not grow with the batch.
+  SparseIndex* (*make_conv_index)(const Team&, Bits, const Convolution&, const int64_t* offsets, bool transposed);
+  // output = convolution of input + bias[out_channels] (may be null). With a transposed index the gradient with respect
+  // to the input: from images like output to images like input, with bias[in_channels].
+  void (*conv_spmm)(const Team&, const Convolution&, const SparseIndex&, const float* values, Images<const float> input,
+                    const float* bias, Images<float> output);
+  // grad_values[nnz] = the remaining weights' gradient; the index is not transposed.
+  void (*conv_sddmm)(const Team&, const Convolution&, const SparseIndex&, Images<const float> grad_output,
+                     Images<const float> input, float* grad_values);
 
   // limits.cpp, for benchmarks: multiply-adds out of registers, returning how many operations it did; and n floats
   // read.

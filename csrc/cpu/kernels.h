@@ -29,6 +29,12 @@ void spmm(const Team&, const SparseIndex&, const float* values, int64_t M, const
 void sddmm(const Team&, const SparseIndex&, int64_t M, const float* grad_output, const float* input,
            float* grad_values);
 
+SparseIndex* make_conv_index(const Team&, Bits, const Convolution&, const int64_t* offsets, bool transposed);
+void conv_spmm(const Team&, const Convolution&, const SparseIndex&, const float* values, Images<const float> input,
+               const float* bias, Images<float> output);
+void conv_sddmm(const Team&, const Convolution&, const SparseIndex&, Images<const float> grad_output,
+                Images<const float> input, float* grad_values);
+
 int64_t fma_loop(int64_t rounds);
 void read_loop(const float* data, int64_t n);
 

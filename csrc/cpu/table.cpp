@@ -18,6 +18,9 @@ const Kernels table = {
     .make_index = make_index,
     .spmm = spmm,
     .sddmm = sddmm,
+    .make_conv_index = make_conv_index,
+    .conv_spmm = conv_spmm,
+    .conv_sddmm = conv_sddmm,
     .fma_loop = fma_loop,
     .read_loop = read_loop,
 };
