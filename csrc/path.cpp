@@ -130,10 +130,23 @@ Choice choose_packed_linear(Pass pass, int64_t rows, const at::Tensor& values, c
   return obey("packed linear layer", {nullptr, no_weight, no_weight, obstacle}, choice);
 }
 
-Choice choose_convolution(const at::Tensor&, const Pattern*) {
-  const char* obstacle = "it has no convolution kernel";
-  return obey("convolution", {nullptr, obstacle, obstacle, obstacle},
-              {Path::kCopy, "torch's convolution over the masked weight"});
+Choice choose_convolution(Pass, const cpu::Convolution* geometry, bool, const at::Tensor& weight,
+                          const Pattern* pattern, bool) {
+  const char* obstacle = nullptr;
+  if (!weight.is_cpu()) {
+    obstacle = "the weight is not in CPU memory";
+  } else if (weight.scalar_type() != at::kFloat) {
+    obstacle = "its kernels take float32 only";
+  } else if (!pattern || !pattern->binary()) {
+    obstacle = "the mask is soft";
+  } else if (!geometry) {
+    obstacle = "its kernels take up to three dimensions";
+  } else if (!pattern->indexable()) {
+    obstacle = kTooLarge;
+  }
+  const char* no_gemm = "it is for linear layers";
+  return obey("convolution", {nullptr, no_gemm, no_gemm, obstacle},
+              {Path::kCopy, obstacle ? obstacle : "torch's convolution over the masked weight"});
 }
 
 }  // namespace masked_ops

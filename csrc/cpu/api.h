@@ -23,7 +23,7 @@ struct Team {
 };
 
 // Memory that is reused from call to call: one block per thread and slot, aligned to a page, growing only.
-enum class Slot { kPanelA, kPanelB, kAccumulator, kValues, kCount };
+enum class Slot { kPanelA, kPanelB, kAccumulator, kValues, kPieces, kCount };
 void* scratch(Slot slot, size_t bytes);  // contents undefined; throws std::bad_alloc
 void release_scratch();                  // of the calling thread
 
@@ -47,9 +47,9 @@ struct SparseIndex;
 // What an index can address; make_index returns null beyond.
 inline constexpr int64_t kMaxIndexSide = int64_t{1} << 28, kMaxIndexNnz = int64_t{1} << 32;
 
-// A convolution of weight [out_channels][in_channels / groups][kernel]; a transposed one is the gradient of this one with
-// respect to its input, with input and output, and so the channels, the other way round. Sizes of depth, height and
-// width: what has fewer dimensions has leading ones of size 1 (stride and dilation 1, padding 0).
+// A convolution of weight [out_channels][in_channels / groups][kernel]; a transposed one is the gradient of this one
+// with respect to its input, with input and output, and so the channels, the other way round. Sizes of depth, height
+// and width: what has fewer dimensions has leading ones of size 1 (stride and dilation 1, padding 0).
 struct Convolution {
   int64_t batch, groups;
   int64_t in_channels, out_channels;  // of all groups
@@ -105,9 +105,9 @@ struct Kernels {
   void (*sddmm)(const Team&, const SparseIndex&, int64_t M, const float* grad_output, const float* input,
                 float* grad_values);
 
-  // conv.cpp, for a weight [out_channels][in_channels / groups * kernel] of which bits, offsets and values are those of a
-  // matrix. The index depends on channels, groups and kernel, a transposed one on stride and dilation too; null if the
-  // matrix is beyond what it can address. Scratch is bounded and does not grow with the batch.
+  // conv.cpp, for a weight [out_channels][in_channels / groups * kernel] of which bits, offsets and values are those of
+  // a matrix. The index depends on channels, groups and kernel, a transposed one on stride and dilation too; null if
+  // the matrix is beyond what it can address. Scratch is bounded and does not grow with the batch.
   SparseIndex* (*make_conv_index)(const Team&, Bits, const Convolution&, const int64_t* offsets, bool transposed);
   // output = convolution of input + bias[out_channels] (may be null). With a transposed index the gradient with respect
   // to the input: from images like output to images like input, with bias[in_channels].

@@ -21,13 +21,13 @@ struct Axis {
   int64_t first_tap, tap_period;  // tap t is first_tap + t * tap_period of the kernel
 
   // Positions whose tap t lies in the source: [first, last).
-  int64_t first(int64_t t) const { return clamp(ceil_div(-at(t) + 0, step)); }
-  int64_t last(int64_t t) const { return max(clamp(ceil_div(size - at(t), step)), first(t)); }
+  int64_t first(int64_t t) const { return clamp(ceiling(-at(t), step)); }
+  int64_t last(int64_t t) const { return max(clamp(ceiling(size - at(t), step)), first(t)); }
   int64_t at(int64_t t) const { return shift + t * shift_step; }
 
  private:
   int64_t clamp(int64_t i) const { return min(max<int64_t>(i, 0), count); }
-  static int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
+  static int64_t ceiling(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
 };
 
 struct Phase {

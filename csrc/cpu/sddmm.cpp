@@ -83,8 +83,7 @@ struct DotsTable {
 };
 
 template <int NV>
-void sample_tile(const SparseIndex& index, int64_t tile, const float* x, const float* dy, float* results,
-                 bool accumulate) {
+void sample(const SparseIndex& index, int64_t tile, const float* x, const float* dy, float* results, bool accumulate) {
   static constexpr DotsTable<NV> table;
   const uint8_t* columns = index.columns + index.tiles[tile].entry;
   const SparseIndex::Segment* segments = index.segments + index.tiles[tile].segment;
@@ -100,6 +99,11 @@ void sample_tile(const SparseIndex& index, int64_t tile, const float* x, const f
 }
 
 }  // namespace
+
+void sample_tile(const SparseIndex& index, int64_t tile, int vectors, const float* x, const float* dy, float* results,
+                 bool accumulate) {
+  with_vectors(vectors, [&](auto nv) { sample<decltype(nv)::value>(index, tile, x, dy, results, accumulate); });
+}
 
 void sddmm(const Team& team, const SparseIndex& index, int64_t M, const float* grad_output, const float* input,
            float* grad_values) {
@@ -119,17 +123,15 @@ void sddmm(const Team& team, const SparseIndex& index, int64_t M, const float* g
     team.for_each(index.panels, [&](int64_t panel) {
       float* const results = grad_values + index.panel_values[panel];
       for (int64_t t = 0; t < tiles.count(); ++t) {
-        with_vectors(tiles.vectors_of(t), [&](auto vectors_of_tile) {
-          constexpr int NV = decltype(vectors_of_tile)::value;
-          const float* const x_tile = x + tiles.offset(t, index.cols);
-          const float* const dy_panel = dy + tiles.offset(t, index.rows) + panel * index.panel_rows * (NV * L);
-          for (int64_t block = 0; block < index.blocks; ++block) {
-            const int64_t tile = panel * index.blocks + block;
-            prefetch_tile(index, tile + 1);
-            sample_tile<NV>(index, tile, x_tile + block * index.block_cols * (NV * L), dy_panel, results,
-                            m > 0 || t > 0);
-          }
-        });
+        const int64_t lanes = tiles.vectors_of(t) * L;
+        const float* const x_tile = x + tiles.offset(t, index.cols);
+        const float* const dy_panel = dy + tiles.offset(t, index.rows) + panel * index.panel_rows * lanes;
+        for (int64_t block = 0; block < index.blocks; ++block) {
+          const int64_t tile = panel * index.blocks + block;
+          prefetch_tile(index, tile + 1);
+          sample_tile(index, tile, tiles.vectors_of(t), x_tile + block * index.block_cols * lanes, dy_panel, results,
+                      m > 0 || t > 0);
+        }
       }
     });
   }

@@ -107,4 +107,21 @@ inline void pack_tiles(const Team& team, const float* matrix, Tiles tiles, int64
   });
 }
 
+// [row][lanes] of a panel, before anything is added.
+inline void start_from_bias(const float* bias, int64_t rows, int64_t lanes, float* c) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const Vec value = bias ? Vec::set1(bias[r]) : Vec::zero();
+    for (int64_t j = 0; j < lanes; j += Vec::kLanes) value.store(c + r * lanes + j);
+  }
+}
+
+// spmm.cpp: c[row][lanes] += a tile of the index times the block of input x[column][lanes], of 1, 2, 4 or 8 vectors.
+// The segments' values count from `values`.
+void multiply_tile(const SparseIndex&, int64_t tile, int vectors, const float* values, const float* x, float* c);
+
+// sddmm.cpp: the tile's entries of dy * x^T, for the panel's dy[row][lanes]; the segments' results count from
+// `results`.
+void sample_tile(const SparseIndex&, int64_t tile, int vectors, const float* x, const float* dy, float* results,
+                 bool accumulate);
+
 }  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY

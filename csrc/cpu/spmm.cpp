@@ -156,7 +156,7 @@ struct RunTable {
 };
 
 template <int NV>
-void multiply_tile(const SparseIndex& index, int64_t tile, Operands o) {
+void multiply(const SparseIndex& index, int64_t tile, Operands o) {
   static constexpr RunTable<NV> table;
   for (int64_t r = index.tiles[tile].run; r < index.tiles[tile + 1].run; ++r) {
     const int count = index.runs[r].count, segments = index.runs[r].segments;
@@ -167,13 +167,6 @@ void multiply_tile(const SparseIndex& index, int64_t tile, Operands o) {
     }
     o.columns += int64_t{count} * segments;
     o.segments += segments;
-  }
-}
-
-void start_from_bias(const float* bias, int64_t rows, int64_t lanes, float* c) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const Vec value = bias ? Vec::set1(bias[r]) : Vec::zero();
-    for (int64_t j = 0; j < lanes; j += L) value.store(c + r * lanes + j);
   }
 }
 
@@ -230,16 +223,12 @@ void multiply_panel(const SparseIndex& index, const float* values, int64_t panel
   }
   for (int64_t block = 0; block < index.blocks; ++block) {
     const int64_t tile = panel * index.blocks + block;
-    const SparseIndex::Tile begin = index.tiles[tile];
-    if (begin.entry == index.tiles[tile + 1].entry) continue;
+    if (index.tiles[tile].entry == index.tiles[tile + 1].entry) continue;
     const float* const v = index.transposed ? gather_values(index, tile, values) : values + index.panel_values[panel];
     for (int64_t t = first; t < last; ++t) {
-      with_vectors(tiles.vectors_of(t), [&](auto vectors) {
-        constexpr int NV = decltype(vectors)::value;
-        const float* const x_block = x + tiles.offset(t, index.cols) + block * index.block_cols * (NV * L);
-        multiply_tile<NV>(index, tile,
-                          {index.columns + begin.entry, index.segments + begin.segment, v, x_block, c_of(t)});
-      });
+      const int vectors = tiles.vectors_of(t);
+      const float* const x_block = x + tiles.offset(t, index.cols) + block * index.block_cols * vectors * L;
+      multiply_tile(index, tile, vectors, v, x_block, c_of(t));
     }
   }
   for (int64_t t = first; t < last; ++t) {
@@ -249,6 +238,12 @@ void multiply_panel(const SparseIndex& index, const float* values, int64_t panel
 }
 
 }  // namespace
+
+void multiply_tile(const SparseIndex& index, int64_t tile, int vectors, const float* values, const float* x, float* c) {
+  const SparseIndex::Tile begin = index.tiles[tile];
+  const Operands operands = {index.columns + begin.entry, index.segments + begin.segment, values, x, c};
+  with_vectors(vectors, [&](auto nv) { multiply<decltype(nv)::value>(index, tile, operands); });
+}
 
 void spmm(const Team& team, const SparseIndex& index, const float* values, int64_t M, const float* input,
           const float* bias, float* output) {
