@@ -58,12 +58,12 @@ struct Geometry {
                 at::IntArrayRef(output), ", got ", grad_output);
   }
 
-  // Whether channels, groups and bias fit each other.
-  bool consistent(at::IntArrayRef input, const std::optional<at::Tensor>& bias) const {
-    const int64_t of_group = weight[1], channels = transposed ? weight[1] * groups : weight[0];
-    const bool fits = transposed ? input[1] == weight[0] : input[1] == of_group * groups;
-    return fits && weight[0] % groups == 0 &&
-           (!bias || !bias->defined() || (bias->dim() == 1 && bias->size(0) == channels));
+  // Whether channels and groups fit each other.
+  bool consistent(at::IntArrayRef input) const {
+    return weight[0] % groups == 0 && input[1] == (transposed ? weight[0] : weight[1] * groups);
+  }
+  bool fits(const at::Tensor& bias) const {
+    return bias.dim() == 1 && bias.size(0) == (transposed ? weight[1] * groups : weight[0]);
   }
 
   // As the kernels see it, the transposed one as the gradient that it is. For up to three dimensions.
@@ -137,20 +137,24 @@ class ImagesOf {
 struct Plan {
   cpu::Convolution geometry = {};
   PatternPtr pattern;
-  Path path = Path::kCopy;
+  Path path;
+  const char* reason;
 
-  Plan(Pass pass, const Geometry& of, at::IntArrayRef input, const at::Tensor& data, const at::Tensor& weight,
+  Plan(Pass pass, const Geometry& of, at::IntArrayRef input, bool channels_last, const at::Tensor& weight,
        const at::Tensor& mask, bool have_values = false) {
-    const bool known = of.weight.size() <= 5 && data.is_cpu();
-    if (known) {
-      geometry = of.for_kernels(input);
-      pattern = try_pattern_of(mask);
-    }
-    path =
-        choose_convolution(pass, known ? &geometry : nullptr, of.transposed, weight, pattern.get(), have_values).path;
-    const at::DimVector output = of.output_sizes(input);
+    const bool known = of.weight.size() <= 5 && of.consistent(input);
+    if (known) geometry = of.for_kernels(input);
+    pattern = try_pattern_of(mask);
     const auto empty = [](at::IntArrayRef sizes) { return std::find(sizes.begin(), sizes.end(), 0) != sizes.end(); };
-    if (empty(input) || empty(output) || empty(of.weight)) path = Path::kCopy;  // torch knows the shapes
+    // Torch refuses what does not fit in its own words, and knows the shapes of nothing.
+    const bool trivial = !known || empty(input) || empty(of.output_sizes(input)) || empty(of.weight);
+    const Pass seen = !of.transposed || pass == Pass::kGradWeight ? pass
+                      : pass == Pass::kForward                    ? Pass::kGradInput
+                                                                  : Pass::kForward;
+    const Choice choice =
+        choose_convolution(seen, known ? &geometry : nullptr, channels_last, weight, pattern.get(), have_values);
+    path = trivial ? Path::kCopy : choice.path;
+    reason = choice.reason;
   }
 
   // The product with the weight, or the weight transposed, whichever the pass means.
@@ -190,16 +194,16 @@ std::tuple<at::Tensor, at::Tensor> convolution_with_values(const at::Tensor& inp
   if (has_bias) check_same_kind("bias", *bias, "weight", weight);
   const Geometry geometry{weight.sizes(), stride, padding, dilation, transposed, output_padding, groups};
   geometry.check(input.sizes());
-  Plan plan(Pass::kForward, geometry, input.sizes(), input, weight, mask);
-  // What torch refuses, it refuses with its own words.
-  if (plan.path == Path::kCopy || !geometry.consistent(input.sizes(), bias)) {
+  const bool channels_last = result_is_channels_last(input, weight);
+  const Plan plan(Pass::kForward, geometry, input.sizes(), channels_last, weight, mask);
+  if (plan.path == Path::kCopy || (has_bias && !geometry.fits(*bias))) {
     return {at::convolution(input, masked_weight(weight, mask), bias, stride, padding, dilation, transposed,
                             output_padding, groups),
             at::Tensor()};
   }
   const at::Tensor values = compress(weight, *plan.pattern);
   return {plan.multiply(transposed, input, values, has_bias ? bias->contiguous() : at::Tensor(),
-                        geometry.output_sizes(input.sizes()), result_is_channels_last(input, weight)),
+                        geometry.output_sizes(input.sizes()), channels_last),
           values};
 }
 
@@ -219,15 +223,16 @@ at::Tensor convolution_grad_input_with_values(const at::Tensor& grad_output, con
   check_same_kind("grad_output", grad_output, "weight", weight);
   const Geometry geometry{weight.sizes(), stride, padding, dilation, transposed, output_padding, groups};
   geometry.check(input_size, grad_output.sizes());
-  const Plan plan(Pass::kGradInput, geometry, input_size, grad_output, weight, mask, values.defined());
-  if (plan.path == Path::kCopy || !geometry.consistent(input_size, std::nullopt)) {
+  const bool channels_last = result_is_channels_last(grad_output, weight);
+  const Plan plan(Pass::kGradInput, geometry, input_size, channels_last, weight, mask, values.defined());
+  if (plan.path == Path::kCopy) {
     const at::Tensor input = placeholder(input_size, grad_output);
     return std::get<0>(at::convolution_backward(grad_output, input, masked_weight(weight, mask), std::nullopt, stride,
                                                 padding, dilation, transposed, output_padding, groups,
                                                 {true, false, false}));
   }
   return plan.multiply(!transposed, grad_output, values.defined() ? values : compress(weight, *plan.pattern),
-                       at::Tensor(), input_size, result_is_channels_last(grad_output, weight));
+                       at::Tensor(), input_size, channels_last);
 }
 
 at::Tensor convolution_grad_input(const at::Tensor& grad_output, const at::Tensor& weight, const at::Tensor& mask,
@@ -246,8 +251,8 @@ at::Tensor convolution_grad_weight(const at::Tensor& grad_output, const at::Tens
   check_same_kind("input", input, "grad_output", grad_output);
   const Geometry geometry{mask.sizes(), stride, padding, dilation, transposed, output_padding, groups};
   geometry.check(input.sizes(), grad_output.sizes());
-  const Plan plan(Pass::kGradWeight, geometry, input.sizes(), input, weight, mask);
-  if (plan.path == Path::kCopy || !geometry.consistent(input.sizes(), std::nullopt)) {
+  const Plan plan(Pass::kGradWeight, geometry, input.sizes(), result_is_channels_last(input, weight), weight, mask);
+  if (plan.path == Path::kCopy) {
     const at::Tensor grad_weight =
         std::get<1>(at::convolution_backward(grad_output, input, weight, std::nullopt, stride, padding, dilation,
                                              transposed, output_padding, groups, {false, true, false}));
@@ -264,11 +269,16 @@ at::Tensor convolution_grad_weight(const at::Tensor& grad_output, const at::Tens
 }
 
 std::tuple<std::string, std::string> explain_convolution(const at::Tensor& weight, const at::Tensor& mask,
-                                                         int64_t /*batch*/) {
+                                                         at::IntArrayRef input_size, bool channels_last,
+                                                         at::IntArrayRef stride, at::IntArrayRef padding,
+                                                         at::IntArrayRef dilation, bool transposed,
+                                                         at::IntArrayRef output_padding, int64_t groups) {
   check_mask(weight, mask);
-  const PatternPtr pattern = try_pattern_of(mask);
-  const Choice choice = choose_convolution(Pass::kForward, nullptr, false, weight, pattern.get(), false);
-  return {path_name(choice.path), choice.reason};
+  if (const PatternPtr pattern = try_pattern_of(mask)) pattern->mark_reused();  // as explain_linear
+  const Geometry geometry{weight.sizes(), stride, padding, dilation, transposed, output_padding, groups};
+  geometry.check(input_size);
+  const Plan plan(Pass::kForward, geometry, input_size, channels_last, weight, mask);
+  return {path_name(plan.path), plan.reason};
 }
 
 }  // namespace masked_ops

@@ -60,6 +60,9 @@ at::Tensor convolution_grad_input_with_values(const at::Tensor& grad_output, con
                                               at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
                                               at::IntArrayRef output_padding, int64_t groups);
 std::tuple<std::string, std::string> explain_convolution(const at::Tensor& weight, const at::Tensor& mask,
-                                                         int64_t batch);
+                                                         at::IntArrayRef input_size, bool channels_last,
+                                                         at::IntArrayRef stride, at::IntArrayRef padding,
+                                                         at::IntArrayRef dilation, bool transposed,
+                                                         at::IntArrayRef output_padding, int64_t groups);
 
 }  // namespace masked_ops

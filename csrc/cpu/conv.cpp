@@ -25,16 +25,35 @@ int64_t rows_between(const SparseIndex& index, int64_t first, int64_t last) {
   return index.row_of(last - 1) + index.rows_of(last - 1) - index.row_of(first);
 }
 
-// The matrix of a phase: which channels of the source and blocks of the index it has.
+// The columns of a phase: (channel, tap), in blocks.
 struct Columns {
   int64_t channels;  // of a group
-  int64_t columns, first_block, block_cols;
+  int64_t taps, columns, first_block, block_cols;
+  PackedChannel packed;
+  const int32_t* table;  // where column j is, from the first channel of its block
 
-  Columns(const Convolution& c, const SparseIndex& index, const Phase& phase)
+  Columns(const Convolution& c, const SparseIndex& index, const Cut& cut)
       : channels((index.transposed ? c.out_channels : c.in_channels) / c.groups),
-        columns(channels * phase.taps()),
-        first_block(phase.first_block),
-        block_cols(index.block_cols) {}
+        taps(cut.phase->taps()),
+        columns(channels * taps),
+        first_block(cut.phase->first_block),
+        block_cols(index.block_cols),
+        packed(*cut.phase, cut.lanes(), cut.pitch) {
+    int32_t* const places = static_cast<int32_t*>(scratch(Slot::kTable, size_t(columns + taps) * sizeof(int32_t)));
+    int32_t* const of_taps = places + columns;
+    for (int64_t t = 0; t < taps; ++t) of_taps[t] = int32_t(packed.offset(*cut.phase, t));
+    for_blocks([&](int64_t, int64_t begin, int64_t end) {
+      int64_t tap = begin % taps, at = 0;
+      for (int64_t j = begin; j < end; ++j) {
+        places[j] = int32_t(at + of_taps[tap]);
+        if (++tap == taps) {
+          tap = 0;
+          at += packed.floats;
+        }
+      }
+    });
+    table = places;
+  }
 
   // body(block of the index, first and last of its columns counted from the phase's first).
   template <typename Body>
@@ -42,6 +61,16 @@ struct Columns {
     for (int64_t j = 0; j < columns; j += block_cols) {
       body(first_block + j / block_cols, j, min(columns, j + block_cols));
     }
+  }
+
+  // Packs the channels of a group that columns [begin, end) belong to.
+  template <typename Packer>
+  const float* pack(const Packer& packer, int64_t group, int64_t begin, int64_t end) const {
+    const int64_t first = begin / taps, last = ceil_div(end, taps);
+    float* const x =
+        static_cast<float*>(scratch(Slot::kPanelA, size_t((last - first) * packed.floats) * sizeof(float)));
+    packer.pack(group * channels + first, group * channels + last, x);
+    return x;
   }
 };
 
@@ -51,10 +80,6 @@ bool has_entries(const SparseIndex& index, int64_t block, int64_t first_panel, i
     if (tile[0].entry < tile[1].entry) return true;
   }
   return false;
-}
-
-float* block_of_input(const SparseIndex& index, int64_t width) {
-  return static_cast<float*>(scratch(Slot::kPanelA, size_t(index.block_cols * width) * sizeof(float)));
 }
 
 // The values in the order of a transposed index's entries.
@@ -76,9 +101,8 @@ struct Multiplication {
   Memory<float> to;
 
   void run(const Strip& strip, const Columns& columns, int64_t first_panel, int64_t last_panel) const {
-    with_packer(
-        strip, from, [](size_t bytes) { return scratch(Slot::kPanelB, bytes); },
-        [&](const auto& packer) { run(strip, packer, columns, first_panel, last_panel); });
+    with_packer(strip, columns.packed, from, Slot::kPlaces,
+                [&](const auto& packer) { run(strip, packer, columns, first_panel, last_panel); });
   }
 
  private:
@@ -92,24 +116,18 @@ struct Multiplication {
       start_from_bias(bias ? bias + row : nullptr, rows, width, c);
       columns.for_blocks([&](int64_t block, int64_t begin, int64_t end) {
         if (!has_entries(index, block, first, last)) return;
-        float* const x = block_of_input(index, width);
-        packer.pack(group * columns.channels, begin, end, x);
+        const float* const x = columns.pack(packer, group, begin, end);
         for (int64_t panel = first; panel < last; ++panel) {
           const int64_t tile = panel * index.blocks + block;
           const float* const v = values + (index.transposed ? index.tiles[tile].entry : index.panel_values[panel]);
-          multiply_tile(index, tile, strip.vectors(), v, x, c + (index.row_of(panel) - row) * width);
+          multiply_tile(index, tile, strip.vectors(), v, x, columns.table + begin,
+                        c + (index.row_of(panel) - row) * width);
         }
       });
       strip.store(c, row, rows, to);
     });
   }
 };
-
-// Lanes of a strip: half as many as there can be if there are not enough strips to share them evenly.
-int64_t width_for(int64_t positions, int threads) {
-  constexpr int64_t kWidest = tuning::kMaxVectors * L;
-  return positions < 4 * threads * kWidest ? kWidest / 2 : kWidest;
-}
 
 // Into how many ranges of panels each strip is split, so that there are tasks for all threads.
 int64_t splits_for(int64_t strips, int64_t panels, int threads) {
@@ -118,22 +136,20 @@ int64_t splits_for(int64_t strips, int64_t panels, int threads) {
 
 struct Sampling {
   const SparseIndex& index;
-  const Phase& phase;
-  const Phase& output;  // of which every position reads itself
-  Columns columns;
+  const Cut& cut;     // of the positions of the output
+  const Cut& output;  // the same, each of which reads itself
+  const Columns& columns;
   Memory<const float> input, grad_output;
 
-  // Adds what positions [first, last) give to the panels' results, or sets it if they are the first.
+  // Adds what strips [first, last) give to the panels' results, or sets it if they are the first.
   void run(int64_t first, int64_t last, int64_t first_panel, int64_t last_panel, float* results) const {
-    constexpr int64_t kWidth = tuning::kMaxVectors * L;
-    for (int64_t at = first; at < last; at += kWidth) {
-      const Strip x_strip(phase, at, min(kWidth, last - at)), dy_strip(output, at, min(kWidth, last - at));
-      const auto of_x = [](size_t bytes) { return scratch(Slot::kPanelB, bytes); };
-      const auto of_dy = [](size_t bytes) { return scratch(Slot::kPieces, bytes); };
-      with_packer(x_strip, input, of_x, [&](const auto& x_packer) {
-        with_packer(dy_strip, grad_output, of_dy, [&](const auto& dy_packer) {
+    for (int64_t s = first; s < last; ++s) {
+      const Strip x_strip(cut, s), dy_strip(output, s);
+      const PackedChannel itself(*output.phase, x_strip.width(), 0);
+      with_packer(x_strip, columns.packed, input, Slot::kPlaces, [&](const auto& x_packer) {
+        with_packer(dy_strip, itself, grad_output, Slot::kMorePlaces, [&](const auto& dy_packer) {
           for_groups(index, first_panel, last_panel, [&](int64_t group, int64_t begin, int64_t end) {
-            run_group(x_strip, x_packer, dy_packer, group, begin, end, results, at > first);
+            run_group(x_strip, x_packer, dy_packer, group, begin, end, results, s > first);
           });
         });
       });
@@ -146,14 +162,13 @@ struct Sampling {
                  int64_t last, float* results, bool accumulate) const {
     const int64_t row = index.row_of(first), rows = rows_between(index, first, last), width = strip.width();
     float* const dy = static_cast<float*>(scratch(Slot::kAccumulator, size_t(rows * width) * sizeof(float)));
-    dy_packer.pack(row, 0, rows, dy);
+    dy_packer.pack(row, row + rows, dy);
     columns.for_blocks([&](int64_t block, int64_t begin, int64_t end) {
       if (!has_entries(index, block, first, last)) return;
-      float* const x = block_of_input(index, width);
-      x_packer.pack(group * columns.channels, begin, end, x);
+      const float* const x = columns.pack(x_packer, group, begin, end);
       for (int64_t panel = first; panel < last; ++panel) {
-        sample_tile(index, panel * index.blocks + block, strip.vectors(), x, dy + (index.row_of(panel) - row) * width,
-                    results + index.panel_values[panel], accumulate);
+        sample_tile(index, panel * index.blocks + block, strip.vectors(), x, columns.table + begin,
+                    dy + (index.row_of(panel) - row) * width, results + index.panel_values[panel], accumulate);
       }
     });
   }
@@ -172,42 +187,44 @@ void conv_spmm(const Team& team, const Convolution& c, const SparseIndex& index,
   const Memory<float> to(output, transposed ? c.in_channels : c.out_channels, transposed ? c.input : c.output);
   const Multiplication multiplication = {index, transposed ? in_order(team, index, values) : values, bias, from, to};
   for_phases(c, transposed, index.block_cols, [&](const Phase& phase) {
-    const int64_t positions = c.batch * phase.positions(), width = width_for(positions, team.threads);
-    const int64_t strips = ceil_div(positions, width), splits = splits_for(strips, index.panels, team.threads);
-    const Columns columns(c, index, phase);
-    team.for_each(strips * splits, [&](int64_t task) {
-      const int64_t first = task / splits * width, split = task % splits;
-      const Strip strip(phase, first, min(width, positions - first));
-      multiplication.run(strip, columns, index.panels * split / splits, index.panels * (split + 1) / splits);
+    const Cut cut(phase, c.batch, team.threads);
+    const Columns columns(c, index, cut);
+    const int64_t splits = splits_for(cut.strips(), index.panels, team.threads);
+    team.for_each(cut.strips() * splits, [&](int64_t task) {
+      const int64_t split = task % splits;
+      multiplication.run(Strip(cut, task / splits), columns, index.panels * split / splits,
+                         index.panels * (split + 1) / splits);
     });
   });
 }
 
 void conv_sddmm(const Team& team, const Convolution& c, const SparseIndex& index, Images<const float> grad_output,
                 Images<const float> input, float* grad_values) {
-  constexpr int64_t kWidth = tuning::kMaxVectors * L;
   const Phase output = {{identity_axis(c, 0), identity_axis(c, 1), identity_axis(c, 2)}};
   const Phase phase = {{forward_axis(c, 0), forward_axis(c, 1), forward_axis(c, 2)}};
+  const Cut cut(phase, c.batch, team.threads);
+  Cut of_output = cut;
+  of_output.phase = &output;
+  const Columns columns(c, index, cut);
   const Sampling sampling = {index,
-                             phase,
-                             output,
-                             Columns(c, index, phase),
+                             cut,
+                             of_output,
+                             columns,
                              Memory<const float>(input, c.in_channels, c.input),
                              Memory<const float>(grad_output, c.out_channels, c.output)};
 
   // Ranges of positions have results of their own, which are added up in their order: the sums do not depend on who
   // computed what.
   const int64_t nnz = index.tiles[index.panels * index.blocks].entry;
-  const int64_t positions = c.batch * phase.positions(), strips = ceil_div(positions, kWidth);
+  const int64_t strips = cut.strips();
   const int64_t most = max<int64_t>(tuning::kPartialBytes / int64_t{sizeof(float)} / max<int64_t>(nnz, 1), 1);
   const int64_t parts = min(min<int64_t>(strips, 2 * team.threads), most);
   const int64_t splits = splits_for(parts, index.panels, team.threads);
   float* const partial = static_cast<float*>(scratch(Slot::kValues, size_t((parts - 1) * nnz) * sizeof(float)));
   team.for_each(parts * splits, [&](int64_t task) {
     const int64_t part = task / splits, split = task % splits;
-    const int64_t first = strips * part / parts * kWidth, last = min(positions, strips * (part + 1) / parts * kWidth);
-    sampling.run(first, last, index.panels * split / splits, index.panels * (split + 1) / splits,
-                 part ? partial + (part - 1) * nnz : grad_values);
+    sampling.run(strips * part / parts, strips * (part + 1) / parts, index.panels * split / splits,
+                 index.panels * (split + 1) / splits, part ? partial + (part - 1) * nnz : grad_values);
   });
   if (parts == 1) return;
   team.for_each(ceil_div(nnz, tuning::kPassGrain), [&](int64_t task) {

@@ -23,30 +23,80 @@ struct Memory {
   }
 };
 
+// How the positions of a phase are cut into strips. Dense: lanes are positions, through the ends of rows and images.
+// Aligned: a strip is a few rows of one plane, each padded to whole vectors; then taps that read the same source row
+// for different rows of positions share what is packed of it.
+struct Cut {
+  const Phase* phase;
+  int64_t batch;
+  int vectors;    // of a strip: kWide, kOdd or kNarrow
+  int64_t pitch;  // lanes of a row if aligned, else 0
+
+  static constexpr int kWide = 8, kOdd = 7, kNarrow = 4;
+
+  Cut(const Phase& of, int64_t batch, int threads) : phase(&of), batch(batch) {
+    constexpr int L = Vec::kLanes;
+    const auto& axes = of.axes;
+    const int64_t positions = batch * of.positions();
+    vectors = positions > kNarrow * L && positions >= 4 * threads * kWide * L ? kWide : kNarrow;
+    pitch = 0;
+    // Worth it if taps share rows, and if the padding costs little.
+    const int64_t padded = ceil_div(axes[2].count, L) * L;
+    if (axes[1].taps < 2 || axes[1].step != 1) return;
+    double least = 1.25 * double(positions) / L;
+    constexpr int kVectors[] = {kWide, kOdd};
+    for (const int v : kVectors) {
+      if (v * L % padded) continue;
+      const int64_t strips = batch * axes[0].count * ceil_div(axes[1].count, v * L / padded);
+      if (strips < 4 * threads || double(strips * v) >= least) continue;
+      least = double(strips * v);
+      vectors = v;
+      pitch = padded;
+    }
+  }
+
+  int64_t lanes() const { return vectors * Vec::kLanes; }
+  int64_t rows() const { return lanes() / pitch; }  // if aligned
+  int64_t strips_of_plane() const { return ceil_div(phase->axes[1].count, rows()); }
+  int64_t strips() const {
+    return pitch ? batch * phase->axes[0].count * strips_of_plane() : ceil_div(batch * phase->positions(), lanes());
+  }
+};
+
 class Strip {
  public:
   static constexpr int L = Vec::kLanes;
-  static constexpr int kMaxLanes = tuning::kMaxVectors * L;
+  static constexpr int kMaxLanes = Cut::kWide * L;
 
   struct Row {  // positions that differ in the last axis alone
     int64_t lane, count;
     int64_t image, d, h, w;
   };
 
-  Strip(const Phase& phase, int64_t first, int64_t lanes) : phase_(phase), lanes_(lanes) {
-    const auto& axes = phase.axes;
-    while (vectors_ * L < lanes) vectors_ *= 2;
+  Strip(const Cut& cut, int64_t strip) : phase_(*cut.phase), vectors_(cut.vectors) {
+    const auto& axes = phase_.axes;
+    if (cut.pitch) {
+      const int64_t plane = strip / cut.strips_of_plane(), h = strip % cut.strips_of_plane() * cut.rows();
+      while (row_count_ < min(cut.rows(), axes[1].count - h)) {
+        rows_[row_count_] = {row_count_ * cut.pitch, axes[2].count,  plane / axes[0].count,
+                             plane % axes[0].count,  h + row_count_, 0};
+        ++row_count_;
+      }
+      return;
+    }
+    const int64_t first = strip * cut.lanes(), lanes = min(cut.lanes(), cut.batch * phase_.positions() - first);
     for (int64_t lane = 0; lane < lanes;) {
       const int64_t position = first + lane, line = position / axes[2].count, w = position % axes[2].count;
       const int64_t count = min(lanes - lane, axes[2].count - w), plane = line / axes[1].count;
       rows_[row_count_++] = {lane, count, plane / axes[0].count, plane % axes[0].count, line % axes[1].count, w};
       lane += count;
     }
+    if (lanes <= Cut::kNarrow * L) vectors_ = Cut::kNarrow;
   }
 
   const Phase& phase() const { return phase_; }
-  int64_t lanes() const { return lanes_; }
   int64_t rows() const { return row_count_; }
+  const Row& row(int64_t i) const { return rows_[i]; }
   int vectors() const { return vectors_; }
   int64_t width() const { return vectors_ * L; }
 
@@ -97,7 +147,10 @@ class Strip {
     for (int64_t r = 0; r < row_count_;) {
       const int64_t lane = rows_[r].lane, offset = target(rows_[r], memory);
       int64_t count = rows_[r++].count;
-      while (step == 1 && r < row_count_ && target(rows_[r], memory) == offset + count) count += rows_[r++].count;
+      while (step == 1 && r < row_count_ && rows_[r].lane == lane + count &&
+             target(rows_[r], memory) == offset + count) {
+        count += rows_[r++].count;
+      }
       for (int64_t i = 0; i < rows; ++i) {
         const float* const from = c + i * width() + lane;
         float* const out = to + i * memory.channel + offset;
@@ -114,206 +167,231 @@ class Strip {
 
   void store_pixels(const float* c, int64_t rows, float* to, const Memory<float>& memory) const {
     int64_t offsets[kMaxLanes];
+    for (int64_t& offset : offsets) offset = -1;
     for (int64_t r = 0; r < row_count_; ++r) {
       const int64_t offset = target(rows_[r], memory);
       for (int64_t w = 0; w < rows_[r].count; ++w) {
         offsets[rows_[r].lane + w] = offset + w * phase_.axes[2].to_step * memory.pixel;
       }
     }
-    for (int64_t j = 0; j < lanes_; j += L) {
-      const int64_t valid = min<int64_t>(L, lanes_ - j);
+    for (int64_t j = 0; j < width(); j += L) {
       for (int64_t r = 0; r < rows; r += L) {
         const Vec::Predicate some = Vec::first(rows - r);
         Vec tile[L];
         MASKED_OPS_UNROLL
         for (int i = 0; i < L; ++i) tile[i] = Vec::load(c + (r + i) * width() + j);
         transpose(tile);
-        for (int64_t i = 0; i < valid; ++i) tile[i].storeu(some, to + offsets[j + i] + r);
+        for (int i = 0; i < L; ++i) {
+          if (offsets[j + i] >= 0) tile[i].storeu(some, to + offsets[j + i] + r);
+        }
       }
     }
   }
 
   const Phase& phase_;
-  int64_t lanes_;
-  int vectors_ = 1;
+  int vectors_;
   int64_t row_count_ = 0;
   Row rows_[kMaxLanes];
 };
 
-// Packs from NCHW. Per channel the vectors of all taps: those that lie whole in the source, then those that lie there
-// in part or not at all, then what is added to these where rows meet in a vector.
+// Where a strip's taps find their lanes in what is packed of a channel. Dense strips: tap by tap. Aligned strips: the
+// source's rows one below the other, once for each tap of the first and the last axis; the taps of the middle one
+// begin at different rows.
+struct PackedChannel {
+  int64_t width, pitch;     // lanes of a strip, and of its rows
+  int64_t rows, first_row;  // aligned strips: source rows, and where the first lies from the strip's first position
+  int64_t floats;
+
+  PackedChannel(const Phase& phase, int64_t width, int64_t pitch) : width(width), pitch(pitch) {
+    const Axis& h = phase.axes[1];
+    const int64_t last = h.at(h.taps - 1);
+    first_row = min(h.at(0), last);
+    rows = pitch ? width / pitch + max(h.at(0), last) - first_row : 0;
+    floats = pitch ? phase.axes[0].taps * phase.axes[2].taps * rows * pitch : phase.taps() * width;
+  }
+
+  int64_t offset(const Phase& phase, int64_t tap) const {
+    if (!pitch) return tap * width;
+    const int64_t of_w = phase.axes[2].taps, of_h = phase.axes[1].taps;
+    const int64_t w = tap % of_w, h = tap / of_w % of_h, d = tap / of_w / of_h;
+    return ((d * of_w + w) * rows + phase.axes[1].at(h) - first_row) * pitch;
+  }
+};
+
+// Packs from NCHW: per channel the vectors that lie whole in the source, then the others.
 class LinePacker {
  public:
   static constexpr int L = Vec::kLanes;
 
-  static size_t bytes(const Strip& strip) {
-    const size_t pieces = size_t(2 * strip.vectors() + most_added(strip));
-    return size_t(strip.phase().taps()) * (pieces * sizeof(Piece) + 3 * sizeof(int32_t));
+  static size_t bytes(const Strip& strip, const PackedChannel& packed) {
+    const int64_t vectors = packed.floats / L, lanes = gather_overflows(strip) ? strip.width() : strip.rows();
+    return size_t(2 * vectors + strip.phase().taps() * lanes + 1) * sizeof(Piece);
   }
 
-  LinePacker(const Strip& strip, const Memory<const float>& source, void* memory)
-      : source_(source), taps_(strip.phase().taps()), width_(strip.width()), vectors_(strip.vectors()) {
-    lists_[0].pieces = static_cast<Piece*>(memory);
-    lists_[1].pieces = lists_[0].pieces + taps_ * strip.vectors();
-    lists_[2].pieces = lists_[1].pieces + taps_ * strip.vectors();
-    lists_[0].ends = reinterpret_cast<int32_t*>(lists_[2].pieces + taps_ * most_added(strip));
-    lists_[1].ends = lists_[0].ends + taps_;
-    lists_[2].ends = lists_[1].ends + taps_;
+  LinePacker(const Strip& strip, const PackedChannel& packed, const Memory<const float>& source, void* memory)
+      : source_(source), packed_(packed), whole_(static_cast<Piece*>(memory)), others_(whole_ + packed.floats / L) {
     const bool each_lane = gather_overflows(strip);  // then a lane is a piece, and the step does not matter
     step_ = each_lane ? 1 : strip.step();
-    ahead_ = ceil_div(tuning::kVectorsAhead, taps_ * vectors_) * source.channel;
-
-    strip.for_runs(source, [&](int64_t tap, int64_t lane, int64_t count, int64_t offset) {
-      close(tap, lane / L);
+    ahead_ = ceil_div(tuning::kVectorsAhead * L, max<int64_t>(packed.floats, 1)) * source.channel;
+    int64_t next = 0;  // vector, of which all before are done
+    const auto run = [&](int64_t to, int64_t count, int64_t offset) {
       for (int64_t done = 0; done < count;) {
-        const int64_t at = lane + done, in_vector = at % L;
-        const int64_t n = each_lane ? 1 : min(count - done, L - in_vector);
-        add(tap, at / L,
-            {offset + done * strip.step() - in_vector * step_, int32_t(tap * width_ + at - in_vector),
-             ((1u << n) - 1) << in_vector});
+        const int64_t lane = to % L, n = each_lane ? 1 : min(count - done, L - lane);
+        add(next, to / L, {offset + done * strip.step() - lane * step_, int32_t(to - lane), ((1u << n) - 1) << lane});
         done += n;
+        to += n;
       }
-    });
-    close(taps_, 0);
+    };
+    if (packed.pitch) {
+      for_source_rows(strip, run);
+    } else {
+      strip.for_runs(source, [&](int64_t tap, int64_t lane, int64_t count, int64_t offset) {
+        run(tap * packed.width + lane, count, offset);
+      });
+    }
+    close(next, packed.floats / L);
+    others_[other_count_].to = 0;
   }
 
-  // packed[column][lanes] of columns [first, last), counted from (channel, tap 0).
-  void pack(int64_t channel, int64_t first, int64_t last, float* packed) const {
-    for (int64_t column = first; column < last;) {
-      const int64_t c = column / taps_, tap = column % taps_, end = min(taps_, tap + last - column);
-      const float* const in = source_.data + (channel + c) * source_.channel;
-      float* const out = packed + (c * taps_ - first) * width_;
+  // Channels [first, last), one after the other.
+  void pack(int64_t first, int64_t last, float* packed) const {
+    const float* in = source_.data + first * source_.channel;
+    for (int64_t c = first; c < last; ++c, in += source_.channel, packed += packed_.floats) {
       if (step_ == 1) {
-        pack_channel<false>(in, tap, end, out);
+        pack_channel<false>(in, packed);
       } else {
-        pack_channel<true>(in, tap, end, out);
+        pack_channel<true>(in, packed);
       }
-      column += end - tap;
     }
   }
 
  private:
   struct Piece {
     int64_t offset;  // of what lane 0 would read
-    int32_t to;      // of the vector, in the channel's columns
+    int32_t to;      // of the vector; negative if it adds to the vector of the piece before
     uint32_t lanes;
-  };
-  struct List {
-    Piece* pieces;
-    int32_t* ends;  // per tap
-    int32_t count = 0;
   };
 
   static bool gather_overflows(const Strip& strip) { return strip.step() > int64_t{1} << 26; }
-  static int64_t most_added(const Strip& strip) { return gather_overflows(strip) ? strip.lanes() : strip.rows(); }
 
-  // The vectors before vector v of tap are done.
-  void close(int64_t tap, int64_t v) {
-    while (tap_ < tap || (tap_ < taps_ && vector_ < v)) {
-      if (!open_) lists_[1].pieces[lists_[1].count++] = {0, int32_t(tap_ * width_ + vector_ * L), 0};
-      open_ = false;
-      if (++vector_ == vectors_) {
-        for (List& list : lists_) list.ends[tap_] = list.count;
-        vector_ = 0;
-        ++tap_;
+  // An aligned strip's rows of source: run(where it is packed, count, offset of the first).
+  template <typename Run>
+  void for_source_rows(const Strip& strip, const Run& run) const {
+    const auto& axes = strip.phase().axes;
+    const Strip::Row& row = strip.row(0);
+    for (int64_t i = 0; i < axes[0].taps; ++i) {
+      const int64_t d = row.d * axes[0].step + axes[0].at(i);
+      if (d < 0 || d >= axes[0].size) continue;
+      for (int64_t k = 0; k < axes[2].taps; ++k) {
+        const int64_t first = axes[2].first(k), count = axes[2].last(k) - first;
+        const int64_t w = first * axes[2].step + axes[2].at(k);
+        for (int64_t r = 0; r < packed_.rows; ++r) {
+          const int64_t h = row.h + packed_.first_row + r;
+          if (h < 0 || h >= axes[1].size) continue;
+          run(((i * axes[2].taps + k) * packed_.rows + r) * packed_.pitch + first, count,
+              row.image * source_.image + (d * axes[1].size + h) * axes[2].size + w);
+        }
       }
     }
   }
 
-  void add(int64_t tap, int64_t v, Piece piece) {
-    close(tap, v);
-    List& list = lists_[open_ ? 2 : piece.lanes == (1ull << L) - 1 ? 0 : 1];
-    list.pieces[list.count++] = piece;
-    open_ = true;
+  // Vectors that nothing was added to are zero.
+  void close(int64_t& next, int64_t vector) {
+    for (; next < vector; ++next) others_[other_count_++] = {0, int32_t(next * L), 0};
+  }
+
+  void add(int64_t& next, int64_t vector, Piece piece) {
+    close(next, vector);
+    if (next > vector) {
+      piece.to = -1;
+    } else {
+      ++next;
+    }
+    if (piece.lanes == (1ull << L) - 1) {
+      whole_[whole_count_++] = piece;
+    } else {
+      others_[other_count_++] = piece;
+    }
   }
 
   template <bool kGather>
-  void pack_channel(const float* in, int64_t tap, int64_t end, float* out) const {
+  void pack_channel(const float* in, float* out) const {
     const auto load = [&](const Piece& p) __attribute__((always_inline)) {
       return kGather ? Vec::gather(Vec::Predicate(p.lanes), in + p.offset, int(step_))
                      : Vec::loadu(Vec::Predicate(p.lanes), in + p.offset);
     };
-    const auto each = [&](const List& list, const auto& body) __attribute__((always_inline)) {
-      const Piece* const last = list.pieces + list.ends[end - 1];
-      for (const Piece* p = list.pieces + (tap ? list.ends[tap - 1] : 0); p < last; ++p) body(*p);
-    };
-    each(lists_[0], [&](const Piece& p) __attribute__((always_inline)) {
-      if (kGather) return load(p).store(out + p.to);
-      prefetch(in + p.offset + ahead_);
-      Vec::loadu(in + p.offset).store(out + p.to);
-    });
-    each(lists_[1], [&](const Piece& p) __attribute__((always_inline)) { load(p).store(out + p.to); });
-    each(lists_[2],
-         [&](const Piece& p) __attribute__((always_inline)) { (load(p) + Vec::load(out + p.to)).store(out + p.to); });
+    for (const Piece* p = whole_; p < whole_ + whole_count_; ++p) {
+      if (!kGather) prefetch(in + p->offset + ahead_);
+      (kGather ? load(*p) : Vec::loadu(in + p->offset)).store(out + p->to);
+    }
+    for (const Piece *p = others_, *last = others_ + other_count_; p < last;) {
+      const int64_t to = p->to;
+      Vec v = load(*p);
+      while ((++p)->to < 0) v = v + load(*p);
+      v.store(out + to);
+    }
   }
 
   const Memory<const float>& source_;
-  int64_t taps_, width_;
-  int vectors_;
+  const PackedChannel& packed_;
+  Piece* whole_;
+  Piece* others_;
+  int64_t whole_count_ = 0, other_count_ = 0;
   int64_t step_, ahead_;
-  List lists_[3];
-  int64_t tap_ = 0, vector_ = 0;  // what comes next
-  bool open_ = false;             // it has a piece
 };
 
-// Packs from channels last: of each tap L lanes by L channels at a time.
+// Packs from channels last: L lanes by L channels at a time.
 class PixelPacker {
  public:
   static constexpr int L = Vec::kLanes;
 
-  static size_t bytes(const Strip& strip) { return size_t(strip.phase().taps() * strip.width()) * sizeof(int64_t); }
+  static size_t bytes(const Strip&, const PackedChannel& packed) { return size_t(packed.floats) * sizeof(int64_t); }
 
-  PixelPacker(const Strip& strip, const Memory<const float>& source, void* memory)
-      : source_(source), taps_(strip.phase().taps()), width_(strip.width()), offsets_(static_cast<int64_t*>(memory)) {
-    for (int64_t i = 0; i < taps_ * width_; ++i) offsets_[i] = -1;
+  PixelPacker(const Strip& strip, const PackedChannel& packed, const Memory<const float>& source, void* memory)
+      : source_(source), packed_(packed), offsets_(static_cast<int64_t*>(memory)) {
+    for (int64_t i = 0; i < packed.floats; ++i) offsets_[i] = -1;
     strip.for_runs(source, [&](int64_t tap, int64_t lane, int64_t count, int64_t offset) {
-      for (int64_t i = 0; i < count; ++i) offsets_[tap * width_ + lane + i] = offset + i * strip.step() * source.pixel;
+      int64_t* const to = offsets_ + packed.offset(strip.phase(), tap) + lane;
+      for (int64_t i = 0; i < count; ++i) to[i] = offset + i * strip.step() * source.pixel;
     });
   }
 
-  void pack(int64_t channel, int64_t first, int64_t last, float* packed) const {
-    for (int64_t tap = 0; tap < taps_; ++tap) {
-      const int64_t c0 = first > tap ? ceil_div(first - tap, taps_) : 0, c1 = ceil_div(last - tap, taps_);
-      if (last <= tap || c0 >= c1) continue;
-      for (int64_t j = 0; j < width_; j += L) {
-        pack_vectors(offsets_ + tap * width_ + j, source_.data + channel + c0, c1 - c0,
-                     packed + (c0 * taps_ + tap - first) * width_ + j);
+  void pack(int64_t first, int64_t last, float* packed) const {
+    for (int64_t c = first; c < last; c += L, packed += L * packed_.floats) {
+      const int64_t valid = min<int64_t>(L, last - c);
+      const Vec::Predicate some = Vec::first(valid);
+      const float* const in = source_.data + c;
+      for (int64_t j = 0; j < packed_.floats; j += L) {
+        const int64_t* const offsets = offsets_ + j;
+        Vec tile[L];
+        MASKED_OPS_UNROLL
+        for (int i = 0; i < L; ++i) tile[i] = offsets[i] < 0 ? Vec::zero() : Vec::loadu(some, in + offsets[i]);
+        transpose(tile);
+        float* const out = packed + j;
+        if (valid == L) {
+          MASKED_OPS_UNROLL
+          for (int i = 0; i < L; ++i) tile[i].store(out + i * packed_.floats);
+        } else {
+          for (int i = 0; i < valid; ++i) tile[i].store(out + i * packed_.floats);
+        }
       }
     }
   }
 
  private:
-  void pack_vectors(const int64_t* offsets, const float* in, int64_t channels, float* out) const {
-    const int64_t pitch = taps_ * width_;
-    for (int64_t c = 0; c < channels; c += L) {
-      const int64_t valid = min<int64_t>(L, channels - c);
-      const Vec::Predicate some = Vec::first(valid);
-      Vec tile[L];
-      MASKED_OPS_UNROLL
-      for (int i = 0; i < L; ++i) tile[i] = offsets[i] < 0 ? Vec::zero() : Vec::loadu(some, in + offsets[i] + c);
-      transpose(tile);
-      if (valid == L) {
-        MASKED_OPS_UNROLL
-        for (int i = 0; i < L; ++i) tile[i].store(out + (c + i) * pitch);
-      } else {
-        for (int i = 0; i < valid; ++i) tile[i].store(out + (c + i) * pitch);
-      }
-    }
-  }
-
   const Memory<const float>& source_;
-  int64_t taps_, width_;
-  int64_t* offsets_;  // per tap and lane; negative beyond the source
+  const PackedChannel& packed_;
+  int64_t* offsets_;  // of each lane; negative beyond the source
 };
 
-// Calls body with the packer for the source, which keeps what it finds in memory that make(bytes) gives.
-template <typename Make, typename Body>
-MASKED_OPS_INLINE void with_packer(const Strip& strip, const Memory<const float>& source, const Make& make,
-                                   const Body& body) {
+// Calls body with the packer for the source, which keeps what it finds in the slot.
+template <typename Body>
+MASKED_OPS_INLINE void with_packer(const Strip& strip, const PackedChannel& packed, const Memory<const float>& source,
+                                   Slot slot, const Body& body) {
   if (source.channels_last) {
-    body(PixelPacker(strip, source, make(PixelPacker::bytes(strip))));
+    body(PixelPacker(strip, packed, source, scratch(slot, PixelPacker::bytes(strip, packed))));
   } else {
-    body(LinePacker(strip, source, make(LinePacker::bytes(strip))));
+    body(LinePacker(strip, packed, source, scratch(slot, LinePacker::bytes(strip, packed))));
   }
 }
 

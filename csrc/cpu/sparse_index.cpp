@@ -31,15 +31,26 @@ struct Block : Range {
   int64_t width;  // of all blocks but the last
 };
 
-// A weight as it is: rows are rows, a block is a range of words in each.
+// A weight as it is: rows are rows.
 struct Plain {
   Bits bits;
   const int64_t* offsets;
 
+  // Calls body(word, column of its first bit) for the words of columns [first, last) of a row.
+  template <typename Body>
+  void for_words(int64_t row, Range cols, const Body& body) const {
+    for (int64_t w = cols.first / 64; w < ceil_div(cols.last, 64); ++w) {
+      uint64_t word = bits.row(row)[w];
+      if (w * 64 < cols.first) word &= ~uint64_t{0} << (cols.first - w * 64);
+      if (w * 64 + 64 > cols.last) word &= ~uint64_t{0} >> (w * 64 + 64 - cols.last);
+      body(word, w * 64);
+    }
+  }
+
   void count(Range rows, Block cols, uint16_t* counts) const {
     for (int64_t r = rows.first; r < rows.last; ++r) {
       int64_t n = 0;
-      for (int64_t w = cols.first / 64; w < ceil_div(cols.last, 64); ++w) n += __builtin_popcountll(bits.row(r)[w]);
+      for_words(r, cols, [&](uint64_t word, int64_t) { n += __builtin_popcountll(word); });
       *counts++ = uint16_t(n);
     }
   }
@@ -48,9 +59,9 @@ struct Plain {
   void fill(Range rows, Block cols, uint32_t* starts, uint8_t* columns, uint32_t*) const {
     for (int64_t r = rows.first; r < rows.last; ++r) {
       uint8_t* to = columns + *starts++;
-      for (int64_t w = cols.first / 64; w < ceil_div(cols.last, 64); ++w) {
-        for_bits(bits.row(r)[w], [&](int i) { *to++ = uint8_t(w * 64 + i - cols.first); });
-      }
+      for_words(r, cols, [&](uint64_t word, int64_t column) {
+        for_bits(word, [&](int i) { *to++ = uint8_t(column + i - cols.first); });
+      });
     }
   }
 };
@@ -236,6 +247,10 @@ struct Shape {
     blocks = ceil_div(cols, block_cols);
   }
 
+  void set_block_cols(int64_t columns) {
+    block_cols = columns;
+    blocks = ceil_div(cols, columns);
+  }
   Range rows_of(int64_t panel) const {
     const int64_t per_group = ceil_div(group_rows, panel_rows);
     const int64_t group = panel / per_group * group_rows, row = panel % per_group * panel_rows;
@@ -349,12 +364,19 @@ SparseIndex* make_conv_index(const Team& team, Bits bits, const Convolution& c, 
                              bool transposed) {
   const int64_t nnz = offsets[c.out_channels], taps = c.kernel[0] * c.kernel[1] * c.kernel[2];
   const int64_t into = c.in_channels / c.groups, out = c.out_channels / c.groups;
+  // Blocks of whole channels, where that is possible: what is packed of a channel serves one block alone.
+  const auto align = [&](Shape& shape) {
+    if (taps <= kMaxCount) shape.set_block_cols(max(shape.block_cols / taps, int64_t{1}) * taps);
+  };
   if (!transposed) {
     if (into * taps > kMaxIndexSide) return nullptr;
-    return build(team, Shape(c.out_channels, out, into * taps, nnz, false, team.threads), Plain{bits, offsets}, false);
+    Shape shape(c.out_channels, out, into * taps, nnz, false, team.threads);
+    align(shape);
+    return build(team, shape, Plain{bits, offsets}, false);
   }
   if (nnz >= kMaxIndexNnz) return nullptr;
   Shape shape(c.in_channels, into, out * taps, nnz, true, team.threads);
+  align(shape);
   shape.blocks = for_tap_classes(c, shape.block_cols, [](int64_t, int64_t, int64_t, int64_t) {});
   shape.cols = shape.blocks * shape.block_cols;
   return build(team, shape, Flipped(bits, offsets, c), true);

@@ -26,7 +26,7 @@ struct Tiles {
   }
 };
 
-// Calls body with std::integral_constant-like ints 1, 2, 4 or 8.
+// Calls body with std::integral_constant-like ints: 1, 2, 4 or 8; for convolutions 4, 7 or 8.
 template <int N>
 struct Int {
   static constexpr int value = N;
@@ -43,6 +43,24 @@ MASKED_OPS_INLINE void with_vectors(int vectors, const Body& body) {
     default:
       return body(Int<8>());
   }
+}
+
+template <typename Body>
+MASKED_OPS_INLINE void with_conv_vectors(int vectors, const Body& body) {
+  switch (vectors) {
+    case 4:
+      return body(Int<4>());
+    case 7:
+      return body(Int<7>());
+    default:
+      return body(Int<8>());
+  }
+}
+
+// Of column j of a block of input, [column][lanes] or where the table says.
+template <int NV, bool kTable>
+MASKED_OPS_INLINE const float* row_of(const float* x, const int32_t* table, uint8_t column) {
+  return x + (kTable ? int64_t{table[column]} : int64_t{column} * (NV * Vec::kLanes));
 }
 
 // Vectors of a tile: as many as let the block of input stay in L1; the most, where a row has so few entries in a block
@@ -115,13 +133,18 @@ inline void start_from_bias(const float* bias, int64_t rows, int64_t lanes, floa
   }
 }
 
-// spmm.cpp: c[row][lanes] += a tile of the index times the block of input x[column][lanes], of 1, 2, 4 or 8 vectors.
-// The segments' values count from `values`.
+// spmm.cpp: c[row][lanes] += a tile of the index times its block of input, of 1, 2, 4 or 8 vectors. The segments'
+// values count from `values`; column j of the block is x[j][lanes].
 void multiply_tile(const SparseIndex&, int64_t tile, int vectors, const float* values, const float* x, float* c);
+// The same of 4, 7 or 8 vectors; column j of the block is at x + table[j], a multiple of a vector.
+void multiply_tile(const SparseIndex&, int64_t tile, int vectors, const float* values, const float* x,
+                   const int32_t* table, float* c);
 
 // sddmm.cpp: the tile's entries of dy * x^T, for the panel's dy[row][lanes]; the segments' results count from
 // `results`.
 void sample_tile(const SparseIndex&, int64_t tile, int vectors, const float* x, const float* dy, float* results,
                  bool accumulate);
+void sample_tile(const SparseIndex&, int64_t tile, int vectors, const float* x, const int32_t* table, const float* dy,
+                 float* results, bool accumulate);
 
 }  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY
