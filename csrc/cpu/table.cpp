@@ -21,6 +21,10 @@ const Kernels table = {
     .make_conv_index = make_conv_index,
     .conv_spmm = conv_spmm,
     .conv_sddmm = conv_sddmm,
+    .row_columns = row_columns,
+    .spmv = spmv,
+    .spmv_transposed = spmv_transposed,
+    .sampled_outer = sampled_outer,
     .fma_loop = fma_loop,
     .read_loop = read_loop,
 };
