@@ -336,12 +336,42 @@ std::shared_ptr<const Index> Pattern::index(bool transposed) const {
   return result;
 }
 
+Pattern::ConvKey Pattern::conv_key(const cpu::Convolution& c, bool transposed) {
+  ConvKey key = {c.in_channels, c.out_channels, c.groups};
+  for (size_t d = 0; d < 3; ++d) {
+    key[3 + d] = c.kernel[d];
+    key[6 + d] = transposed ? c.stride[d] : 0;
+    key[9 + d] = transposed ? c.dilation[d] : 0;
+  }
+  return key;
+}
+
+std::shared_ptr<const Index> Pattern::conv_index(const cpu::Convolution& geometry, bool transposed) const {
+  const int64_t* starts = offsets();
+  const ConvKey key = conv_key(geometry, transposed);
+  std::shared_ptr<const Index> result;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    ConvIndex& slot = conv_indices_[transposed];
+    const cpu::Kernels& kernels = cpu::kernels();
+    if (slot.index && &slot.index->kernels() == &kernels && slot.key == key) return slot.index;
+    result = std::make_shared<const Index>(
+        kernels, kernels.make_conv_index(team_for(rows_ * cols_), bits(), geometry, starts, transposed));
+    slot = {key, result};
+  }
+  trim_cache();
+  return result;
+}
+
 size_t Pattern::bytes() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   size_t sum = sizeof(*this) + words_.size() * sizeof(uint64_t) + offsets_.size() * sizeof(int64_t) +
                columns_.size() * sizeof(uint16_t);
   for (const auto& index : indices_) {
     if (index) sum += index->bytes();
+  }
+  for (const auto& slot : conv_indices_) {
+    if (slot.index) sum += slot.index->bytes();
   }
   if (compact_) sum += compact_->pattern->bytes() + 8 * static_cast<size_t>(live_rows_ + live_cols_);
   return sum;

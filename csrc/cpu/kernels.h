@@ -41,6 +41,12 @@ void spmv(const Team&, const Rows&, int64_t cols, Dtype, const void* values, con
 void spmv_transposed(const Team&, const Rows&, int64_t cols, Dtype, const void* values, const void* dy, void* dx);
 void sampled_outer(const Team&, const Rows&, int64_t cols, Dtype, const void* dy, const void* x, void* grad_values);
 
+SparseIndex* make_conv_index(const Team&, Bits, const Convolution&, const int64_t* offsets, bool transposed);
+void conv_spmm(const Team&, const Convolution&, const SparseIndex&, const float* values, Images<const float> input,
+               const float* bias, Images<float> output);
+void conv_sddmm(const Team&, const Convolution&, const SparseIndex&, Images<const float> grad_output,
+                Images<const float> input, float* grad_values);
+
 int64_t fma_loop(Dtype, int64_t rounds);
 void read_loop(const float* data, int64_t n);
 

@@ -82,4 +82,9 @@ constexpr int64_t kTasksPerThread = 2;
 constexpr int64_t kPackedBytes = int64_t{16} << 20;
 constexpr int64_t kPackSlice = 128;  // columns packed by one task
 
+// Convolution: vectors that packing prefetches ahead of itself.
+constexpr int64_t kVectorsAhead = 128;
+// The most that partial results of grad_weight take, all threads together.
+constexpr int64_t kPartialBytes = int64_t{32} << 20;
+
 }  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY::tuning
