@@ -2,6 +2,7 @@
 
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstring>
@@ -143,10 +144,65 @@ Choice choose_packed_linear(Pass pass, int64_t rows, const at::Tensor& values, c
   return obey("packed linear layer", {nullptr, no_weight, no_weight, obstacle}, choice);
 }
 
-Choice choose_convolution(const at::Tensor&, const Pattern*) {
-  const char* obstacle = "it has no convolution kernel";
-  return obey("convolution", {nullptr, obstacle, obstacle, obstacle},
-              {Path::kCopy, "torch's convolution over the masked weight"});
+namespace {
+
+// Kernels beyond this have offsets that the strips' numbers do not hold.
+constexpr int64_t kMaxTaps = int64_t{1} << 16;
+
+// What the passes of a convolution cost, dense and sparse.
+struct ConvolutionCosts {
+  double macs, packed, images, weights;
+  const cpu::ConvCost& dense;
+  cpu::ConvCost sparse;
+
+  ConvolutionCosts(Pass pass, const cpu::Convolution& c, bool channels_last)
+      : dense(cpu::kDenseConvCosts[c.groups > 1  ? 2
+                                   : taps(c) > 1 ? 1
+                                                 : 0][channels_last][static_cast<int>(pass)]),
+        sparse(cpu::kSparseConvCosts[channels_last][static_cast<int>(pass)]) {
+    const auto volume = [](const int64_t (&size)[3]) { return double(size[0]) * double(size[1]) * double(size[2]); };
+    const double positions = double(c.batch) * volume(c.output);
+    weights = double(c.out_channels) * double(c.in_channels / c.groups) * taps(c);
+    macs = positions * weights;
+    packed = positions * double(pass == Pass::kGradInput ? c.out_channels : c.in_channels) * taps(c);
+    images = positions * double(c.out_channels) + double(c.batch) * volume(c.input) * double(c.in_channels);
+  }
+  double of_dense(int threads) const { return dense(macs, weights, 0, packed, images, threads); }
+  double of_sparse(double nnz, int threads) const { return sparse(macs, weights, nnz, packed, images, threads); }
+
+  static double taps(const cpu::Convolution& c) {
+    return double(c.kernel[0]) * double(c.kernel[1]) * double(c.kernel[2]);
+  }
+};
+
+}  // namespace
+
+Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool channels_last, const at::Tensor& weight,
+                          const Pattern* pattern, bool have_values) {
+  const char* obstacle = nullptr;
+  if (!weight.is_cpu()) {
+    obstacle = "the weight is not in CPU memory";
+  } else if (weight.scalar_type() != at::kFloat) {
+    obstacle = "its kernels take float32 only";
+  } else if (!pattern || !pattern->binary()) {
+    obstacle = "the mask is soft";
+  } else if (!geometry) {
+    obstacle = "its kernels take one to three dimensions and consistent sizes";
+  } else if (!pattern->indexable() || ConvolutionCosts::taps(*geometry) > double(kMaxTaps)) {
+    obstacle = kTooLarge;
+  }
+  Choice choice = {Path::kCopy, obstacle ? obstacle : "torch's convolution over the masked weight"};
+  // An index is worth its making from the second use of a mask on.
+  if (!obstacle && pattern->reused() && pattern->nnz() < pattern->rows() * pattern->cols()) {
+    ConvolutionCosts costs(pass, *geometry, channels_last);
+    if (have_values) costs.sparse.weight = 0;
+    const int threads = team_for(static_cast<int64_t>(std::min(costs.macs * pattern->density(), 1e18))).threads;
+    if (costs.of_sparse(double(pattern->nnz()), threads) < cpu::kConvMargin * costs.of_dense(threads)) {
+      choice = {Path::kSparse, "sparse convolution: few weights remain"};
+    }
+  }
+  const char* no_gemm = "it is for linear layers";
+  return obey("convolution", {nullptr, no_gemm, no_gemm, obstacle}, choice);
 }
 
 }  // namespace masked_ops

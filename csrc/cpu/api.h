@@ -23,7 +23,7 @@ struct Team {
 };
 
 // Memory that is reused from call to call: one block per thread and slot, aligned to a page, growing only.
-enum class Slot { kPanelA, kPanelB, kAccumulator, kValues, kCount };
+enum class Slot { kPanelA, kPanelB, kAccumulator, kValues, kPlaces, kMorePlaces, kTable, kCount };
 void* scratch(Slot slot, size_t bytes);  // contents undefined; throws std::bad_alloc
 void release_scratch();                  // of the calling thread
 
@@ -46,6 +46,22 @@ struct MaskFacts {
 struct SparseIndex;
 // What an index can address; make_index returns null beyond.
 inline constexpr int64_t kMaxIndexSide = int64_t{1} << 28, kMaxIndexNnz = int64_t{1} << 32;
+
+// A convolution of weight [out_channels][in_channels / groups][kernel]; a transposed one is the gradient of this one
+// with respect to its input, with input and output, and so the channels, the other way round. Sizes of depth, height
+// and width: what has fewer dimensions has leading ones of size 1 (stride and dilation 1, padding 0).
+struct Convolution {
+  int64_t batch, groups;
+  int64_t in_channels, out_channels;  // of all groups
+  int64_t input[3], output[3], kernel[3], stride[3], padding[3], dilation[3];
+};
+
+// [batch][channels][depth][height][width], or [batch][depth][height][width][channels] if channels_last.
+template <typename T>
+struct Images {
+  T* data;
+  bool channels_last;
+};
 
 // The remaining weights by rows: those of row i from offsets[i] to offsets[i + 1], and the column of each; columns has
 // kColumnsPadding numbers more, so that whole vectors of them can be read.
@@ -99,6 +115,18 @@ struct Kernels {
   // sddmm.cpp. grad_values[nnz] = the remaining weights' entries of grad_output[M][N]^T * input[M][K].
   void (*sddmm)(const Team&, const SparseIndex&, Dtype, int64_t M, const void* grad_output, const void* input,
                 void* grad_values);
+
+  // conv.cpp, for a weight [out_channels][in_channels / groups * kernel] of which bits, offsets and values are those of
+  // a matrix. The index depends on channels, groups and kernel, a transposed one on stride and dilation too; null if
+  // the matrix is beyond what it can address. Scratch is bounded and does not grow with the batch.
+  SparseIndex* (*make_conv_index)(const Team&, Bits, const Convolution&, const int64_t* offsets, bool transposed);
+  // output = convolution of input + bias[out_channels] (may be null). With a transposed index the gradient with respect
+  // to the input: from images like output to images like input, with bias[in_channels].
+  void (*conv_spmm)(const Team&, const Convolution&, const SparseIndex&, const float* values, Images<const float> input,
+                    const float* bias, Images<float> output);
+  // grad_values[nnz] = the remaining weights' gradient; the index is not transposed.
+  void (*conv_sddmm)(const Team&, const Convolution&, const SparseIndex&, Images<const float> grad_output,
+                     Images<const float> input, float* grad_values);
 
   // spmv.cpp: spmm and sddmm of one row, over the columns of the remaining weights in row-major order, for matrices of
   // at most kMaxColumns columns.

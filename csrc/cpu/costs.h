@@ -126,4 +126,50 @@ inline constexpr CostTable kHalfCosts = {
     // float16: end
 };
 
+// The paths of a convolution, fitted by bench/fit_convolution_costs.py. MACs are those of the dense convolution, in the
+// direction of the kernels (see Convolution); packed counts what im2col makes, images what is read and written.
+struct ConvCost {
+  float call, mac, dense, weight, value, packed, images;
+
+  double operator()(double macs, double weights, double nnz, double packed_floats, double image_floats,
+                    int threads) const {
+    return call + (mac * macs * (nnz / weights) + dense * macs + weight * weights + value * nnz +
+                   packed * packed_floats + images * image_floats) /
+                      threads;
+  }
+};
+
+// Sparse is taken when it is expected to need less than this share of the dense operation: the model's error is about
+// that large, and not to be slower than dense is a promise.
+inline constexpr double kConvMargin = 0.85;
+
+// [kernel of one tap, of more, grouped][NCHW, channels last][forward, grad_input, grad_weight]
+inline constexpr ConvCost kDenseConvCosts[3][2][3] = {
+    // dense convolution: begin
+    {
+        // one tap
+        {{1e4, 0, 0.0087, 0.2, 0, 0, 0.1}, {1e4, 0, 0.0087, 0.2, 0, 0, 0.1}, {1e4, 0, 0.0087, 0.2, 0, 0, 0.1}},
+        {{1e4, 0, 0.0087, 0.2, 0, 0, 0.1}, {1e4, 0, 0.0087, 0.2, 0, 0, 0.1}, {1e4, 0, 0.0087, 0.2, 0, 0, 0.1}},
+    },
+    {
+        // more taps
+        {{1e4, 0, 0.0087, 0.2, 0, 0, 0.1}, {1e4, 0, 0.0087, 0.2, 0, 0, 0.1}, {1e4, 0, 0.0087, 0.2, 0, 0, 0.1}},
+        {{1e4, 0, 0.0087, 0.2, 0, 0, 0.1}, {1e4, 0, 0.0087, 0.2, 0, 0, 0.1}, {1e4, 0, 0.0087, 0.2, 0, 0, 0.1}},
+    },
+    {
+        // grouped
+        {{1e4, 0, 0.0087, 0.2, 0, 0, 0.1}, {1e4, 0, 0.0087, 0.2, 0, 0, 0.1}, {1e4, 0, 0.0087, 0.2, 0, 0, 0.1}},
+        {{1e4, 0, 0.0087, 0.2, 0, 0, 0.1}, {1e4, 0, 0.0087, 0.2, 0, 0, 0.1}, {1e4, 0, 0.0087, 0.2, 0, 0, 0.1}},
+    },
+    // dense convolution: end
+};
+
+// [NCHW, channels last][forward, grad_input, grad_weight]
+inline constexpr ConvCost kSparseConvCosts[2][3] = {
+    // sparse convolution: begin
+    {{1e4, 0.018, 0, 0.2, 0.2, 0.1, 0.3}, {1e4, 0.018, 0, 0.2, 0.5, 0.1, 0.3}, {1e4, 0.02, 0, 0.2, 0.2, 0.1, 0.3}},
+    {{1e4, 0.018, 0, 0.2, 0.2, 0.2, 0.3}, {1e4, 0.018, 0, 0.2, 0.5, 0.2, 0.3}, {1e4, 0.02, 0, 0.2, 0.2, 0.2, 0.3}},
+    // sparse convolution: end
+};
+
 }  // namespace masked_ops::cpu

@@ -341,6 +341,9 @@ void linear_grad_input(const Team& team, Dtype dtype, int64_t M, int64_t N, int6
 
 void linear_grad_weight(const Team& team, Dtype dtype, int64_t M, int64_t N, int64_t K, const void* grad_output,
                         const void* input, Bits bits, void* grad_weight) {
+  if (M <= tuning::kSmallRows) {
+    return linear_grad_weight_small(team, dtype, M, N, K, grad_output, input, bits, grad_weight);
+  }
   with_element(dtype, [&](auto element) {
     Linear<decltype(element)>::grad_weight(team, M, N, K, grad_output, input, bits, grad_weight);
   });

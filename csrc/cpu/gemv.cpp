@@ -3,7 +3,9 @@
 //
 // Forward takes a few rows of the weight at a time, each a dot product with every row of input: both run along K.
 // grad_input takes a strip of columns, in it blocks of rows, in those tiles of columns that stay in registers down the
-// block. Both prefetch by hand: a strip's lines are a row apart, and a row's end is another row's beginning.
+// block; or, for so few rows that a strip of the gradient stays in L1, four rows of the weight after the other. Both
+// prefetch by hand: a strip's lines are a row apart, and a row's end is another row's beginning. grad_weight writes
+// tiles of a few rows and vectors.
 //
 // Elements of 16 bits become operands (elements.h) as they are loaded.
 #include "elements.h"
@@ -177,6 +179,99 @@ __attribute__((noinline)) void axpys(const Axpys<T>& o, Ahead<T>& ahead) {
 }
 
 template <typename T>
+struct Rows4 {
+  const T* dy;  // [M][ldy], from the first of the rows on
+  int64_t ldy;
+  const T* weight;     // of the first row, at the strip's first column
+  int64_t ldw, ahead;  // ahead: elements to what is prefetched
+  Bits bits;           // of the first row
+  int64_t column, columns;
+  bool accumulate;
+  float* dx;  // [M][ldx], at the strip's first column
+  int64_t ldx;
+};
+
+// dx[m][strip] (+)= sum over R rows of dy[m][row] * weight[row][strip].
+template <int M, int R, typename T>
+__attribute__((noinline)) void axpy_rows(const Rows4<T>& o) {
+  Vec dy[M][R];
+  MASKED_OPS_UNROLL
+  for (int m = 0; m < M; ++m) {
+    MASKED_OPS_UNROLL
+    for (int r = 0; r < R; ++r) dy[m][r] = Vec::set1(to_float(o.dy[m * o.ldy + r]));
+  }
+  const auto step = [&](int64_t k, auto tail) __attribute__((always_inline)) {
+    Vec w[R];
+    MASKED_OPS_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const T* const from = o.weight + r * o.ldw + k;
+      prefetch(from + o.ahead);
+      w[r] = load_floats(Vec::predicate(o.bits.row(r), o.column + k), o.columns - k, from);
+    }
+    const auto valid = Vec::first(o.columns - k);
+    MASKED_OPS_UNROLL
+    for (int m = 0; m < M; ++m) {
+      float* const to = o.dx + m * o.ldx + k;
+      Vec sum = !o.accumulate ? Vec::zero() : decltype(tail)::value ? Vec::loadu(valid, to) : Vec::loadu(to);
+      MASKED_OPS_UNROLL
+      for (int r = 0; r < R; ++r) sum = fmadd(dy[m][r], w[r], sum);
+      decltype(tail)::value ? sum.storeu(valid, to) : sum.storeu(to);
+    }
+  };
+  int64_t k = 0;
+  for (; k + L <= o.columns; k += L) step(k, Int<0>());
+  if (k < o.columns) step(k, Int<1>());
+}
+
+// --- grad_weight -----------------------------------------------------------------------------------------------------
+
+template <typename T>
+struct Outer {
+  int64_t M;
+  const T* dy;  // [M][ldy], at the tile's first row
+  int64_t ldy;
+  const T* x;  // [M][K], at the tile's first column
+  int64_t K;
+  Bits bits;  // of the tile's first row
+  int64_t column, columns;
+  T* dw;  // the tile's corner
+};
+
+// dw[r][tile] = masked(sum over m of dy[m][r] * x[m][tile]).
+template <int R, int NV, typename T>
+__attribute__((noinline)) void outer(const Outer<T>& o) {
+  Vec sum[R][NV];
+  MASKED_OPS_UNROLL
+  for (int r = 0; r < R; ++r) {
+    MASKED_OPS_UNROLL
+    for (int j = 0; j < NV; ++j) sum[r][j] = Vec::zero();
+  }
+  const bool full = o.columns == NV * L;
+  for (int64_t m = 0; m < o.M; ++m) {
+    const T* const from = o.x + m * o.K;
+    Vec x[NV];
+    MASKED_OPS_UNROLL
+    for (int j = 0; j < NV; ++j) x[j] = full ? load_floats(from + j * L) : load_first(o.columns - j * L, from + j * L);
+    MASKED_OPS_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const Vec dy = Vec::set1(to_float(o.dy[m * o.ldy + r]));
+      MASKED_OPS_UNROLL
+      for (int j = 0; j < NV; ++j) sum[r][j] = fmadd(dy, x[j], sum[r][j]);
+    }
+  }
+  MASKED_OPS_UNROLL
+  for (int r = 0; r < R; ++r) {
+    const uint64_t* const bits = o.bits.row(r);
+    T* const to = o.dw + r * o.K;
+    MASKED_OPS_UNROLL
+    for (int j = 0; j < NV; ++j) {
+      const Vec v = sum[r][j].select(Vec::predicate(bits, o.column + j * L));
+      full ? store_floats(v, to + j * L) : store_floats(v, o.columns - j * L, to + j * L);
+    }
+  }
+}
+
+template <typename T>
 void forward(const Team& team, int64_t M, int64_t N, int64_t K, const T* input, const T* weight, Bits bits,
              const T* bias, T* output) {
   const RowTiles tiles(M);
@@ -245,21 +340,83 @@ void take_strip(const RowTiles& tiles, int64_t N, int64_t K, const T* grad_outpu
   }
 }
 
+// The same by rows, for M <= kAxpyRows.
+template <typename T>
+void take_strip_by_rows(int64_t M, int64_t N, int64_t K, const T* grad_output, const T* weight, Bits bits,
+                        int64_t begin, int64_t end, float* sums, int64_t ld) {
+  constexpr int64_t kRows = 4;
+  for (int64_t n = 0; n < N; n += kRows) {
+    const Rows4<T> o = {grad_output + n,
+                        N,
+                        weight + n * K + begin,
+                        K,
+                        n + 2 * kRows <= N ? kRows * K : 0,
+                        {bits.row(n), bits.stride},
+                        begin,
+                        end - begin,
+                        n > 0,
+                        sums,
+                        ld};
+    with_int<tuning::kAxpyRows>(M, [&](auto height) {
+      with_int<kRows>(min(kRows, N - n),
+                      [&](auto rows) { axpy_rows<decltype(height)::value, decltype(rows)::value>(o); });
+    });
+  }
+}
+
+// Strips of equal width, a multiple of unit, as many for each thread.
+int64_t strip_width(const Team& team, int64_t K, int64_t most, int64_t unit) {
+  const int64_t strips = ceil_div(ceil_div(K, most), team.threads) * team.threads;
+  return ceil_div(ceil_div(K, strips), unit) * unit;
+}
+
 template <typename T>
 void grad_input(const Team& team, int64_t M, int64_t N, int64_t K, const T* grad_output, const T* weight, Bits bits,
                 T* grad_input) {
   const RowTiles tiles(M);
-  const int64_t width = weight_vectors(int(tiles.height)) * L;
-  const int64_t wanted = ceil_div(ceil_div(K, tuning::kSmallStrip), team.threads) * team.threads;
-  const int64_t strip = ceil_div(ceil_div(K, wanted), width) * width;
+  const bool by_rows = M <= tuning::kAxpyRows;
+  const int64_t strip = by_rows ? strip_width(team, K, tuning::kAxpyStrip, L)
+                                : strip_width(team, K, tuning::kSmallStrip, weight_vectors(int(tiles.height)) * L);
+  const auto take = [&](int64_t begin, int64_t end, float* sums, int64_t ld) {
+    by_rows ? take_strip_by_rows(M, N, K, grad_output, weight, bits, begin, end, sums, ld)
+            : take_strip(tiles, N, K, grad_output, weight, bits, begin, end, sums, ld);
+  };
   team.for_each(ceil_div(K, strip), [&](int64_t task) {
     const int64_t begin = task * strip, end = min(K, begin + strip);
     if constexpr (kIsFloat<T>) {
-      take_strip(tiles, N, K, grad_output, weight, bits, begin, end, grad_input + begin, K);
+      take(begin, end, grad_input + begin, K);
     } else {
       float* const sums = static_cast<float*>(scratch(Slot::kAccumulator, size_t(M * strip) * sizeof(float)));
-      take_strip(tiles, N, K, grad_output, weight, bits, begin, end, sums, strip);
+      take(begin, end, sums, strip);
       for (int64_t m = 0; m < M; ++m) round_floats(sums + m * strip, end - begin, grad_input + m * K + begin);
+    }
+  });
+}
+
+template <typename T>
+void grad_weight(const Team& team, int64_t M, int64_t N, int64_t K, const T* grad_output, const T* input, Bits bits,
+                 T* grad_weight) {
+  constexpr int64_t kRows = tuning::kOuterRows, kColumns = tuning::kOuterVectors * L;
+  const int64_t rows = max(ceil_div(tuning::kSmallGrain, K), kRows) / kRows * kRows;  // of a task
+  team.for_each(ceil_div(N, rows), [&](int64_t task) {
+    const int64_t last = min(N, (task + 1) * rows);
+    for (int64_t n = task * rows; n < last; n += kRows) {
+      for (int64_t k = 0; k < K; k += kColumns) {
+        const Outer<T> o = {M,
+                            grad_output + n,
+                            N,
+                            input + k,
+                            K,
+                            {bits.row(n), bits.stride},
+                            k,
+                            min(kColumns, K - k),
+                            grad_weight + n * K + k};
+        with_int<kRows>(min(kRows, last - n), [&](auto height) {
+          with_int<tuning::kOuterVectors>(ceil_div(o.columns, L), [&](auto vectors) {
+            outer<decltype(height)::value, decltype(vectors)::value>(o);
+          });
+        });
+      }
     }
   });
 }
@@ -280,6 +437,14 @@ void linear_grad_input_small(const Team& team, Dtype dtype, int64_t M, int64_t N
   with_element(dtype, [&](auto element) {
     using T = decltype(element);
     grad_input(team, M, N, K, static_cast<const T*>(dy), static_cast<const T*>(weight), bits, static_cast<T*>(dx));
+  });
+}
+
+void linear_grad_weight_small(const Team& team, Dtype dtype, int64_t M, int64_t N, int64_t K, const void* dy,
+                              const void* x, Bits bits, void* dw) {
+  with_element(dtype, [&](auto element) {
+    using T = decltype(element);
+    grad_weight(team, M, N, K, static_cast<const T*>(dy), static_cast<const T*>(x), bits, static_cast<T*>(dw));
   });
 }
 

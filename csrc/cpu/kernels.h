@@ -17,11 +17,13 @@ void linear_grad_input(const Team&, Dtype, int64_t M, int64_t N, int64_t K, cons
 void linear_grad_weight(const Team&, Dtype, int64_t M, int64_t N, int64_t K, const void* grad_output, const void* input,
                         Bits, void* grad_weight);
 
-// gemv.cpp. linear and linear_grad_input where M <= tuning::kSmallRows.
+// gemv.cpp. linear and its gradients where M <= tuning::kSmallRows.
 void linear_small(const Team&, Dtype, int64_t M, int64_t N, int64_t K, const void* input, const void* weight, Bits,
                   const void* bias, void* output);
 void linear_grad_input_small(const Team&, Dtype, int64_t M, int64_t N, int64_t K, const void* grad_output,
                              const void* weight, Bits, void* grad_input);
+void linear_grad_weight_small(const Team&, Dtype, int64_t M, int64_t N, int64_t K, const void* grad_output,
+                              const void* input, Bits, void* grad_weight);
 
 void row_offsets(const Team&, Bits, int64_t rows, int64_t cols, int64_t* offsets);
 void compress(const Team&, size_t element_size, Bits, int64_t rows, int64_t cols, const int64_t* offsets,
@@ -38,6 +40,12 @@ void row_columns(const Team&, Bits, int64_t rows, int64_t cols, const int64_t* o
 void spmv(const Team&, const Rows&, int64_t cols, Dtype, const void* values, const void* x, const void* bias, void* y);
 void spmv_transposed(const Team&, const Rows&, int64_t cols, Dtype, const void* values, const void* dy, void* dx);
 void sampled_outer(const Team&, const Rows&, int64_t cols, Dtype, const void* dy, const void* x, void* grad_values);
+
+SparseIndex* make_conv_index(const Team&, Bits, const Convolution&, const int64_t* offsets, bool transposed);
+void conv_spmm(const Team&, const Convolution&, const SparseIndex&, const float* values, Images<const float> input,
+               const float* bias, Images<float> output);
+void conv_sddmm(const Team&, const Convolution&, const SparseIndex&, Images<const float> grad_output,
+                Images<const float> input, float* grad_values);
 
 int64_t fma_loop(Dtype, int64_t rounds);
 void read_loop(const float* data, int64_t n);

@@ -27,7 +27,7 @@ struct Tiles {
   }
 };
 
-// Calls body with Int 1, 2, 4 or 8.
+// Calls body with Int 1, 2, 4 or 8; for convolutions 4, 7 or 8.
 template <typename Body>
 MASKED_OPS_INLINE void with_vectors(int vectors, const Body& body) {
   switch (vectors) {
@@ -40,6 +40,24 @@ MASKED_OPS_INLINE void with_vectors(int vectors, const Body& body) {
     default:
       return body(Int<8>());
   }
+}
+
+template <typename Body>
+MASKED_OPS_INLINE void with_conv_vectors(int vectors, const Body& body) {
+  switch (vectors) {
+    case 4:
+      return body(Int<4>());
+    case 7:
+      return body(Int<7>());
+    default:
+      return body(Int<8>());
+  }
+}
+
+// Of column j of a block of input, [column][lanes] or where the table says.
+template <int NV, bool kTable>
+MASKED_OPS_INLINE const float* row_of(const float* x, const int32_t* table, uint8_t column) {
+  return x + (kTable ? int64_t{table[column]} : int64_t{column} * (NV * Vec::kLanes));
 }
 
 // Vectors of a tile: as many as let the block of input stay in L1; the most, where a row has so few entries in a block
@@ -104,5 +122,28 @@ inline void pack_tiles(const Team& team, const T* matrix, Tiles tiles, int64_t d
               min(depth, d0 + tuning::kPackSlice), packed + tiles.offset(tile, depth));
   });
 }
+
+// [row][lanes] of a panel, before anything is added.
+template <typename T>
+void start_from_bias(const T* bias, int64_t rows, int64_t lanes, float* c) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const Vec value = bias ? Vec::set1(to_float(bias[r])) : Vec::zero();
+    for (int64_t j = 0; j < lanes; j += Vec::kLanes) value.store(c + r * lanes + j);
+  }
+}
+
+// spmm.cpp: c[row][lanes] += a tile of the index times its block of input, of 1, 2, 4 or 8 vectors. The segments'
+// values count from `values`; column j of the block is x[j][lanes].
+void multiply_tile(const SparseIndex&, int64_t tile, int vectors, const float* values, const float* x, float* c);
+// The same of 4, 7 or 8 vectors; column j of the block is at x + table[j], a multiple of a vector.
+void multiply_tile(const SparseIndex&, int64_t tile, int vectors, const float* values, const float* x,
+                   const int32_t* table, float* c);
+
+// sddmm.cpp: the tile's entries of dy * x^T, for the panel's dy[row][lanes]; the segments' results count from
+// `results`.
+void sample_tile(const SparseIndex&, int64_t tile, int vectors, const float* x, const float* dy, float* results,
+                 bool accumulate);
+void sample_tile(const SparseIndex&, int64_t tile, int vectors, const float* x, const int32_t* table, const float* dy,
+                 float* results, bool accumulate);
 
 }  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY
