@@ -55,7 +55,7 @@ struct Costs {
     cpu::Cost c = table(path)[row][2 * static_cast<int>(pass) + (M > cpu::kSmallM)];
     if (!reads_dense_weight) c.weight = 0;
     const int64_t bytes = N * K * int64_t(c10::elementSize(dtype));
-    const double fresh = path == Path::kCopy && bytes > cpu::kFreshBytes ? cpu::kFreshCost * double(bytes) : 0;
+    const double fresh = path == Path::kCopy && bytes >= cpu::kFreshBytes ? cpu::kFreshCost * double(bytes) : 0;
     return c(M, N, K, nnz, threads) + fresh;
   }
 
