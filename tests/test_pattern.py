@@ -495,7 +495,7 @@ def test_use_path_refuses_unknown_names() -> None:
 @pytest.mark.parametrize(
     ("dtype", "soft", "reason"),
     [
-        (torch.float64, False, "float32 only"),
+        (torch.float64, False, "float32, bfloat16 and float16"),
         (torch.float32, True, "the mask is soft"),
     ],
 )
@@ -526,5 +526,7 @@ def test_explanation_matches_what_runs() -> None:
                 x = integers(rows, 96, dtype=dtype)
                 with running_on(path):
                     assert_exact(masked_ops.masked_linear(x, w, mask), x @ (w * mask).t())
-    path, reason = _ops.explain_convolution(integers(4, 3, 3, 3), mask_of("half", 4, 3, 3, 3), 8)
+    path, reason = _ops.explain_convolution(
+        integers(4, 3, 3, 3), mask_of("half", 4, 3, 3, 3), (8, 3, 5, 5), False, [1], [0], [1], False, [0], 1
+    )
     assert path in _ops.paths() and reason
