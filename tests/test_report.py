@@ -140,7 +140,7 @@ def test_paths_are_asked_for_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [size for *_, size in asked] == [(5, 1, 4, 4), 20]
     asked.clear()
     masked_ops.report(net, torch.randn(1, 4, 4))  # no batch dimension
-    assert [batch for *_, batch in asked] == [1, 4]
+    assert [size for *_, size in asked] == [(1, 1, 4, 4), 4]
 
 
 def test_reasons_of_the_other_paths() -> None:
