@@ -52,6 +52,7 @@ bench: .venv/.bench
 	$(BIN)/python bench/plot.py bench/results/convolution.json
 	$(BIN)/python bench/model.py --seconds 4 --json bench/results/model.json
 	$(BIN)/python bench/plot.py bench/results/model.json
+	$(BIN)/python bench/memory.py --json bench/results/memory.json
 	$(BIN)/python bench/overhead.py --json bench/results/overhead.json
 
 lint: .venv/.test
