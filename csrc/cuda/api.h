@@ -1,4 +1,4 @@
-// What the torch side may call: pointers into device memory, sizes, a stream. Needs no CUDA header, and no torch header.
+// What the torch side may call: pointers into device memory, sizes, a stream. Needs neither CUDA's headers nor torch's.
 //
 // Every function that takes a stream (a cudaStream_t; null is the default stream) puts its work there and returns at
 // once; the caller has made the pointers' device current. It returns 0, kUnsupported before anything is launched, or
@@ -12,6 +12,12 @@
 
 #include <cstddef>
 #include <cstdint>
+
+#ifdef __CUDACC__
+#define MASKED_OPS_BOTH __host__ __device__ __forceinline__
+#else
+#define MASKED_OPS_BOTH inline
+#endif
 
 namespace masked_ops::cuda {
 
@@ -39,7 +45,7 @@ struct MaskFacts {
 
 // Bits are those of cpu::Bits: one bit per weight of a row-major matrix [rows][cols], each row padded with zero bits to
 // words_per_row(cols) words.
-inline constexpr int64_t words_per_row(int64_t cols) { return cols / 64 + (cols % 64 != 0); }
+MASKED_OPS_BOTH constexpr int64_t words_per_row(int64_t cols) { return cols / 64 + (cols % 64 != 0); }
 
 // What mask_copy does to an element: copies its bytes, or rounds a float.
 enum CopyKind : int { kCopy1, kCopy2, kCopy4, kCopy8, kCopy16, kFloatToBFloat16, kFloatToHalf };

@@ -1,0 +1,24 @@
+// The numbers that steer the CUDA kernels. No GPU has measured any of them yet: each is an estimate, with its reason.
+#pragma once
+
+#include <cstdint>
+
+namespace masked_ops::cuda::tuning {
+
+// mask_copy: a thread has kCopyUnroll loads of 16 bytes under way; 2,048 threads of a multiprocessor then have 128 KB,
+// five times what 4.3 TB/s and 700 ns of latency ask for.
+constexpr int kCopyThreads = 256;
+constexpr int kCopyUnroll = 4;
+// Tasks of one launch: their descriptions fill the 4 KB that every driver takes as kernel parameters.
+constexpr int kCopyTasks = 64;
+
+// Passes over a mask: threads of a block, blocks of a multiprocessor (said so that ptxas takes 40 registers; left alone
+// it spills to get along with 32), and 64-bit words that a warp packs at once.
+constexpr int kPassThreads = 256;
+constexpr int kPassBlocks = 6;
+constexpr int kPackUnroll = 4;
+// Words of one row that a warp compresses or expands: enough to hide the count of the words before it, and still
+// 8,192 warps for a weight of 4096x4096.
+constexpr int kCompressWords = 32;
+
+}  // namespace masked_ops::cuda::tuning
