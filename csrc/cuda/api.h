@@ -110,7 +110,7 @@ int masked_ops_cuda_expand(int element_size, const uint64_t* words, int64_t rows
 // --- decode.cu: few rows of input, weight[N][K] as its remaining values in row-major order ---
 
 // The index of a mask: for every value its column within a segment of 256, one byte, and where each row's segments
-// begin. 0 if it cannot be addressed (2^32 remaining weights).
+// begin. 0 if it cannot be addressed (nearly 2^32 remaining weights).
 size_t masked_ops_cuda_decode_index_bytes(int64_t N, int64_t K, int64_t nnz);
 int masked_ops_cuda_decode_index(const uint64_t* words, int64_t N, int64_t K, int64_t nnz, const int64_t* offsets,
                                  void* index, void* stream);
@@ -128,8 +128,8 @@ int masked_ops_cuda_decode(int dtype, int64_t M, int64_t N, int64_t K, int64_t n
 size_t masked_ops_cuda_fragments_bytes(int64_t N, int64_t K, int transposed);
 int masked_ops_cuda_pack_fragments(const uint64_t* words, int64_t N, int64_t K, int transposed, uint32_t* fragments,
                                    void* stream);
-// Unsupported: another device, another dtype, input, weight or fragments not aligned to 16 bytes, K (for grad_input
-// also N) not a multiple of 8, a side of 2^31 or more.
+// Unsupported: another device, another dtype, a pointer but bias not aligned to 16 bytes, K (for grad_input also N) not
+// a multiple of 8, a side of nearly 2^31.
 int masked_ops_cuda_gemm_sm80(const masked_ops::cuda::Gemm* gemm, void* stream);  // compute capability 8.0 or more
 int masked_ops_cuda_gemm_sm90(const masked_ops::cuda::Gemm* gemm, void* stream);  // 9.0
 

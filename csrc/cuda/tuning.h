@@ -21,4 +21,18 @@ constexpr int kPackUnroll = 4;
 // 8,192 warps for a weight of 4096x4096.
 constexpr int kCompressWords = 32;
 
+// decode by gathering: 16 warps of a block share the input, of which they keep so many bytes at once; two such blocks a
+// multiprocessor. Rows are split among fewer warps, and columns among more, as long as there are fewer blocks than
+// that.
+constexpr int kGatherThreads = 512;
+constexpr int kGatherBlocks = 2;
+constexpr int kGatherInputBytes = 48 << 10;
+// decode by mma: columns are split until there are as many blocks as this, two for each of an H200's multiprocessors.
+// A constant, so that the same call needs the same memory and gives the same bits on every device.
+constexpr int kDecodeBlocks = 264;
+
+// gemm_sm90: cycles in which a multiprocessor issues what one step of a tile takes beside the tensor cores: 75
+// instructions of each of eight warps, on four schedulers.
+constexpr double kSm90StepCycles = 150;
+
 }  // namespace masked_ops::cuda::tuning

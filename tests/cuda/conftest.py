@@ -9,7 +9,6 @@ import pytest
 import torch
 from cuda_library import Library, build_emulated, build_native, has_nvcc
 
-
 NAMES = ["emulated", "cuda"] if torch.cuda.is_available() and has_nvcc() else ["emulated"]
 
 
@@ -29,5 +28,6 @@ def cuda(
         libraries[name] = Library((build_emulated if emulated else build_native)(folder), "cpu" if emulated else "cuda")
     library = libraries[name]
     library.set_mode(lazy=False, order=0)
+    library.set_device()
     yield library
     library.free()

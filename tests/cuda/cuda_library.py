@@ -98,6 +98,10 @@ class Library:
         if self.emulated:
             self._library.emulator_set_mode(int(lazy), order)
 
+    def set_device(self, capability: int = 90, multiprocessors: int = 132) -> None:
+        if self.emulated:
+            self._library.emulator_set_device(capability, multiprocessors)
+
     def empty(self, shape: tuple[int, ...] | int, dtype: torch.dtype, offset: int = 0) -> Tensor:
         """Poisoned memory, on the CPU with its end against a page that must not be touched.
 

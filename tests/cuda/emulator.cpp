@@ -393,12 +393,20 @@ void wgmma_wait_all_but(int groups) { perform_all_but(groups); }
 
 }  // namespace masked_ops::cuda
 
-// --- the runtime: an H200 ---
+// --- the runtime: an H200, if nothing else is asked for ---
+
+namespace {
+int capability = 90, multiprocessors = 132;
+}
 
 int cudaDeviceGetAttribute(int* to, cudaDeviceAttr attribute, int) {
-  const int values[] = {9, 0, 132, 60 << 20, 227 << 10};
+  const int values[] = {capability / 10, capability % 10, multiprocessors, 60 << 20, 227 << 10};
   *to = values[attribute];
   return 0;
+}
+void emulator_set_device(int new_capability, int new_multiprocessors) {
+  capability = new_capability;
+  multiprocessors = new_multiprocessors;
 }
 int cudaGetDevice(int* device) {
   *device = 0;

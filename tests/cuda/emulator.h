@@ -196,17 +196,6 @@ inline uint32_t shared_address(const void* pointer) {
 }
 uint8_t* shared_pointer(uint32_t address, uint32_t alignment, uint32_t bytes);
 
-template <typename T>
-T load_shared(uint32_t address) {
-  T value;
-  std::memcpy(&value, shared_pointer(address, sizeof(T), sizeof(T)), sizeof(T));
-  return value;
-}
-template <typename T>
-void store_shared(uint32_t address, const T& value) {
-  std::memcpy(shared_pointer(address, sizeof(T), sizeof(T)), &value, sizeof(T));
-}
-
 void cp_async16(uint32_t to, const void* from, bool there);
 void cp_async_commit();
 void cp_async_wait_all_but(int groups);
@@ -314,6 +303,8 @@ template <bool kBFloat, int kAccumulators>
 void wgmma(float (&d)[kAccumulators], const uint32_t* a, uint64_t b) {
   wgmma_issue(kAccumulators * 2, kBFloat, d, a, b);
 }
+template <int kAccumulators>
+void wgmma_results(float (&)[kAccumulators]) {}
 inline void named_barrier(int id, int threads) {
   emulator::meet(emulator::kNamed + id, threads, [] {});
 }
@@ -327,5 +318,6 @@ void fewer_registers() {}
 extern "C" {
 // order: 0 threads by number, 1 the other way round, 2 at random.
 void emulator_set_mode(int lazy, int order);
+void emulator_set_device(int capability, int multiprocessors);
 const char* emulator_error();
 }
