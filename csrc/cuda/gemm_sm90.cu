@@ -1,0 +1,284 @@
+// Masked GEMM for Hopper, bf16 and fp16, accumulated in float: output^T = masked operand * input^T, so that the weight
+// is wgmma's operand A, which may come out of registers, and is masked on its way there.
+//
+// A block stays on its multiprocessor and takes tiles of 128 operand rows x kM input rows, 64 of the contraction at a
+// time. One thread of the first warpgroup keeps a ring of stages filled: the weight's tile as two boxes of 64 x 64, the
+// input's tile, and the mask in fragment order. The two other warpgroups have 64 operand rows each: ldmatrix (which
+// transposes for grad_input), mask, wgmma, with the next fragments being made while the products of the last ones run.
+// At the end stmatrix turns the sums round through shared memory, so that whole lines of the output are written.
+#include "gemm.h"
+#include "gemm_tiles.h"
+#include "numeric.h"
+#include "swizzle.h"
+#include "tensor_map.h"
+#include "wgmma.h"
+
+namespace masked_ops::cuda {
+namespace {
+
+constexpr int kConsumers = 2, kGroup = 128, kThreads = kGroup * (1 + kConsumers);
+constexpr int kR = 128, kC = 64;
+constexpr int kBoxBytes = 64 * kC * 2;  // one warpgroup's part of a weight's tile
+constexpr int kRow = kC * 2;            // bytes of a row of every tile
+[[maybe_unused]] constexpr int kRegistersLeft = 40, kRegistersTaken = 232;
+
+struct Operands {
+  TensorMap weight, input;
+  GemmShape shape;
+  const uint32_t* fragments;
+  const uint16_t* bias;
+  uint16_t* output;
+};
+
+// Where things are in shared memory. Tiles first: the swizzle wants them aligned to 1024 bytes.
+template <int kM>
+struct Layout {
+  static constexpr int kWeight = kConsumers * kBoxBytes, kInput = kM * kRow, kTiles = kWeight + kInput;
+  static constexpr int kStages = 192 * 1024 / kTiles;
+  static constexpr int kOut = kStages * kTiles;                 // 64 x 64 of the output for each consumer
+  static constexpr int kMasks = kOut + kConsumers * kBoxBytes;  // of each stage and consumer
+  static constexpr int kFull = kMasks + kStages * kConsumers * kFragmentTileBytes, kEmpty = kFull + 8 * kStages;
+  static constexpr int kBytes = kEmpty + 8 * kStages;
+  static_assert(kBytes <= 227 * 1024);
+};
+
+template <int kM>
+struct Ring {
+  using L = Layout<kM>;
+  uint32_t shared;
+  int stage = 0;
+  uint32_t parity = 0;
+
+  MASKED_OPS_DEVICE uint32_t weight(int group) const { return shared + stage * L::kTiles + group * kBoxBytes; }
+  MASKED_OPS_DEVICE uint32_t input() const { return shared + stage * L::kTiles + L::kWeight; }
+  MASKED_OPS_DEVICE int masks(int group) const {  // from the beginning of shared memory
+    return L::kMasks + (stage * kConsumers + group) * kFragmentTileBytes;
+  }
+  MASKED_OPS_DEVICE uint32_t full() const { return shared + L::kFull + 8 * stage; }
+  MASKED_OPS_DEVICE uint32_t empty() const { return shared + L::kEmpty + 8 * stage; }
+  MASKED_OPS_DEVICE void next() {
+    if (++stage == L::kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// The contraction in steps of kC, two at a time: one step of zeros may come at the end.
+[[maybe_unused]] MASKED_OPS_DEVICE int steps_of(const GemmShape& shape) { return ceil_div(shape.C, 2 * kC) * 2; }
+
+template <bool kGradInput, int kM>
+MASKED_OPS_DEVICE void produce(const Operands& of, Ring<kM> ring, int tiles) {
+  using L = Layout<kM>;
+  const GemmShape& shape = of.shape;
+  const int m_tiles = ceil_div(shape.M, kM), steps = steps_of(shape);
+  const int64_t mask_rows = fragment_tiles(shape.R), mask_cols = fragment_tiles(shape.C);
+  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const int m = tile % m_tiles * kM, r = tile / m_tiles * kR;
+    for (int step = 0; step < steps; ++step) {
+      const int c = step * kC;
+      // Beyond the mask no bits are needed: the weight's tile is zero there.
+      const int64_t mask_row = r / kFragmentTile;
+      const int masks = step >= mask_cols ? 0 : mask_row + 1 < mask_rows ? 2 : 1;
+      mbarrier_wait(ring.empty(), ring.parity ^ 1);
+      mbarrier_expect(ring.full(), L::kTiles + masks * kFragmentTileBytes);
+#pragma unroll
+      for (int group = 0; group < kConsumers; ++group) {
+        if (kGradInput) {
+          tma_load(ring.weight(group), &of.weight, ring.full(), r + group * 64, c);
+        } else {
+          tma_load(ring.weight(group), &of.weight, ring.full(), c, r + group * 64);
+        }
+        if (group < masks) {
+          bulk_load(ring.shared + ring.masks(group),
+                    of.fragments + ((mask_row + group) * mask_cols + step) * kFragmentThreads, kFragmentTileBytes,
+                    ring.full());
+        }
+      }
+      tma_load(ring.input(), &of.input, ring.full(), c, m);
+      ring.next();
+    }
+  }
+}
+
+// The fragment of 64 x 64 of the operand, masked.
+template <bool kGradInput>
+MASKED_OPS_DEVICE void load_fragment(uint32_t* to, uint32_t tile, const uint32_t* masks) {
+  const int warp = threadIdx.x % kGroup / kWarp, lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int k = 0; k < kC / 16; ++k) {
+    if constexpr (kGradInput) {
+      const int c = k * 16 + lane / 16 * 8 + lane % 8, r = warp * 16 + lane / 8 % 2 * 8;
+      ldmatrix_x4<true>(to + 4 * k, tile + swizzled<kRow>(c, r * 2));
+    } else {
+      ldmatrix_x4<false>(to + 4 * k, tile + swizzled<kRow>(warp * 16 + lane % 16, k * 32 + lane / 16 * 16));
+    }
+  }
+  const uint32_t mask = masks[threadIdx.x % kGroup];
+  mask_step<0>(to, mask);
+  mask_step<1>(to + 4, mask);
+  mask_step<2>(to + 8, mask);
+  mask_step<3>(to + 12, mask);
+}
+
+// wgmma's description of a tile in shared memory: rows of 128 bytes, eight of them 1024 bytes from the next eight,
+// swizzled by 128 bytes.
+[[maybe_unused]] MASKED_OPS_DEVICE uint64_t matrix_at(uint32_t address) {
+  return uint64_t(address >> 4 & 0x3fff) | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+}
+
+template <bool kBFloat, bool kGradInput, int kM>
+struct Consumer {
+  Ring<kM> ring;
+  int group;
+  float sums[kM / 2];
+
+  MASKED_OPS_DEVICE void load(uint32_t* fragment) const {
+    mbarrier_wait(ring.full(), ring.parity);
+    load_fragment<kGradInput>(fragment, ring.weight(group),
+                              reinterpret_cast<const uint32_t*>(dynamic_shared + ring.masks(group)));
+  }
+  MASKED_OPS_DEVICE static void release(uint32_t empty) {
+    if (threadIdx.x % kWarp == 0) mbarrier_arrive(empty);
+  }
+  // The products of one stage. While they run, the stage before is given back and the next fragment made.
+  MASKED_OPS_DEVICE void step(uint32_t* now, uint32_t* next, uint32_t& before, bool more) {
+    wgmma_fence();
+    const uint64_t input = matrix_at(ring.input());
+#pragma unroll
+    for (int k = 0; k < kC / 16; ++k) wgmma<kBFloat>(sums, now + 4 * k, input + k * (16 * 2 >> 4));
+    wgmma_commit();
+    wgmma_wait<1>();
+    if (before) release(before);
+    before = ring.empty();
+    ring.next();
+    if (more) load(next);
+  }
+  MASKED_OPS_DEVICE void multiply(int steps) {
+    uint32_t even[16], odd[16], before = 0;
+#pragma unroll
+    for (int i = 0; i < kM / 2; ++i) sums[i] = 0.f;
+    load(even);
+    for (int i = 0; i < steps; i += 2) {
+      step(even, odd, before, true);
+      step(odd, even, before, i + 2 < steps);
+    }
+    wgmma_wait<0>();
+    wgmma_results(sums);
+    release(before);
+  }
+  // Sums i of each of the kM / 8 products of 8 input rows: operand rows lane / 4 and, for i of 2 and 3, 8 more.
+  MASKED_OPS_DEVICE void store(const Operands& to, int first_m, int first_r) {
+    const int thread = threadIdx.x % kGroup, warp = thread / kWarp, lane = thread % kWarp;
+    const int R = to.shape.R, r = first_r + group * 64;
+    if (r >= R) return;
+    float bias[2] = {};
+    if (to.bias) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = r + warp * 16 + lane / 4 + i * 8;
+        if (row < R) bias[i] = to_float<kBFloat>(to.bias[row]);
+      }
+    }
+    uint8_t* const tile = dynamic_shared + Layout<kM>::kOut + group * kBoxBytes;
+    const uint32_t address = ring.shared + Layout<kM>::kOut + group * kBoxBytes;
+#pragma unroll
+    for (int part = 0; part < kM / 64; ++part) {  // 64 input rows
+      named_barrier(1 + group, kGroup);           // the part before has been read
+#pragma unroll
+      for (int j = 0; j < 8; j += 2) {
+        uint32_t pairs[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float* sum = sums + (part * 8 + j + i / 2) * 4 + i % 2 * 2;
+          pairs[i] = round_pair<kBFloat>(sum[0] + bias[i % 2], sum[1] + bias[i % 2]);
+        }
+        const int m = (j + lane / 16) * 8 + lane % 8, byte = (warp * 16 + lane / 8 % 2 * 8) * 2;
+        stmatrix_x4<true>(address + swizzled<kRow>(m, byte), pairs);
+      }
+      named_barrier(1 + group, kGroup);
+#pragma unroll
+      for (int i = 0; i < 64 * 8 / kGroup; ++i) {
+        const int m = (i * kGroup + thread) / 8, col = thread % 8 * 8, row = first_m + part * 64 + m;
+        if (row >= to.shape.M || r + col >= R) continue;
+        const uint8_t* from = tile + swizzled<kRow>(m, col * 2);
+        uint16_t* out = to.output + int64_t(row) * R + r + col;
+        if (R % 8 == 0) {
+          *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(from);
+        } else {
+          for (int e = 0; e < 8 && r + col + e < R; ++e) out[e] = reinterpret_cast<const uint16_t*>(from)[e];
+        }
+      }
+    }
+  }
+};
+
+template <bool kBFloat, bool kGradInput, int kM>
+__global__ void __launch_bounds__(kThreads, 1) gemm_sm90_kernel(const __grid_constant__ Operands of, int tiles) {
+#if defined(MASKED_OPS_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  Ring<kM> ring{shared_address(dynamic_shared)};
+  if (threadIdx.x == 0) {
+    for (; ring.parity == 0; ring.next()) {
+      mbarrier_init(ring.full(), 1);
+      mbarrier_init(ring.empty(), kConsumers * kGroup / kWarp);
+    }
+    fence_mbarrier_init();
+  }
+  ring.parity = 0;
+  __syncthreads();
+  if (threadIdx.x < kGroup) {
+    fewer_registers<kRegistersLeft>();
+    if (threadIdx.x == 0) produce<kGradInput, kM>(of, ring, tiles);
+  } else {
+    more_registers<kRegistersTaken>();
+    Consumer<kBFloat, kGradInput, kM> mine{ring, int(threadIdx.x) / kGroup - 1, {}};
+    const int m_tiles = ceil_div(of.shape.M, kM), steps = steps_of(of.shape);
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+      mine.multiply(steps);
+      mine.store(of, tile % m_tiles * kM, tile / m_tiles * kR);
+    }
+  }
+#endif
+}
+
+template <bool kBFloat, bool kGradInput, int kM>
+int run(const Gemm& g, const GemmShape& shape, int multiprocessors, void* stream) {
+  const int64_t tiles = int64_t(ceil_div(shape.M, kM)) * ceil_div(shape.R, kR);
+  if (tiles > INT32_MAX - multiprocessors) return kUnsupported;
+  Operands of{{}, {}, shape, g.fragments, static_cast<const uint16_t*>(g.bias), static_cast<uint16_t*>(g.output)};
+  if (encode_tensor_map(&of.weight, g.weight, g.N, g.K, 64, kC, kBFloat) ||
+      encode_tensor_map(&of.input, g.input, shape.M, shape.C, kM, kC, kBFloat)) {
+    return kUnsupported;
+  }
+  const int blocks = tiles < multiprocessors ? int(tiles) : multiprocessors;
+  return launch(gemm_sm90_kernel<kBFloat, kGradInput, kM>, uint32_t(blocks), kThreads, Layout<kM>::kBytes, stream, of,
+                int(tiles));
+}
+
+template <bool kBFloat, bool kGradInput>
+int run(const Gemm& g, void* stream) {
+  const GemmShape shape = GemmShape::of(g);
+  int device = 0, multiprocessors = 0;
+  if (const int error = cudaGetDevice(&device)) return error;
+  if (const int error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)) return error;
+  switch (sm90_tile_rows(shape.M, shape.R, multiprocessors)) {
+    case 64:
+      return run<kBFloat, kGradInput, 64>(g, shape, multiprocessors, stream);
+    case 128:
+      return run<kBFloat, kGradInput, 128>(g, shape, multiprocessors, stream);
+    default:
+      return run<kBFloat, kGradInput, 256>(g, shape, multiprocessors, stream);
+  }
+}
+
+}  // namespace
+}  // namespace masked_ops::cuda
+
+int masked_ops_cuda_gemm_sm90(const masked_ops::cuda::Gemm* gemm, void* stream) {
+  using namespace masked_ops::cuda;
+  const Gemm& g = *gemm;
+  if (!serves(g) || GemmShape::of(g).C == 0 || compute_capability() != 90) return kUnsupported;
+  if (nothing_to_do(g)) return 0;
+  if (g.dtype == kBFloat16) return g.grad_input ? run<true, true>(g, stream) : run<true, false>(g, stream);
+  return g.grad_input ? run<false, true>(g, stream) : run<false, false>(g, stream);
+}
