@@ -69,6 +69,7 @@ struct Gemm {
   const uint32_t* fragments;  // of the mask, from pack_fragments with transposed = grad_input
   const void* bias;
   void* output;
+  void* workspace;  // gemm_workspace(this) bytes of device memory, aligned to 16; null: do without, perhaps slower
 };
 
 }  // namespace masked_ops::cuda
@@ -130,6 +131,8 @@ int masked_ops_cuda_pack_fragments(const uint64_t* words, int64_t N, int64_t K, 
                                    void* stream);
 // Unsupported: another device, another dtype, a pointer but bias not aligned to 16 bytes, K (for grad_input also N) not
 // a multiple of 8, a side of nearly 2^31.
+// Bytes that gemm_sm90 can make use of on the current device; often 0. Looks at dtype, grad_input, M, N and K.
+size_t masked_ops_cuda_gemm_workspace(const masked_ops::cuda::Gemm* gemm);
 int masked_ops_cuda_gemm_sm80(const masked_ops::cuda::Gemm* gemm, void* stream);  // compute capability 8.0 or more
 int masked_ops_cuda_gemm_sm90(const masked_ops::cuda::Gemm* gemm, void* stream);  // 9.0
 

@@ -6,6 +6,7 @@
 // second kernel adds up, always in the same order.
 #include "decode.h"
 #include "ptx.h"
+#include "split_sum.h"
 #include "swizzle.h"
 #include "tuning.h"
 
@@ -144,16 +145,6 @@ __global__ void __launch_bounds__(kThreads, 1) decode_mma_kernel(const __grid_co
   }
 }
 
-template <bool kBFloat>
-__global__ void __launch_bounds__(kThreads) decode_sum_kernel(const __grid_constant__ Decode decode, int splits) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x, outputs = decode.M * decode.N;
-  if (i >= outputs) return;
-  const float* partial = static_cast<const float*>(decode.workspace);
-  float sum = decode.bias ? to_float<kBFloat>(static_cast<const uint16_t*>(decode.bias)[i % decode.N]) : 0.f;
-  for (int s = 0; s < splits; ++s) sum += partial[s * outputs + i];
-  static_cast<uint16_t*>(decode.output)[i] = uint16_t(round_pair<kBFloat>(sum, 0.f));
-}
-
 int64_t row_blocks(int64_t N) { return ceil_div<int64_t>(N, kWarps * kRows); }
 
 int splits_of(int64_t N, int64_t K) {
@@ -164,8 +155,6 @@ int splits_of(int64_t N, int64_t K) {
 template <bool kBFloat>
 int run(const Decode& decode) {
   const int splits = splits_of(decode.N, decode.K);
-  const int64_t sum_blocks = ceil_div<int64_t>(decode.M * decode.N, kThreads);
-  if (sum_blocks > INT32_MAX) return kUnsupported;
   const int M = decode.M <= 16 ? 16 : decode.M <= 32 ? 32 : 64;
   const auto kernel = M == 16   ? decode_mma_kernel<kBFloat, 16>
                       : M == 32 ? decode_mma_kernel<kBFloat, 32>
@@ -173,7 +162,7 @@ int run(const Decode& decode) {
   const int error = launch(kernel, dim3(uint32_t(row_blocks(decode.N)), splits), kThreads,
                            kWarps * kTileBytes + M * kRowBytes, decode.stream, decode);
   if (error) return error;
-  return launch(decode_sum_kernel<kBFloat>, uint32_t(sum_blocks), kThreads, 0, decode.stream, decode, splits);
+  return split_sum<kBFloat>(decode.workspace, splits, decode.M, decode.N, decode.bias, decode.output, decode.stream);
 }
 
 }  // namespace

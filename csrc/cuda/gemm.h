@@ -30,6 +30,13 @@ inline bool serves(const Gemm& g) {
 
 inline bool nothing_to_do(const Gemm& g) { return g.M == 0 || (g.grad_input ? g.K : g.N) == 0; }
 
+// Of the current device; 0 if it is not known.
+inline int multiprocessor_count() {
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess ? count : 0;
+}
+
 // The current device's compute capability, as 10 major + minor; 0 if it is not known.
 inline int compute_capability() {
   int device = 0, major = 0, minor = 0;

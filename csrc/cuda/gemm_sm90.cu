@@ -9,6 +9,7 @@
 #include "gemm.h"
 #include "gemm_tiles.h"
 #include "numeric.h"
+#include "split_sum.h"
 #include "swizzle.h"
 #include "tensor_map.h"
 #include "wgmma.h"
@@ -17,7 +18,7 @@ namespace masked_ops::cuda {
 namespace {
 
 constexpr int kConsumers = 2, kGroup = 128, kThreads = kGroup * (1 + kConsumers);
-constexpr int kR = 128, kC = 64;
+constexpr int kR = kSm90R, kC = kSm90C;
 constexpr int kBoxBytes = 64 * kC * 2;  // one warpgroup's part of a weight's tile
 constexpr int kRow = kC * 2;            // bytes of a row of every tile
 [[maybe_unused]] constexpr int kRegistersLeft = 40, kRegistersTaken = 232;
@@ -28,7 +29,20 @@ struct Operands {
   const uint32_t* fragments;
   const uint16_t* bias;
   uint16_t* output;
+  float* partial;  // [splits][M][R], if the contraction is split
+  int splits, steps, pieces;
 };
+
+// A tile, and the steps over the contraction that are taken: always an even number, so that the last may be zeros.
+struct Piece {
+  int m, r, first_step, last_step, split;
+};
+template <int kM>
+[[maybe_unused]] MASKED_OPS_DEVICE Piece piece_of(const Operands& of, int piece) {
+  const int m_tiles = ceil_div(of.shape.M, kM), split = piece % of.splits, tile = piece / of.splits;
+  const int first = split * of.steps, all = ceil_div(of.shape.C, 2 * kC) * 2;
+  return {tile % m_tiles * kM, tile / m_tiles * kR, first, first + of.steps < all ? first + of.steps : all, split};
+}
 
 // Where things are in shared memory. Tiles first: the swizzle wants them aligned to 1024 bytes.
 template <int kM>
@@ -64,18 +78,14 @@ struct Ring {
   }
 };
 
-// The contraction in steps of kC, two at a time: one step of zeros may come at the end.
-[[maybe_unused]] MASKED_OPS_DEVICE int steps_of(const GemmShape& shape) { return ceil_div(shape.C, 2 * kC) * 2; }
-
 template <bool kGradInput, int kM>
-MASKED_OPS_DEVICE void produce(const Operands& of, Ring<kM> ring, int tiles) {
+MASKED_OPS_DEVICE void produce(const Operands& of, Ring<kM> ring) {
   using L = Layout<kM>;
-  const GemmShape& shape = of.shape;
-  const int m_tiles = ceil_div(shape.M, kM), steps = steps_of(shape);
-  const int64_t mask_rows = fragment_tiles(shape.R), mask_cols = fragment_tiles(shape.C);
-  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const int m = tile % m_tiles * kM, r = tile / m_tiles * kR;
-    for (int step = 0; step < steps; ++step) {
+  const int64_t mask_rows = fragment_tiles(of.shape.R), mask_cols = fragment_tiles(of.shape.C);
+  for (int i = blockIdx.x; i < of.pieces; i += gridDim.x) {
+    const Piece piece = piece_of<kM>(of, i);
+    const int m = piece.m, r = piece.r;
+    for (int step = piece.first_step; step < piece.last_step; ++step) {
       const int c = step * kC;
       // Beyond the mask no bits are needed: the weight's tile is zero there.
       const int64_t mask_row = r / kFragmentTile;
@@ -167,6 +177,16 @@ struct Consumer {
     wgmma_results(sums);
     release(before);
   }
+  // Of one split, as they are; eight lanes write a sector.
+  MASKED_OPS_DEVICE void store_partial(const Operands& to, const Piece& piece) const {
+    const int lane = threadIdx.x % kWarp, r = piece.r + group * 64 + threadIdx.x % kGroup / kWarp * 16 + lane / 4;
+    float* const out = to.partial + int64_t(piece.split) * to.shape.M * to.shape.R;
+#pragma unroll
+    for (int i = 0; i < kM / 2; ++i) {
+      const int m = piece.m + i / 4 * 8 + lane % 4 * 2 + i % 2, row = r + i / 2 % 2 * 8;
+      if (m < to.shape.M && row < to.shape.R) out[int64_t(m) * to.shape.R + row] = sums[i];
+    }
+  }
   // Sums i of each of the kM / 8 products of 8 input rows: operand rows lane / 4 and, for i of 2 and 3, 8 more.
   MASKED_OPS_DEVICE void store(const Operands& to, int first_m, int first_r) {
     const int thread = threadIdx.x % kGroup, warp = thread / kWarp, lane = thread % kWarp;
@@ -206,6 +226,7 @@ struct Consumer {
         if (R % 8 == 0) {
           *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(from);
         } else {
+#pragma unroll 1
           for (int e = 0; e < 8 && r + col + e < R; ++e) out[e] = reinterpret_cast<const uint16_t*>(from)[e];
         }
       }
@@ -214,7 +235,7 @@ struct Consumer {
 };
 
 template <bool kBFloat, bool kGradInput, int kM>
-__global__ void __launch_bounds__(kThreads, 1) gemm_sm90_kernel(const __grid_constant__ Operands of, int tiles) {
+__global__ void __launch_bounds__(kThreads, 1) gemm_sm90_kernel(const __grid_constant__ Operands of) {
 #if defined(MASKED_OPS_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   Ring<kM> ring{shared_address(dynamic_shared)};
   if (threadIdx.x == 0) {
@@ -228,56 +249,75 @@ __global__ void __launch_bounds__(kThreads, 1) gemm_sm90_kernel(const __grid_con
   __syncthreads();
   if (threadIdx.x < kGroup) {
     fewer_registers<kRegistersLeft>();
-    if (threadIdx.x == 0) produce<kGradInput, kM>(of, ring, tiles);
+    if (threadIdx.x == 0) produce<kGradInput, kM>(of, ring);
   } else {
     more_registers<kRegistersTaken>();
     Consumer<kBFloat, kGradInput, kM> mine{ring, int(threadIdx.x) / kGroup - 1, {}};
-    const int m_tiles = ceil_div(of.shape.M, kM), steps = steps_of(of.shape);
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-      mine.multiply(steps);
-      mine.store(of, tile % m_tiles * kM, tile / m_tiles * kR);
+    for (int i = blockIdx.x; i < of.pieces; i += gridDim.x) {
+      const Piece piece = piece_of<kM>(of, i);
+      mine.multiply(piece.last_step - piece.first_step);
+      if (of.partial) {
+        mine.store_partial(of, piece);
+      } else {
+        mine.store(of, piece.m, piece.r);
+      }
     }
   }
 #endif
 }
 
 template <bool kBFloat, bool kGradInput, int kM>
-int run(const Gemm& g, const GemmShape& shape, int multiprocessors, void* stream) {
-  const int64_t tiles = int64_t(ceil_div(shape.M, kM)) * ceil_div(shape.R, kR);
-  if (tiles > INT32_MAX - multiprocessors) return kUnsupported;
-  Operands of{{}, {}, shape, g.fragments, static_cast<const uint16_t*>(g.bias), static_cast<uint16_t*>(g.output)};
+int run(const Gemm& g, const GemmShape& shape, const Sm90Plan& plan, int multiprocessors, void* stream) {
+  const int64_t pieces = int64_t(ceil_div(shape.M, kM)) * ceil_div(shape.R, kR) * plan.splits;
+  if (pieces > INT32_MAX - multiprocessors) return kUnsupported;
+  Operands of = {};
   if (encode_tensor_map(&of.weight, g.weight, g.N, g.K, 64, kC, kBFloat) ||
       encode_tensor_map(&of.input, g.input, shape.M, shape.C, kM, kC, kBFloat)) {
     return kUnsupported;
   }
-  const int blocks = tiles < multiprocessors ? int(tiles) : multiprocessors;
-  return launch(gemm_sm90_kernel<kBFloat, kGradInput, kM>, uint32_t(blocks), kThreads, Layout<kM>::kBytes, stream, of,
-                int(tiles));
+  of.shape = shape;
+  of.fragments = g.fragments;
+  of.bias = static_cast<const uint16_t*>(g.bias);
+  of.output = static_cast<uint16_t*>(g.output);
+  of.partial = plan.splits > 1 ? static_cast<float*>(g.workspace) : nullptr;
+  of.splits = plan.splits;
+  of.steps = plan.steps;
+  of.pieces = int(pieces);
+  const int blocks = pieces < multiprocessors ? int(pieces) : multiprocessors;
+  const int error =
+      launch(gemm_sm90_kernel<kBFloat, kGradInput, kM>, uint32_t(blocks), kThreads, Layout<kM>::kBytes, stream, of);
+  if (error || plan.splits == 1) return error;
+  return split_sum<kBFloat>(g.workspace, plan.splits, shape.M, shape.R, g.bias, g.output, stream);
 }
 
 template <bool kBFloat, bool kGradInput>
 int run(const Gemm& g, void* stream) {
   const GemmShape shape = GemmShape::of(g);
-  int device = 0, multiprocessors = 0;
-  if (const int error = cudaGetDevice(&device)) return error;
-  if (const int error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)) return error;
-  switch (sm90_tile_rows(shape.M, shape.R, multiprocessors)) {
-    case 64:
-      return run<kBFloat, kGradInput, 64>(g, shape, multiprocessors, stream);
-    case 128:
-      return run<kBFloat, kGradInput, 128>(g, shape, multiprocessors, stream);
-    default:
-      return run<kBFloat, kGradInput, 256>(g, shape, multiprocessors, stream);
-  }
+  const int multiprocessors = multiprocessor_count();
+  if (multiprocessors == 0) return kUnsupported;
+  const Sm90Plan plan = sm90_plan(shape.M, shape.R, shape.C, multiprocessors, g.workspace != nullptr);
+  if (plan.rows == 64) return run<kBFloat, kGradInput, 64>(g, shape, plan, multiprocessors, stream);
+  if (plan.rows == 128) return run<kBFloat, kGradInput, 128>(g, shape, plan, multiprocessors, stream);
+  return run<kBFloat, kGradInput, 256>(g, shape, plan, multiprocessors, stream);
 }
+
+bool takes(const Gemm& g) { return serves(g) && GemmShape::of(g).C > 0 && compute_capability() == 90; }
 
 }  // namespace
 }  // namespace masked_ops::cuda
 
+size_t masked_ops_cuda_gemm_workspace(const masked_ops::cuda::Gemm* gemm) {
+  using namespace masked_ops::cuda;
+  const GemmShape shape = GemmShape::of(*gemm);
+  const int multiprocessors = multiprocessor_count();
+  if (nothing_to_do(*gemm) || shape.C == 0 || multiprocessors == 0 || compute_capability() != 90) return 0;
+  return sm90_workspace(shape.M, shape.R, sm90_plan(shape.M, shape.R, shape.C, multiprocessors, true));
+}
+
 int masked_ops_cuda_gemm_sm90(const masked_ops::cuda::Gemm* gemm, void* stream) {
   using namespace masked_ops::cuda;
   const Gemm& g = *gemm;
-  if (!serves(g) || GemmShape::of(g).C == 0 || compute_capability() != 90) return kUnsupported;
+  if (!takes(g)) return kUnsupported;
   if (nothing_to_do(g)) return 0;
   if (g.dtype == kBFloat16) return g.grad_input ? run<true, true>(g, stream) : run<true, false>(g, stream);
   return g.grad_input ? run<false, true>(g, stream) : run<false, false>(g, stream);

@@ -92,24 +92,25 @@ struct Elements {
   }
 };
 
+// Rows end at a word's end, and bits are numbered as elements are.
 template <int kElements>
-MASKED_OPS_DEVICE uint32_t bits_at(const Task& task, int64_t element) {
-  if (task.cols.magic == 0) {
-    const uint8_t* bytes = reinterpret_cast<const uint8_t*>(task.words);
-    if constexpr (kElements == 16) return *reinterpret_cast<const uint16_t*>(bytes + element / 8);
-    return uint32_t(bytes[element / 8]) >> (element % 8);
-  }
+MASKED_OPS_DEVICE uint32_t flat_bits(const Task& task, int64_t element) {
+  const uint8_t* bytes = reinterpret_cast<const uint8_t*>(task.words) + element / 8;
+  if constexpr (kElements == 16) return *reinterpret_cast<const uint16_t*>(bytes);
+  return uint32_t(*bytes) >> (element % 8);
+}
+
+template <int kElements>
+MASKED_OPS_DEVICE uint32_t row_bits(const Task& task, int64_t element) {
   uint64_t col;
-  int64_t row = task.cols(element, col);
-  const int64_t cols = task.cols.divisor, stride = words_per_row(cols);
-  if (int64_t(col) + kElements <= cols) return bits_of_row(task.words + row * stride, stride, col, kElements);
-  uint32_t bits = 0;
-  for (int i = 0; i < kElements; ++i) {
-    bits |= uint32_t(task.words[row * stride + col / 64] >> (col % 64) & 1) << i;
-    if (int64_t(++col) == cols) {
-      col = 0;
-      ++row;
-    }
+  const int64_t row = task.cols(element, col), cols = task.cols.divisor, stride = words_per_row(cols);
+  const uint64_t* words = task.words + row * stride;
+  uint32_t bits = bits_of_row(words, stride, col, kElements);
+  // A row ends with zeros; the next ones fill them.
+#pragma unroll 1
+  for (int64_t have = cols - int64_t(col); have < kElements; have += cols) {
+    words += stride;
+    bits |= uint32_t(*words) << have;
   }
   return bits;
 }
@@ -142,9 +143,19 @@ __global__ void __launch_bounds__(tuning::kCopyThreads) mask_copy_kernel(const _
 #pragma unroll
   for (int u = 0; u < tuning::kCopyUnroll; ++u) {
     const int64_t chunk = first + u * tuning::kCopyThreads;
-    if (chunk < chunks) {
-      in[u] = load<kElements * E::kIn>(weight + chunk * kElements * E::kIn);
-      bits[u] = bits_at<kElements>(task, chunk * kElements);
+    if (chunk < chunks) in[u] = load<kElements * E::kIn>(weight + chunk * kElements * E::kIn);
+  }
+  if (task.cols.magic == 0) {
+#pragma unroll
+    for (int u = 0; u < tuning::kCopyUnroll; ++u) {
+      const int64_t chunk = first + u * tuning::kCopyThreads;
+      if (chunk < chunks) bits[u] = flat_bits<kElements>(task, chunk * kElements);
+    }
+  } else {
+#pragma unroll
+    for (int u = 0; u < tuning::kCopyUnroll; ++u) {
+      const int64_t chunk = first + u * tuning::kCopyThreads;
+      if (chunk < chunks) bits[u] = row_bits<kElements>(task, chunk * kElements);
     }
   }
 #pragma unroll
@@ -156,8 +167,8 @@ __global__ void __launch_bounds__(tuning::kCopyThreads) mask_copy_kernel(const _
   const int64_t rest = chunks * kElements + threadIdx.x;
   if (kElements > 1 && blockIdx.x + 1 == task.last_block && rest < task.elements) {
     using One = Elements<kind, 1>;
-    store<One::kOut>(out + rest * One::kOut,
-                     One::masked(load<One::kIn>(weight + rest * One::kIn), bits_at<1>(task, rest)));
+    const uint32_t bit = task.cols.magic == 0 ? flat_bits<1>(task, rest) : row_bits<1>(task, rest);
+    store<One::kOut>(out + rest * One::kOut, One::masked(load<One::kIn>(weight + rest * One::kIn), bit));
   }
 }
 

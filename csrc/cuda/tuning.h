@@ -34,5 +34,10 @@ constexpr int kDecodeBlocks = 264;
 // gemm_sm90: cycles in which a multiprocessor issues what one step of a tile takes beside the tensor cores: 75
 // instructions of each of eight warps, on four schedulers.
 constexpr double kSm90StepCycles = 150;
+// Splits of its contraction, at most; what a second kernel costs, and each sum that it reads: 8 bytes through the L2,
+// at about 3 KB a cycle.
+constexpr int kSm90Splits = 8;
+constexpr double kSm90SplitCycles = 3500;
+constexpr double kSm90SplitCyclesPerSum = 8.0 / 3000;
 
 }  // namespace masked_ops::cuda::tuning

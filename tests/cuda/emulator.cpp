@@ -111,25 +111,31 @@ bool run_block() {
   products.assign(threads, std::deque<std::vector<Wgmma>>(1));
   fenced.assign(threads, 0);
   for (int i = 0; i < threads; ++i) prepare(fibres[i]);
+  bool hold_back = order_mode == 2;
   for (;;) {
     const uint64_t before = happened;
     if (order_mode == 2) std::shuffle(order.begin(), order.end(), random);
+    // At random, some warps stand still for a while, as long as others can go on.
+    const uint64_t running = hold_back ? uint64_t(random()) << 32 | random() : ~uint64_t{0};
     bool all = true;
     for (int i : order) {
       if (fibres[i].finished) continue;
       all = false;
+      if (!(running >> (i / 32) & 1)) continue;
       run(i);
       if (!error.empty()) return false;
     }
     if (all) break;
-    if (happened == before) {
+    const bool stuck = happened == before && !hold_back;
+    hold_back = order_mode == 2 && happened != before;
+    if (stuck) {
       if (transfers.empty()) {
         error = "deadlock: every thread waits";
         return false;
       }
       // Nothing else can happen. Transfers may arrive in any order.
       const size_t which = order_mode == 2 ? random() % transfers.size() : order_mode == 1 ? transfers.size() - 1 : 0;
-      const Transfer transfer = std::move(transfers[which]);
+      const Transfer transfer = transfers[which];
       transfers.erase(transfers.begin() + long(which));
       deliver(transfer);
     }

@@ -59,6 +59,7 @@ def test_index(cuda: Library) -> None:
 @pytest.mark.parametrize("M", [1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 64])
 def test_decode_exactly(cuda: Library, dtype: torch.dtype, M: int) -> None:
     """Every number of rows, on sides around the edges of segments, warps and blocks; sums that round to themselves."""
+    cuda.set_mode(lazy=False, order=2)
     for N, K, density in [(1, 1, 1.0), (3, 255, 0.2), (4, 256, 0.05), (65, 257, 0.5), (130, 520, 0.1), (17, 800, 1.0)]:
         mask = random_mask(N, K, density)
         mask[N // 2] = False
@@ -82,6 +83,15 @@ def test_decode_long_rows(cuda: Library, dtype: torch.dtype, M: int) -> None:
         output = decode(cuda, input, weight, mask, None).double()
         error = (output - right).norm() / right.norm()
         assert error < {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}[dtype]
+
+
+def test_decode_several_segments_a_block(cuda: Library) -> None:
+    """So many columns that not every segment has a block to itself."""
+    cuda.set_mode(lazy=False, order=2)
+    M, N, K = 9, 3, 80000
+    mask = random_mask(N, K, 0.02)
+    input, weight = small_integers((M, K), torch.float16), small_integers((N, K), torch.float16)
+    assert torch.equal(decode(cuda, input, weight, mask, None), expected(input, weight, mask, None).half())
 
 
 def test_decode_edges(cuda: Library) -> None:

@@ -28,6 +28,7 @@ class Gemm(ctypes.Structure):
         ("fragments", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("output", ctypes.c_void_p),
+        ("workspace", ctypes.c_void_p),
     )
 
 
@@ -46,7 +47,14 @@ def pack_fragments(cuda: Library, mask: Tensor, transposed: bool) -> Tensor:
 
 
 def gemm(
-    cuda: Library, kernel: str, input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, grad_input: bool
+    cuda: Library,
+    kernel: str,
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    grad_input: bool,
+    split: bool = False,
 ) -> Tensor:
     M, (N, K) = input.shape[0], weight.shape
     x, w = cuda.put(input), cuda.put(weight)
@@ -54,7 +62,12 @@ def gemm(
     b = None if bias is None else cuda.put(bias)
     output = cuda.empty((M, K if grad_input else N), input.dtype)
     pointers = [t.data_ptr() if t is not None else None for t in (x, w, fragments, b, output)]
-    cuda(kernel, ctypes.byref(Gemm(DTYPES.index(input.dtype), grad_input, M, N, K, *pointers)))
+    call = Gemm(DTYPES.index(input.dtype), grad_input, M, N, K, *pointers)
+    if split:
+        workspace = cuda.empty(cuda.size("gemm_workspace", ctypes.byref(call)), torch.uint8)
+        assert workspace.numel() > 0
+        call.workspace = workspace.data_ptr()
+    cuda(kernel, ctypes.byref(call))
     return output.cpu()
 
 
@@ -86,7 +99,9 @@ def test_fragments(cuda: Library) -> None:
                         assert torch.equal(got.bool(), padded[row::TILE, col::TILE])
 
 
-def check_exactly(cuda: Library, kernel: str, dtype: torch.dtype, sides: tuple[int, int, int], grad: bool) -> None:
+def check_exactly(
+    cuda: Library, kernel: str, dtype: torch.dtype, sides: tuple[int, int, int], grad: bool, split: bool = False
+) -> None:
     M, N, K = sides
     mask = random_mask(N, K, 0.5)
     input, weight = small_integers((M, N if grad else K), dtype), small_integers((N, K), dtype)
@@ -94,7 +109,7 @@ def check_exactly(cuda: Library, kernel: str, dtype: torch.dtype, sides: tuple[i
     weight[~mask] = float("nan")
     for b in (None, bias) if bias is not None else (None,):
         right = expected(input, weight, mask, b, grad).to(dtype)
-        output = gemm(cuda, kernel, input, weight, mask, b, grad)
+        output = gemm(cuda, kernel, input, weight, mask, b, grad, split)
         assert torch.equal(output, right), (kernel, sides, grad)
 
 
@@ -123,10 +138,21 @@ def test_gemm_in_any_order(cuda: Library, kernel: str, lazy: bool, order: int) -
     if not serves(cuda, kernel):
         pytest.skip(f"{kernel} is not for this GPU")
     cuda.set_mode(lazy, order)
-    for multiprocessors, M in ((2, 70), (2, 160), (1, 300)):
+    for multiprocessors, M in ((2, 70), (2, 160), (1, 250)):
         cuda.set_device(90, multiprocessors)
-        check_exactly(cuda, kernel, torch.bfloat16, (M, 264, 648), False)
-        check_exactly(cuda, kernel, torch.bfloat16, (M, 648, 136), True)
+        check_exactly(cuda, kernel, torch.bfloat16, (M, 264, 264), False)
+        check_exactly(cuda, kernel, torch.bfloat16, (M, 264, 264), True)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["forward", "grad_input"])
+def test_gemm_splits_a_long_contraction(cuda: Library, grad: bool) -> None:
+    """Idle multiprocessors share the contraction of a tile, evenly or not."""
+    if not serves(cuda, "gemm_sm90"):
+        pytest.skip("gemm_sm90 is not for this GPU")
+    for M, R, C in [(1, 8, 6400), (65, 136, 6312), (8, 72, 7304)]:
+        sides = (M, C, R) if grad else (M, R, C)
+        cuda.set_mode(lazy=True, order=2)
+        check_exactly(cuda, "gemm_sm90", torch.float16, sides, grad, split=True)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

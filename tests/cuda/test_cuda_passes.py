@@ -97,6 +97,7 @@ def test_pack_bits(cuda: Library) -> None:
 
 
 def test_row_offsets(cuda: Library) -> None:
+    cuda.set_mode(lazy=False, order=2)
     for rows, cols in [*FLAT, (0, 3), (3, 0), (1023, 5), (1024, 5), (1025, 5), (2500, 3)]:
         mask = random_mask(rows, cols)
         offsets = cuda.empty(rows + 1, torch.int64)
