@@ -7,9 +7,11 @@
 
 #include "checks.h"
 #include "masking.h"
+#include "memory.h"
 #include "ops.h"
 #include "parallel.h"
 #include "path.h"
+#include "sparse.h"
 
 namespace masked_ops {
 namespace {
@@ -25,7 +27,7 @@ struct Plan {
     path = choose_linear(pass, M, weight, pattern.get(), have_values).path;
     if (M == 0 || N == 0 || K == 0) path = Path::kCopy;  // nothing to compute; torch knows the shapes
   }
-  cpu::Team team() const { return team_for(M * (path == Path::kSparse ? pattern->nnz() : N * K)); }
+  cpu::Team team() const { return team_for(M * N * K); }
 };
 
 // The compact path: each operation on what is left of its operands without the empty rows and columns of the mask. What
@@ -85,7 +87,7 @@ struct CompactPlan {
 at::Tensor empty_with_last_dim(const at::Tensor& like, int64_t size) {
   at::DimVector sizes(like.sizes());
   sizes.back() = size;
-  return at::empty(sizes, like.options());
+  return on_huge_pages(at::empty(sizes, like.options()));
 }
 
 void check_linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask,
@@ -122,19 +124,16 @@ std::tuple<at::Tensor, at::Tensor> linear_with_values(const at::Tensor& input, c
   at::Tensor output = empty_with_last_dim(input, plan.N), values;
   const at::Tensor x = input.contiguous();
   const at::Tensor b = has_bias ? bias->contiguous() : at::Tensor();
-  const float* bias_data = has_bias ? b.const_data_ptr<float>() : nullptr;
   if (plan.path == Path::kCompact) {
     const auto compact = plan.pattern->compact();
     CompactPlan{*compact, plan.M}.forward(as_matrix(x, plan.K), weight, b, output.view({plan.M, plan.N}));
   } else if (plan.path == Path::kSparse) {
     values = compress(weight, *plan.pattern);
-    const auto index = plan.pattern->index(/*transposed=*/false);
-    index->kernels().spmm(plan.team(), index->get(), values.const_data_ptr<float>(), plan.M, x.const_data_ptr<float>(),
-                          bias_data, output.mutable_data_ptr<float>());
+    sparse_linear(*plan.pattern, values, plan.M, x, b, output);
   } else {
     cpu::kernels().linear(plan.team(), plan.M, plan.N, plan.K, x.const_data_ptr<float>(),
-                          weight.const_data_ptr<float>(), plan.pattern->bits(), bias_data,
-                          output.mutable_data_ptr<float>());
+                          weight.const_data_ptr<float>(), plan.pattern->bits(),
+                          has_bias ? b.const_data_ptr<float>() : nullptr, output.mutable_data_ptr<float>());
   }
   return {output, values};
 }
@@ -164,9 +163,7 @@ at::Tensor linear_grad_input_with_values(const at::Tensor& grad_output, const at
     CompactPlan{*compact, plan.M}.grad_input(as_matrix(dy, plan.N), weight, grad_input.view({plan.M, plan.K}));
   } else if (plan.path == Path::kSparse) {
     const at::Tensor v = values.defined() ? values : compress(weight, *plan.pattern);
-    const auto index = plan.pattern->index(/*transposed=*/true);
-    index->kernels().spmm(plan.team(), index->get(), v.const_data_ptr<float>(), plan.M, dy.const_data_ptr<float>(),
-                          nullptr, grad_input.mutable_data_ptr<float>());
+    sparse_grad_input(*plan.pattern, v, plan.M, dy, grad_input);
   } else {
     cpu::kernels().linear_grad_input(plan.team(), plan.M, plan.N, plan.K, dy.const_data_ptr<float>(),
                                      weight.const_data_ptr<float>(), plan.pattern->bits(),
@@ -186,7 +183,7 @@ at::Tensor linear_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
   check_last_dim("input", input, "mask", mask.size(1));
   check_same_rows(grad_output, input);
 
-  at::Tensor grad_weight = at::empty(mask.sizes(), grad_output.options());
+  at::Tensor grad_weight = on_huge_pages(at::empty(mask.sizes(), grad_output.options()));
   check_mask(grad_weight, mask);
   const Plan plan(Pass::kGradWeight, rows_of(grad_output), grad_weight, mask);
   if (plan.path == Path::kCopy) {
@@ -198,10 +195,8 @@ at::Tensor linear_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
     const auto compact = plan.pattern->compact();
     CompactPlan{*compact, plan.M}.grad_weight(as_matrix(dy, plan.N), as_matrix(x, plan.K), grad_weight);
   } else if (plan.path == Path::kSparse) {
-    const at::Tensor values = at::empty({plan.pattern->nnz()}, grad_output.options());
-    const auto index = plan.pattern->index(/*transposed=*/false);
-    index->kernels().sddmm(plan.team(), index->get(), plan.M, dy.const_data_ptr<float>(), x.const_data_ptr<float>(),
-                           values.mutable_data_ptr<float>());
+    const at::Tensor values = on_huge_pages(at::empty({plan.pattern->nnz()}, grad_output.options()));
+    sparse_grad_values(*plan.pattern, plan.M, dy, x, values);
     expand_into(grad_weight, values, *plan.pattern);
   } else {
     cpu::kernels().linear_grad_weight(plan.team(), plan.M, plan.N, plan.K, dy.const_data_ptr<float>(),

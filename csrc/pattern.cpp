@@ -301,6 +301,21 @@ const int64_t* Pattern::offsets() const {
   return offsets_.data();
 }
 
+cpu::Rows Pattern::row_columns() const {
+  const int64_t* const starts = offsets();
+  bool grown = false;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (columns_.empty()) {
+      columns_.resize(static_cast<size_t>(nnz_ + cpu::kColumnsPadding));
+      cpu::kernels().row_columns(team_for(rows_ * stride_), bits(), rows_, cols_, starts, columns_.data());
+      grown = true;
+    }
+  }
+  if (grown) trim_cache();
+  return {rows_, starts, columns_.data()};
+}
+
 std::shared_ptr<const Index> Pattern::index(bool transposed) const {
   const int64_t* starts = offsets();
   std::shared_ptr<const Index> result;
@@ -319,7 +334,8 @@ std::shared_ptr<const Index> Pattern::index(bool transposed) const {
 
 size_t Pattern::bytes() const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  size_t sum = sizeof(*this) + words_.size() * sizeof(uint64_t) + offsets_.size() * sizeof(int64_t);
+  size_t sum = sizeof(*this) + words_.size() * sizeof(uint64_t) + offsets_.size() * sizeof(int64_t) +
+               columns_.size() * sizeof(uint16_t);
   for (const auto& index : indices_) {
     if (index) sum += index->bytes();
   }

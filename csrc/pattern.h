@@ -66,6 +66,9 @@ class Pattern {
 
   // Where each row begins among the remaining weights in row-major order; rows + 1 numbers.
   const int64_t* offsets() const;
+  // The remaining weights by rows, for one row of input.
+  bool has_row_columns() const { return cols_ <= cpu::kMaxColumns; }
+  cpu::Rows row_columns() const;
   // Whether an index can address the matrix.
   bool indexable() const {
     return rows_ < cpu::kMaxIndexSide && cols_ < cpu::kMaxIndexSide && nnz_ < cpu::kMaxIndexNnz;
@@ -88,6 +91,7 @@ class Pattern {
   mutable std::atomic<bool> reused_{false};
   mutable std::mutex mutex_;  // of what follows
   mutable std::vector<int64_t> offsets_;
+  mutable std::vector<uint16_t> columns_;
   mutable std::shared_ptr<const Index> indices_[2];
   mutable std::shared_ptr<const Compact> compact_;
 };

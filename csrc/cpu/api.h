@@ -47,6 +47,15 @@ struct SparseIndex;
 // What an index can address; make_index returns null beyond.
 inline constexpr int64_t kMaxIndexSide = int64_t{1} << 28, kMaxIndexNnz = int64_t{1} << 32;
 
+// The remaining weights by rows: those of row i from offsets[i] to offsets[i + 1], and the column of each; columns has
+// kColumnsPadding numbers more, so that whole vectors of them can be read.
+struct Rows {
+  int64_t count;
+  const int64_t* offsets;
+  const uint16_t* columns;
+};
+inline constexpr int64_t kMaxColumns = int64_t{1} << 16, kColumnsPadding = 16;
+
 struct Kernels {
   const char* capability;
 
@@ -88,6 +97,16 @@ struct Kernels {
   // sddmm.cpp. grad_values[nnz] = the remaining weights' entries of grad_output[M][N]^T * input[M][K].
   void (*sddmm)(const Team&, const SparseIndex&, int64_t M, const float* grad_output, const float* input,
                 float* grad_values);
+
+  // spmv.cpp: spmm and sddmm of one row, over the columns of the remaining weights in row-major order, for matrices of
+  // at most kMaxColumns columns.
+  void (*row_columns)(const Team&, Bits, int64_t rows, int64_t cols, const int64_t* offsets, uint16_t* columns);
+  // y[rows] = weight * x + bias (may be null)
+  void (*spmv)(const Team&, const Rows&, const float* values, const float* x, const float* bias, float* y);
+  // dx[cols] = weight^T * dy
+  void (*spmv_transposed)(const Team&, const Rows&, int64_t cols, const float* values, const float* dy, float* dx);
+  // grad_values[nnz] = the remaining weights' entries of dy * x^T
+  void (*sampled_outer)(const Team&, const Rows&, const float* dy, const float* x, float* grad_values);
 
   // limits.cpp, for benchmarks: multiply-adds out of registers, returning how many operations it did; and n floats
   // read.

@@ -275,11 +275,15 @@ auto from_columns(const Team& team, const float* matrix, int64_t ld) {
 
 void linear(const Team& team, int64_t M, int64_t N, int64_t K, const float* input, const float* weight, Bits bits,
             const float* bias, float* output) {
+  if (M <= tuning::kSmallRows) return linear_small(team, M, N, K, input, weight, bits, bias, output);
   gemm(team, M, N, K, from_rows(team, input, K), MaskedRows(weight, K, bits), bias, nullptr, output);
 }
 
 void linear_grad_input(const Team& team, int64_t M, int64_t N, int64_t K, const float* grad_output, const float* weight,
                        Bits bits, float* grad_input) {
+  if (M <= tuning::kSmallRows) {
+    return linear_grad_input_small(team, M, N, K, grad_output, weight, bits, grad_input);
+  }
   gemm(team, M, K, N, from_rows(team, grad_output, N), Columns<true>(weight, K, bits), nullptr, nullptr, grad_input);
 }
 

@@ -26,11 +26,7 @@ struct Tiles {
   }
 };
 
-// Calls body with std::integral_constant-like ints 1, 2, 4 or 8.
-template <int N>
-struct Int {
-  static constexpr int value = N;
-};
+// Calls body with Int 1, 2, 4 or 8.
 template <typename Body>
 MASKED_OPS_INLINE void with_vectors(int vectors, const Body& body) {
   switch (vectors) {

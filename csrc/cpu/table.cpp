@@ -18,6 +18,10 @@ const Kernels table = {
     .make_index = make_index,
     .spmm = spmm,
     .sddmm = sddmm,
+    .row_columns = row_columns,
+    .spmv = spmv,
+    .spmv_transposed = spmv_transposed,
+    .sampled_outer = sampled_outer,
     .fma_loop = fma_loop,
     .read_loop = read_loop,
 };

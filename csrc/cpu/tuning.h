@@ -31,6 +31,20 @@ constexpr int64_t kPackRun = 64;
 constexpr int64_t kRowsAhead = 12;
 constexpr int64_t kColumnsAhead = 32;
 
+// Up to this many rows of input, a weight is not packed (gemv.cpp); they are taken kSmallTile at a time, with as many
+// sums in registers as leave room for what is multiplied.
+constexpr int64_t kSmallRows = 16;
+#if defined(__AVX512F__)
+constexpr int kSmallTile = 8, kSmallSums = 24, kSmallVectors = 6;
+#else
+constexpr int kSmallTile = 4, kSmallSums = 9, kSmallVectors = 4;
+#endif
+// Floats of a weight per task; how far forward prefetches along a row; columns of a strip and rows of a block of
+// grad_input.
+constexpr int64_t kSmallGrain = int64_t{1} << 14;
+constexpr int64_t kFloatsAhead = 512;
+constexpr int64_t kSmallStrip = 512, kSmallBlock = 32;
+
 // Elements per task of the passes over a mask or a weight (64 KB of floats: several tasks a thread, little overhead).
 constexpr int64_t kPassGrain = int64_t{1} << 14;
 
