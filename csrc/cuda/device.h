@@ -18,19 +18,32 @@ extern __shared__ __align__(1024) uint8_t dynamic_shared[];
 
 namespace masked_ops::cuda {
 
+// Blocks in clusters of so many along x, which run at once and reach each other's shared memory (Hopper).
 template <typename... Parameters, typename... Arguments>
-int launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared, void* stream,
-           const Arguments&... arguments) {
+int launch_clusters(int cluster, void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared,
+                    void* stream, const Arguments&... arguments) {
   if (shared > 32 * 1024) {  // of the 48 KB that need no leave, some may be the kernel's static arrays
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
     if (error != cudaSuccess) return error;
   }
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1;
   return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+}
+
+template <typename... Parameters, typename... Arguments>
+int launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared, void* stream,
+           const Arguments&... arguments) {
+  return launch_clusters(1, kernel, grid, threads, shared, stream, arguments...);
 }
 
 inline int zero(void* memory, size_t bytes, void* stream) {

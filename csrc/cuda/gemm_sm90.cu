@@ -3,9 +3,10 @@
 //
 // A block stays on its multiprocessor and takes tiles of 128 operand rows x kM input rows, 64 of the contraction at a
 // time. One thread of the first warpgroup keeps a ring of stages filled: the weight's tile as two boxes of 64 x 64, the
-// input's tile, and the mask in fragment order. The two other warpgroups have 64 operand rows each: ldmatrix (which
-// transposes for grad_input), mask, wgmma, with the next fragments being made while the products of the last ones run.
-// At the end stmatrix turns the sums round through shared memory, so that whole lines of the output are written.
+// input's tile (of which each block of a cluster loads its part for all of them), and the mask in fragment order. The
+// two other warpgroups have 64 operand rows each: ldmatrix (which transposes for grad_input), mask, wgmma, with the
+// next fragments being made while the products of the last ones run. At the end stmatrix turns the sums round through
+// shared memory, so that whole lines of the output are written.
 #include "gemm.h"
 #include "gemm_tiles.h"
 #include "numeric.h"
@@ -18,7 +19,7 @@ namespace masked_ops::cuda {
 namespace {
 
 constexpr int kConsumers = 2, kGroup = 128, kThreads = kGroup * (1 + kConsumers);
-constexpr int kR = kSm90R, kC = kSm90C;
+constexpr int kR = kSm90R, kC = kSm90C, kCluster = tuning::kSm90Cluster;
 constexpr int kBoxBytes = 64 * kC * 2;  // one warpgroup's part of a weight's tile
 constexpr int kRow = kC * 2;            // bytes of a row of every tile
 [[maybe_unused]] constexpr int kRegistersLeft = 40, kRegistersTaken = 232;
@@ -29,8 +30,8 @@ struct Operands {
   const uint32_t* fragments;
   const uint16_t* bias;
   uint16_t* output;
-  float* partial;  // [splits][M][R], if the contraction is split
-  int splits, steps, pieces;
+  float* partial;             // [splits][M][R], if the contraction is split
+  int splits, steps, pieces;  // pieces of a cluster, one tile for each of its blocks
 };
 
 // A tile, and the steps over the contraction that are taken: always an even number, so that the last may be zeros.
@@ -38,10 +39,11 @@ struct Piece {
   int m, r, first_step, last_step, split;
 };
 template <int kM>
-[[maybe_unused]] MASKED_OPS_DEVICE Piece piece_of(const Operands& of, int piece) {
+[[maybe_unused]] MASKED_OPS_DEVICE Piece piece_of(const Operands& of, int piece, int rank) {
   const int m_tiles = ceil_div(of.shape.M, kM), split = piece % of.splits, tile = piece / of.splits;
   const int first = split * of.steps, all = ceil_div(of.shape.C, 2 * kC) * 2;
-  return {tile % m_tiles * kM, tile / m_tiles * kR, first, first + of.steps < all ? first + of.steps : all, split};
+  const int r = (tile / m_tiles * kCluster + rank) * kR;
+  return {tile % m_tiles * kM, r, first, first + of.steps < all ? first + of.steps : all, split};
 }
 
 // Where things are in shared memory. Tiles first: the swizzle wants them aligned to 1024 bytes.
@@ -79,25 +81,26 @@ struct Ring {
 };
 
 template <bool kGradInput, int kM>
-MASKED_OPS_DEVICE void produce(const Operands& of, Ring<kM> ring) {
+MASKED_OPS_DEVICE void produce(const Operands& of, Ring<kM> ring, int rank) {
   using L = Layout<kM>;
+  constexpr int kPart = kM / kCluster;  // rows of the input that this block loads
   const int64_t mask_rows = fragment_tiles(of.shape.R), mask_cols = fragment_tiles(of.shape.C);
-  for (int i = blockIdx.x; i < of.pieces; i += gridDim.x) {
-    const Piece piece = piece_of<kM>(of, i);
-    const int m = piece.m, r = piece.r;
+  for (int i = blockIdx.x / kCluster; i < of.pieces; i += gridDim.x / kCluster) {
+    const Piece piece = piece_of<kM>(of, i, rank);
+    const int64_t mask_row = piece.r / kFragmentTile;
     for (int step = piece.first_step; step < piece.last_step; ++step) {
       const int c = step * kC;
       // Beyond the mask no bits are needed: the weight's tile is zero there.
-      const int64_t mask_row = r / kFragmentTile;
-      const int masks = step >= mask_cols ? 0 : mask_row + 1 < mask_rows ? 2 : 1;
-      mbarrier_wait(ring.empty(), ring.parity ^ 1);
+      int masks = 0;
+      if (step < mask_cols && mask_row < mask_rows) masks = mask_row + 1 < mask_rows ? 2 : 1;
+      mbarrier_wait(ring.empty(), ring.parity ^ 1);  // in all blocks that the input goes to
       mbarrier_expect(ring.full(), L::kTiles + masks * kFragmentTileBytes);
 #pragma unroll
       for (int group = 0; group < kConsumers; ++group) {
         if (kGradInput) {
-          tma_load(ring.weight(group), &of.weight, ring.full(), r + group * 64, c);
+          tma_load(ring.weight(group), &of.weight, ring.full(), piece.r + group * 64, c);
         } else {
-          tma_load(ring.weight(group), &of.weight, ring.full(), c, r + group * 64);
+          tma_load(ring.weight(group), &of.weight, ring.full(), c, piece.r + group * 64);
         }
         if (group < masks) {
           bulk_load(ring.shared + ring.masks(group),
@@ -105,7 +108,12 @@ MASKED_OPS_DEVICE void produce(const Operands& of, Ring<kM> ring) {
                     ring.full());
         }
       }
-      tma_load(ring.input(), &of.input, ring.full(), c, m);
+      const uint32_t part = ring.input() + rank * kPart * kRow;
+      if constexpr (kCluster == 1) {
+        tma_load(part, &of.input, ring.full(), c, piece.m);
+      } else {
+        tma_load_shared(part, &of.input, ring.full(), c, piece.m + rank * kPart, (1 << kCluster) - 1);
+      }
       ring.next();
     }
   }
@@ -149,7 +157,12 @@ struct Consumer {
                               reinterpret_cast<const uint32_t*>(dynamic_shared + ring.masks(group)));
   }
   MASKED_OPS_DEVICE static void release(uint32_t empty) {
-    if (threadIdx.x % kWarp == 0) mbarrier_arrive(empty);
+    const int lane = threadIdx.x % kWarp;
+    if (kCluster == 1) {
+      if (lane == 0) mbarrier_arrive(empty);
+    } else {
+      if (lane < kCluster) mbarrier_arrive_at(empty, lane);
+    }
   }
   // The products of one stage. While they run, the stage before is given back and the next fragment made.
   MASKED_OPS_DEVICE void step(uint32_t* now, uint32_t* next, uint32_t& before, bool more) {
@@ -241,20 +254,26 @@ __global__ void __launch_bounds__(kThreads, 1) gemm_sm90_kernel(const __grid_con
   if (threadIdx.x == 0) {
     for (; ring.parity == 0; ring.next()) {
       mbarrier_init(ring.full(), 1);
-      mbarrier_init(ring.empty(), kConsumers * kGroup / kWarp);
+      mbarrier_init(ring.empty(), kCluster * kConsumers * kGroup / kWarp);
     }
     fence_mbarrier_init();
   }
   ring.parity = 0;
-  __syncthreads();
+  const int rank = kCluster == 1 ? 0 : cluster_rank();
+  if (kCluster == 1) {
+    __syncthreads();
+  } else {
+    cluster_barrier();
+  }
   if (threadIdx.x < kGroup) {
     fewer_registers<kRegistersLeft>();
-    if (threadIdx.x == 0) produce<kGradInput, kM>(of, ring);
+    if (threadIdx.x == 0) produce<kGradInput, kM>(of, ring, rank);
+    __syncwarp();
   } else {
     more_registers<kRegistersTaken>();
     Consumer<kBFloat, kGradInput, kM> mine{ring, int(threadIdx.x) / kGroup - 1, {}};
-    for (int i = blockIdx.x; i < of.pieces; i += gridDim.x) {
-      const Piece piece = piece_of<kM>(of, i);
+    for (int i = blockIdx.x / kCluster; i < of.pieces; i += gridDim.x / kCluster) {
+      const Piece piece = piece_of<kM>(of, i, rank);
       mine.multiply(piece.last_step - piece.first_step);
       if (of.partial) {
         mine.store_partial(of, piece);
@@ -263,16 +282,17 @@ __global__ void __launch_bounds__(kThreads, 1) gemm_sm90_kernel(const __grid_con
       }
     }
   }
+  if (kCluster > 1) cluster_barrier();  // shared memory stays until nobody writes to it or arrives in it
 #endif
 }
 
 template <bool kBFloat, bool kGradInput, int kM>
 int run(const Gemm& g, const GemmShape& shape, const Sm90Plan& plan, int multiprocessors, void* stream) {
-  const int64_t pieces = int64_t(ceil_div(shape.M, kM)) * ceil_div(shape.R, kR) * plan.splits;
-  if (pieces > INT32_MAX - multiprocessors) return kUnsupported;
+  const int64_t pieces = int64_t(ceil_div(shape.M, kM)) * ceil_div(shape.R, kR * kCluster) * plan.splits;
+  if (pieces > INT32_MAX / kCluster - multiprocessors) return kUnsupported;
   Operands of = {};
   if (encode_tensor_map(&of.weight, g.weight, g.N, g.K, 64, kC, kBFloat) ||
-      encode_tensor_map(&of.input, g.input, shape.M, shape.C, kM, kC, kBFloat)) {
+      encode_tensor_map(&of.input, g.input, shape.M, shape.C, kM / kCluster, kC, kBFloat)) {
     return kUnsupported;
   }
   of.shape = shape;
@@ -283,9 +303,10 @@ int run(const Gemm& g, const GemmShape& shape, const Sm90Plan& plan, int multipr
   of.splits = plan.splits;
   of.steps = plan.steps;
   of.pieces = int(pieces);
-  const int blocks = pieces < multiprocessors ? int(pieces) : multiprocessors;
-  const int error =
-      launch(gemm_sm90_kernel<kBFloat, kGradInput, kM>, uint32_t(blocks), kThreads, Layout<kM>::kBytes, stream, of);
+  const int at_once = multiprocessors < kCluster ? 1 : multiprocessors / kCluster;
+  const int clusters = pieces < at_once ? int(pieces) : at_once;
+  const int error = launch_clusters(kCluster, gemm_sm90_kernel<kBFloat, kGradInput, kM>, uint32_t(clusters * kCluster),
+                                    kThreads, Layout<kM>::kBytes, stream, of);
   if (error || plan.splits == 1) return error;
   return split_sum<kBFloat>(g.workspace, plan.splits, shape.M, shape.R, g.bias, g.output, stream);
 }

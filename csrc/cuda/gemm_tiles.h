@@ -14,15 +14,16 @@ struct Sm90Plan {
   int steps;   // over the contraction in each split but the last; even, and none is empty
 };
 
-// The plan with which all multiprocessors are done first. A step takes the tensor cores 2 cycles per row, and the
+// The plan with which all multiprocessors are done first. A step takes the tensor cores 4 cycles per row, and the
 // masking, which every tile does again, at least kSm90StepCycles.
 inline Sm90Plan sm90_plan(int64_t M, int64_t R, int64_t C, int multiprocessors, bool may_split) {
   const int64_t all_steps = ceil_div<int64_t>(C, 2 * kSm90C) * 2;
   Sm90Plan best = {};
   double best_cycles = 0;
   for (const int rows : {256, 128, 64}) {
-    const int64_t tiles = ceil_div<int64_t>(M, rows) * ceil_div<int64_t>(R, kSm90R);
-    const double step = 2.0 * rows > tuning::kSm90StepCycles ? 2.0 * rows : tuning::kSm90StepCycles;
+    constexpr int kCluster = tuning::kSm90Cluster;
+    const int64_t tiles = ceil_div<int64_t>(M, rows) * ceil_div<int64_t>(R, kSm90R * kCluster) * kCluster;
+    const double step = 4.0 * rows > tuning::kSm90StepCycles ? 4.0 * rows : tuning::kSm90StepCycles;
     for (int wanted = 1; wanted <= tuning::kSm90Splits; ++wanted) {
       // More splits than there are idle multiprocessors only cost memory.
       if (wanted > 1 && (!may_split || tiles * wanted > multiprocessors)) break;

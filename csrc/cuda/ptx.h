@@ -79,6 +79,27 @@ MASKED_OPS_DEVICE void mbarrier_expect(uint32_t barrier, uint32_t bytes) {
 MASKED_OPS_DEVICE void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+// Arrives at the barrier in the same place of another block of the cluster.
+MASKED_OPS_DEVICE void mbarrier_arrive_at(uint32_t barrier, uint32_t block) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
+      "}" ::"r"(barrier),
+      "r"(block)
+      : "memory");
+}
+// Of the calling block in its cluster.
+MASKED_OPS_DEVICE uint32_t cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+// All threads of all blocks of the cluster come here.
+MASKED_OPS_DEVICE void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
 // Returns once the phase of this parity is over.
 MASKED_OPS_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(

@@ -102,6 +102,13 @@ class Library:
         if self.emulated:
             self._library.emulator_set_device(capability, multiprocessors)
 
+    def bank_conflicts(self) -> int:
+        """Of ldmatrix and stmatrix since it was last asked; on a GPU they are not counted."""
+        if not self.emulated:
+            return 0
+        self._library.emulator_bank_conflicts.restype = ctypes.c_int64
+        return int(self._library.emulator_bank_conflicts())
+
     def empty(self, shape: tuple[int, ...] | int, dtype: torch.dtype, offset: int = 0) -> Tensor:
         """Poisoned memory, on the CPU with its end against a page that must not be touched.
 

@@ -21,7 +21,7 @@ int exchange_turn[64];
 namespace {
 
 constexpr size_t kStack = 256 << 10, kShared = 228 << 10;
-constexpr int kMaxThreads = 1024;
+constexpr int kMaxThreads = 1024, kMaxCluster = 2, kGroups = 256;
 
 struct Fibre {
   ucontext_t context;
@@ -34,6 +34,7 @@ struct Meeting {
   int turn;
 };
 struct Transfer {  // of the asynchronous proxy
+  int block;       // of the cluster
   uint32_t to;
   std::vector<uint8_t> bytes;
   bool swizzled;
@@ -61,11 +62,14 @@ int current;
 jmp_buf scheduler;
 const std::function<void()>* body;
 uint64_t happened;
-Meeting meetings[256];
+Meeting meetings[kMaxCluster][kGroups];
 size_t shared_bytes;
-alignas(1024) uint8_t shared[kShared];
+alignas(1024) uint8_t shared[kMaxCluster][kShared];
+int cluster_blocks;
+unsigned first_block;
+int64_t bank_conflicts;
 std::deque<Transfer> transfers;
-std::vector<std::deque<std::vector<AsyncCopy>>> copies;  // by thread: groups, the last one open
+std::vector<std::deque<std::vector<AsyncCopy>>> copies;  // by thread of the cluster: groups, the last one open
 std::vector<std::deque<std::vector<Wgmma>>> products;
 std::vector<char> fenced;
 
@@ -78,7 +82,8 @@ void enter() {
 
 __attribute__((noinline)) void run(int i) {
   current = i;
-  threadIdx = dim3(unsigned(i));
+  threadIdx = dim3(unsigned(i) % blockDim.x);
+  blockIdx.x = first_block + unsigned(i) / blockDim.x;
   Fibre& fibre = fibres[i];
   if (_setjmp(scheduler)) return;
   if (fibre.started) _longjmp(fibre.resume, 1);
@@ -98,7 +103,7 @@ __attribute__((noinline)) void prepare(Fibre& fibre) {
 void deliver(const Transfer& transfer);
 
 bool run_block() {
-  const int threads = int(blockDim.x);
+  const int threads = int(blockDim.x) * cluster_blocks;
   std::vector<int> order(threads);
   std::iota(order.begin(), order.end(), 0);
   if (order_mode == 1) std::reverse(order.begin(), order.end());
@@ -152,7 +157,8 @@ bool run_block() {
 
 }  // namespace
 
-uint8_t* shared_memory() { return shared; }
+int rank() { return current / int(blockDim.x); }
+uint8_t* shared_memory() { return shared[rank()]; }
 bool lazy() { return is_lazy; }
 void progress() { ++happened; }
 
@@ -167,7 +173,7 @@ __attribute__((noinline)) void yield() {
 }
 
 void meet(int group, int threads, const std::function<void()>& action) {
-  Meeting& meeting = meetings[group];
+  Meeting& meeting = meetings[group == kCluster ? 0 : rank()][group];
   const int turn = meeting.turn;
   progress();
   if (++meeting.here == threads) {
@@ -179,20 +185,25 @@ void meet(int group, int threads, const std::function<void()>& action) {
   while (meeting.turn == turn) yield();
 }
 
-int launch(dim3 grid, unsigned threads, size_t bytes, const std::function<void()>& kernel) {
+int launch(int cluster, dim3 grid, unsigned threads, size_t bytes, const std::function<void()>& kernel) {
   error.clear();
-  if (threads == 0 || threads > kMaxThreads || bytes > (227 << 10) || grid.y > 65535 || grid.x == 0 || grid.y == 0) {
+  if (threads == 0 || threads > kMaxThreads || bytes > (227 << 10) || grid.y > 65535 || grid.x == 0 || grid.y == 0 ||
+      cluster > kMaxCluster || grid.x % cluster) {
     error = "a launch beyond the device's limits";
     return cudaErrorLaunchFailure;
   }
-  while (fibres.size() < threads) fibres.push_back({{}, {}, std::unique_ptr<uint8_t[]>(new uint8_t[kStack]), 0, 0});
+  while (fibres.size() < threads * size_t(cluster)) {
+    fibres.push_back({{}, {}, std::unique_ptr<uint8_t[]>(new uint8_t[kStack]), 0, 0});
+  }
   body = &kernel;
   shared_bytes = bytes;
+  cluster_blocks = cluster;
   gridDim = grid;
   blockDim = dim3(threads);
   for (unsigned y = 0; y < grid.y; ++y) {
-    for (unsigned x = 0; x < grid.x; ++x) {
+    for (unsigned x = 0; x < grid.x; x += unsigned(cluster)) {
       blockIdx = dim3(x, y);
+      first_block = x;
       if (!run_block()) return cudaErrorLaunchFailure;
     }
   }
@@ -205,10 +216,22 @@ namespace masked_ops::cuda {
 
 using namespace emulator;
 
-uint8_t* shared_pointer(uint32_t address, uint32_t alignment, uint32_t bytes) {
+uint8_t* shared_pointer(int block, uint32_t address, uint32_t alignment, uint32_t bytes) {
   if (address % alignment) fail("a misaligned address in shared memory");
   if (address + uint64_t(bytes) > shared_bytes) fail("an address beyond the shared memory");
-  return shared + address;
+  return shared[block] + address;
+}
+uint8_t* shared_pointer(uint32_t address, uint32_t alignment, uint32_t bytes) {
+  return shared_pointer(rank(), address, alignment, bytes);
+}
+
+void count_bank_conflicts(const uint32_t* rows) {
+  if (lane() != 0) return;
+  for (int i = 0; i < 4; ++i) {
+    unsigned groups = 0;
+    for (int row = 0; row < 8; ++row) groups |= 1u << (rows[8 * i + row] / 16 % 8);
+    bank_conflicts += 8 - __builtin_popcount(groups);
+  }
 }
 
 // --- cp.async ---
@@ -228,11 +251,11 @@ void cp_async16(uint32_t to, const void* from, bool there) {
   if (there && reinterpret_cast<uintptr_t>(from) % 16) fail("a misaligned cp.async");
   const AsyncCopy copy{to, from, there};
   if (!lazy()) perform(copy);
-  copies[threadIdx.x].back().push_back(copy);
+  copies[current].back().push_back(copy);
 }
-void cp_async_commit() { copies[threadIdx.x].emplace_back(); }
+void cp_async_commit() { copies[current].emplace_back(); }
 void cp_async_wait_all_but(int groups) {
-  auto& mine = copies[threadIdx.x];
+  auto& mine = copies[current];
   while (int(mine.size()) > groups + 1) {
     if (lazy()) {
       for (const AsyncCopy& copy : mine.front()) perform(copy);
@@ -248,8 +271,8 @@ struct alignas(8) Mbarrier {
   int32_t bytes;
   uint8_t arrivals, pending, parity, valid;
 };
-Mbarrier& mbarrier(uint32_t address) {
-  auto* barrier = reinterpret_cast<Mbarrier*>(shared_pointer(address, 8, 8));
+Mbarrier& mbarrier(int block, uint32_t address) {
+  auto* barrier = reinterpret_cast<Mbarrier*>(shared_pointer(block, address, 8, 8));
   if (barrier->valid != 42) fail("an mbarrier that is not initialised");
   return *barrier;
 }
@@ -265,15 +288,22 @@ void update(Mbarrier& barrier) {
 void mbarrier_init(uint32_t address, int arrivals) {
   *reinterpret_cast<Mbarrier*>(shared_pointer(address, 8, 8)) = {0, uint8_t(arrivals), uint8_t(arrivals), 0, 42};
 }
-void mbarrier_expect(uint32_t address, uint32_t bytes) {
-  Mbarrier& barrier = mbarrier(address);
+namespace {
+void arrive(int block, uint32_t address, uint32_t bytes) {
+  Mbarrier& barrier = mbarrier(block, address);
   if (barrier.pending == 0) fail("more arrivals at an mbarrier than it counts");
   barrier.bytes += int(bytes);
   --barrier.pending;
   update(barrier);
 }
-void mbarrier_arrive(uint32_t address) { mbarrier_expect(address, 0); }
-bool mbarrier_done(uint32_t address, uint32_t parity) { return mbarrier(address).parity != parity; }
+}  // namespace
+void mbarrier_expect(uint32_t address, uint32_t bytes) { arrive(rank(), address, bytes); }
+void mbarrier_arrive(uint32_t address) { arrive(rank(), address, 0); }
+void mbarrier_arrive_at(uint32_t address, uint32_t block) { arrive(int(block), address, 0); }
+bool mbarrier_done(uint32_t address, uint32_t parity) { return mbarrier(rank(), address).parity != parity; }
+void cluster_barrier() {
+  meet(kCluster, int(blockDim.x) * cluster_blocks, [] {});
+}
 
 }  // namespace masked_ops::cuda
 
@@ -284,9 +314,9 @@ void deliver(const Transfer& transfer) {
   for (size_t i = 0; i < transfer.bytes.size(); i += 16) {
     uint32_t to = transfer.to + uint32_t(i);
     if (transfer.swizzled) to ^= (to >> 7 & 7) << 4;
-    std::memcpy(shared_pointer(to, 16, 16), transfer.bytes.data() + i, 16);
+    std::memcpy(shared_pointer(transfer.block, to, 16, 16), transfer.bytes.data() + i, 16);
   }
-  Mbarrier& barrier = mbarrier(transfer.barrier);
+  Mbarrier& barrier = mbarrier(transfer.block, transfer.barrier);
   barrier.bytes -= int(transfer.bytes.size());
   update(barrier);
 }
@@ -305,10 +335,15 @@ namespace masked_ops::cuda {
 void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
   if (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16 || to % 16) fail("a misaligned bulk copy");
   const auto* begin = static_cast<const uint8_t*>(from);
-  transfer({to, std::vector<uint8_t>(begin, begin + bytes), false, barrier});
+  transfer({rank(), to, std::vector<uint8_t>(begin, begin + bytes), false, barrier});
 }
 
 void tma_load(uint32_t to, const TensorMap* map, uint32_t barrier, int col, int row) {
+  tma_load_shared(to, map, barrier, col, row, uint16_t(1 << rank()));
+}
+
+void tma_load_shared(uint32_t to, const TensorMap* map, uint32_t barrier, int col, int row, uint16_t blocks) {
+  if (blocks >> cluster_blocks) fail("a tensor copy to blocks beyond the cluster");
   if (to % 1024 || map->box_cols != 64 || map->box_rows > 256) fail("a tensor copy that does not fit its swizzle");
   std::vector<uint8_t> bytes(size_t(map->box_rows) * 128, 0);
   for (int r = 0; r < map->box_rows; ++r) {
@@ -319,7 +354,9 @@ void tma_load(uint32_t to, const TensorMap* map, uint32_t barrier, int col, int 
       }
     }
   }
-  transfer({to, std::move(bytes), true, barrier});
+  for (int block = 0; block < cluster_blocks; ++block) {
+    if (blocks >> block & 1) transfer({block, to, bytes, true, barrier});
+  }
 }
 
 // --- wgmma: D[64][N] += A[64][16] B[N][16]^T, A in registers, B in shared memory, K-major, swizzled by 128 bytes ---
@@ -365,8 +402,8 @@ void perform(const std::vector<const Wgmma*>& ops) {
 }
 
 void perform_all_but(int groups) {
-  const int first = int(threadIdx.x) / 128 * 128;
-  meet(kWarpgroups + first / 128, 128, [&] {
+  const int first = current / 128 * 128;
+  meet(kWarpgroups + int(threadIdx.x) / 128, 128, [&] {
     while (int(products[first].size()) > groups + 1) {
       const size_t count = products[first].front().size();
       for (size_t i = 0; i < count; ++i) {
@@ -384,15 +421,15 @@ void perform_all_but(int groups) {
 
 }  // namespace
 
-void wgmma_fence() { fenced[threadIdx.x] = 1; }
+void wgmma_fence() { fenced[current] = 1; }
 void wgmma_issue(int N, bool bfloat, float* d, const uint32_t* a, uint64_t b) {
-  if (!fenced[threadIdx.x]) fail("a wgmma without a fence before it");
+  if (!fenced[current]) fail("a wgmma without a fence before it");
   if (b >> 62 != 1 || (b & 0x3fff) % 2) fail("a descriptor that is not swizzled by 128 bytes");
-  products[threadIdx.x].back().push_back({N, bfloat, d, a, {a[0], a[1], a[2], a[3]}, b});
+  products[current].back().push_back({N, bfloat, d, a, {a[0], a[1], a[2], a[3]}, b});
 }
 void wgmma_commit() {
-  fenced[threadIdx.x] = 0;
-  products[threadIdx.x].emplace_back();
+  fenced[current] = 0;
+  products[current].emplace_back();
   if (!lazy()) perform_all_but(0);
 }
 void wgmma_wait_all_but(int groups) { perform_all_but(groups); }
@@ -424,4 +461,5 @@ void emulator_set_mode(int lazy, int order) {
   emulator::is_lazy = lazy != 0;
   emulator::order_mode = order;
 }
+int64_t emulator_bank_conflicts() { return std::exchange(emulator::bank_conflicts, 0); }
 const char* emulator_error() { return emulator::error.c_str(); }

@@ -57,10 +57,11 @@ void wait_until(const Ready& ready) {
   progress();
 }
 
-// All `threads` of a group come here; the last one runs action, and then all go on.
+// All `threads` of a group of the block come here; the last one runs action, and then all go on.
 void meet(int group, int threads, const std::function<void()>& action);
-enum : int { kBlock = 0, kNamed = 1, kWarps = 64, kWarpgroups = 128 };
+enum : int { kBlock = 0, kNamed = 1, kWarps = 64, kWarpgroups = 128, kCluster = 255 };
 
+int rank();  // of the block in its cluster
 inline int lane() { return int(threadIdx.x % 32); }
 inline int warp() { return int(threadIdx.x / 32); }
 
@@ -70,15 +71,14 @@ const T* exchange(const T& mine) {
   static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= 64);
   extern uint8_t exchanged[2][64][32 * 64];
   extern int exchange_turn[64];
-  const int turn = exchange_turn[warp()] & 1;
-  T* all = reinterpret_cast<T*>(exchanged[turn][warp()]);
+  const int w = rank() * 32 + warp();
+  T* all = reinterpret_cast<T*>(exchanged[exchange_turn[w] & 1][w]);
   std::memcpy(static_cast<void*>(all + lane()), &mine, sizeof(T));
-  const int w = warp();
-  meet(kWarps + w, 32, [w] { ++exchange_turn[w]; });
+  meet(kWarps + warp(), 32, [w] { ++exchange_turn[w]; });
   return all;
 }
 
-int launch(dim3 grid, unsigned threads, size_t shared, const std::function<void()>& kernel);
+int launch(int cluster, dim3 grid, unsigned threads, size_t shared, const std::function<void()>& kernel);
 
 template <typename T>
 T* checked(T* pointer) {
@@ -151,9 +151,14 @@ const char* cudaGetErrorString(cudaError_t error);
 namespace masked_ops::cuda {
 
 template <typename... Parameters, typename... Arguments>
-int launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared, void*,
+int launch_clusters(int cluster, void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared, void*,
+                    const Arguments&... arguments) {
+  return emulator::launch(cluster, grid, threads, shared, [&] { kernel(Parameters(arguments)...); });
+}
+template <typename... Parameters, typename... Arguments>
+int launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared, void* stream,
            const Arguments&... arguments) {
-  return emulator::launch(grid, threads, shared, [&] { kernel(Parameters(arguments)...); });
+  return launch_clusters(1, kernel, grid, threads, shared, stream, arguments...);
 }
 
 inline int zero(void* memory, size_t bytes, void*) {
@@ -204,9 +209,13 @@ void cp_async_wait() {
   cp_async_wait_all_but(kGroups);
 }
 
+// Eight rows of 16 bytes take one turn if they are in different groups of banks.
+void count_bank_conflicts(const uint32_t* rows);
+
 template <bool kTransposed>
 void ldmatrix_x4(uint32_t* to, uint32_t address) {
   const uint32_t* rows = emulator::exchange(address);
+  count_bank_conflicts(rows);
   for (int i = 0; i < 4; ++i) {
     uint16_t pair[2];
     for (int e = 0; e < 2; ++e) {
@@ -221,6 +230,7 @@ void ldmatrix_x4(uint32_t* to, uint32_t address) {
 template <bool kTransposed>
 void stmatrix_x4(uint32_t address, const uint32_t* from) {
   const uint32_t* rows = emulator::exchange(address);
+  count_bank_conflicts(rows);
   for (int i = 0; i < 4; ++i) {
     for (int e = 0; e < 2; ++e) {
       const int a = emulator::lane() / 4, b = emulator::lane() % 4 * 2 + e;
@@ -272,6 +282,9 @@ uint32_t permute(uint32_t from) {
 void mbarrier_init(uint32_t barrier, int arrivals);
 void mbarrier_expect(uint32_t barrier, uint32_t bytes);  // and arrives
 void mbarrier_arrive(uint32_t barrier);
+void mbarrier_arrive_at(uint32_t barrier, uint32_t block);
+inline uint32_t cluster_rank() { return uint32_t(emulator::rank()); }
+void cluster_barrier();
 bool mbarrier_done(uint32_t barrier, uint32_t parity);
 inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   emulator::wait_until([&] { return mbarrier_done(barrier, parity); });
@@ -290,6 +303,7 @@ inline int encode_tensor_map(TensorMap* map, const void* base, int64_t rows, int
 }
 void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier);
 void tma_load(uint32_t to, const TensorMap* map, uint32_t barrier, int col, int row);
+void tma_load_shared(uint32_t to, const TensorMap* map, uint32_t barrier, int col, int row, uint16_t blocks);
 
 void wgmma_fence();
 void wgmma_commit();
@@ -320,4 +334,6 @@ extern "C" {
 void emulator_set_mode(int lazy, int order);
 void emulator_set_device(int capability, int multiprocessors);
 const char* emulator_error();
+// Of ldmatrix and stmatrix since it was last asked.
+int64_t emulator_bank_conflicts();
 }

@@ -67,7 +67,9 @@ def gemm(
         workspace = cuda.empty(cuda.size("gemm_workspace", ctypes.byref(call)), torch.uint8)
         assert workspace.numel() > 0
         call.workspace = workspace.data_ptr()
+    cuda.bank_conflicts()
     cuda(kernel, ctypes.byref(call))
+    assert cuda.bank_conflicts() == 0
     return output.cpu()
 
 
