@@ -79,13 +79,15 @@ MASKED_OPS_DEVICE void mbarrier_expect(uint32_t barrier, uint32_t bytes) {
 MASKED_OPS_DEVICE void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// Arrives at the barrier in the same place of another block of the cluster.
+// Arrives at the barrier in the same place of another block of the cluster. Says only that what was read before has
+// been read: a release for the whole cluster, which nobody needs here, would wait for memory (MEMBAR.ALL.GPU) each
+// time.
 MASKED_OPS_DEVICE void mbarrier_arrive_at(uint32_t barrier, uint32_t block) {
   asm volatile(
       "{\n"
       ".reg .b32 there;\n"
       "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
       "}" ::"r"(barrier),
       "r"(block)
       : "memory");

@@ -97,11 +97,13 @@ def _instructions(listing: str) -> dict[str, list[str]]:
 
 @dataclass(frozen=True, eq=False)
 class Rule:
-    """For kernels whose name matches: a cap on registers, and instructions that must be there so many times."""
+    """For kernels whose name matches: a cap on registers, and instructions that must be there at least so many times,
+    or at most."""
 
     kernels: str
     registers: int
     wanted: dict[str, int] = field(default_factory=dict)
+    unwanted: dict[str, int] = field(default_factory=dict)
     architecture: str = ""  # of one only
 
 
@@ -132,6 +134,8 @@ RULES = (
             r"STSM|MATRIX": 1,
             r"USETMAXREG": 2,
         },
+        # A fence for each of the two barriers of the cluster, and none in the loop.
+        {r"MEMBAR\.\w+\.GPU": 2},
         architecture="90a",
     ),
     Rule(r"gemm_sm90_kernel", 32, architecture="80"),  # empty
@@ -160,6 +164,9 @@ def faults(compiled: Compiled, architecture: str) -> list[str]:
             for pattern, count in rule.wanted.items():
                 if (got := kernel.count(pattern)) < count:
                     found.append(f"{name}: {got} of {pattern}, at least {count} wanted")
+            for pattern, count in rule.unwanted.items():
+                if (got := kernel.count(pattern)) > count:
+                    found.append(f"{name}: {got} of {pattern}, at most {count} wanted")
             if (wrong := kernel.count(r"HGMMA")) != kernel.count(r"HGMMA\S* R\d+, R\d+, gdesc"):
                 found.append(f"{name}: not all of {wrong} HGMMA take operand A from registers")
     return found
