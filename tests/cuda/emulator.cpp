@@ -225,6 +225,15 @@ uint8_t* shared_pointer(uint32_t address, uint32_t alignment, uint32_t bytes) {
   return shared_pointer(rank(), address, alignment, bytes);
 }
 
+// Shared memory ends with the last thread of its block.
+void must_live(int block) {
+  const size_t first = size_t(block) * blockDim.x;
+  for (size_t i = first; i < first + blockDim.x; ++i) {
+    if (!fibres[i].finished) return;
+  }
+  error = "access to the shared memory of a block that has ended";
+}
+
 void count_bank_conflicts(const uint32_t* rows) {
   if (lane() != 0) return;
   for (int i = 0; i < 4; ++i) {
@@ -299,7 +308,10 @@ void arrive(int block, uint32_t address, uint32_t bytes) {
 }  // namespace
 void mbarrier_expect(uint32_t address, uint32_t bytes) { arrive(rank(), address, bytes); }
 void mbarrier_arrive(uint32_t address) { arrive(rank(), address, 0); }
-void mbarrier_arrive_at(uint32_t address, uint32_t block) { arrive(int(block), address, 0); }
+void mbarrier_arrive_at(uint32_t address, uint32_t block) {
+  must_live(int(block));
+  arrive(int(block), address, 0);
+}
 bool mbarrier_done(uint32_t address, uint32_t parity) { return mbarrier(rank(), address).parity != parity; }
 void cluster_barrier() {
   meet(kCluster, int(blockDim.x) * cluster_blocks, [] {});
@@ -311,6 +323,7 @@ namespace emulator {
 namespace {
 void deliver(const Transfer& transfer) {
   using namespace masked_ops::cuda;
+  must_live(transfer.block);
   for (size_t i = 0; i < transfer.bytes.size(); i += 16) {
     uint32_t to = transfer.to + uint32_t(i);
     if (transfer.swizzled) to ^= (to >> 7 & 7) << 4;
