@@ -21,11 +21,13 @@ struct Plan {
   int64_t M, N, K;
   PatternPtr pattern;
   Path path;
+  cpu::Dtype dtype = {};  // of the kernels, where the path has any
 
   Plan(Pass pass, int64_t rows, const at::Tensor& weight, const at::Tensor& mask, bool have_values = false)
       : M(rows), N(weight.size(0)), K(weight.size(1)), pattern(try_pattern_of(mask)) {
     path = choose_linear(pass, M, weight, pattern.get(), have_values).path;
     if (M == 0 || N == 0 || K == 0) path = Path::kCopy;  // nothing to compute; torch knows the shapes
+    if (path != Path::kCopy) dtype = dtype_of(weight.scalar_type());
   }
   cpu::Team team() const { return team_for(M * N * K); }
 };
@@ -35,6 +37,7 @@ struct Plan {
 struct CompactPlan {
   const Compact& compact;
   int64_t M;
+  cpu::Dtype dtype;
 
   int64_t N() const { return compact.pattern->rows(); }
   int64_t K() const { return compact.pattern->cols(); }
@@ -55,9 +58,9 @@ struct CompactPlan {
     if (N() == 0) return;
     const at::Tensor live_x = live_in(x), live_weight = live(weight), live_y = at::empty({M, N()}, y.options());
     const at::Tensor live_bias = bias.defined() ? bias.index_select(0, compact.rows) : bias;
-    cpu::kernels().linear(team(), M, N(), K(), live_x.const_data_ptr<float>(), live_weight.const_data_ptr<float>(),
-                          compact.pattern->bits(), bias.defined() ? live_bias.const_data_ptr<float>() : nullptr,
-                          live_y.mutable_data_ptr<float>());
+    cpu::kernels().linear(team(), dtype, M, N(), K(), live_x.const_data_ptr(), live_weight.const_data_ptr(),
+                          compact.pattern->bits(), bias.defined() ? live_bias.const_data_ptr() : nullptr,
+                          live_y.mutable_data_ptr());
     y.index_copy_(1, compact.rows, live_y);
   }
 
@@ -65,9 +68,8 @@ struct CompactPlan {
     dx.zero_();
     if (N() == 0) return;
     const at::Tensor live_dy = live_out(dy), live_weight = live(weight), live_dx = at::empty({M, K()}, dx.options());
-    cpu::kernels().linear_grad_input(team(), M, N(), K(), live_dy.const_data_ptr<float>(),
-                                     live_weight.const_data_ptr<float>(), compact.pattern->bits(),
-                                     live_dx.mutable_data_ptr<float>());
+    cpu::kernels().linear_grad_input(team(), dtype, M, N(), K(), live_dy.const_data_ptr(), live_weight.const_data_ptr(),
+                                     compact.pattern->bits(), live_dx.mutable_data_ptr());
     dx.index_copy_(1, compact.cols, live_dx);
   }
 
@@ -75,9 +77,8 @@ struct CompactPlan {
     dw.zero_();
     if (N() == 0) return;
     const at::Tensor live_dy = live_out(dy), live_x = live_in(x), live_dw = at::empty({N(), K()}, dw.options());
-    cpu::kernels().linear_grad_weight(team(), M, N(), K(), live_dy.const_data_ptr<float>(),
-                                      live_x.const_data_ptr<float>(), compact.pattern->bits(),
-                                      live_dw.mutable_data_ptr<float>());
+    cpu::kernels().linear_grad_weight(team(), dtype, M, N(), K(), live_dy.const_data_ptr(), live_x.const_data_ptr(),
+                                      compact.pattern->bits(), live_dw.mutable_data_ptr());
     dw.index_put_({compact.rows.unsqueeze(1), compact.cols}, live_dw);
   }
 };
@@ -126,14 +127,13 @@ std::tuple<at::Tensor, at::Tensor> linear_with_values(const at::Tensor& input, c
   const at::Tensor b = has_bias ? bias->contiguous() : at::Tensor();
   if (plan.path == Path::kCompact) {
     const auto compact = plan.pattern->compact();
-    CompactPlan{*compact, plan.M}.forward(as_matrix(x, plan.K), weight, b, output.view({plan.M, plan.N}));
+    CompactPlan{*compact, plan.M, plan.dtype}.forward(as_matrix(x, plan.K), weight, b, output.view({plan.M, plan.N}));
   } else if (plan.path == Path::kSparse) {
     values = compress(weight, *plan.pattern);
     sparse_linear(*plan.pattern, values, plan.M, x, b, output);
   } else {
-    cpu::kernels().linear(plan.team(), plan.M, plan.N, plan.K, x.const_data_ptr<float>(),
-                          weight.const_data_ptr<float>(), plan.pattern->bits(),
-                          has_bias ? b.const_data_ptr<float>() : nullptr, output.mutable_data_ptr<float>());
+    cpu::kernels().linear(plan.team(), plan.dtype, plan.M, plan.N, plan.K, x.const_data_ptr(), weight.const_data_ptr(),
+                          plan.pattern->bits(), has_bias ? b.const_data_ptr() : nullptr, output.mutable_data_ptr());
   }
   return {output, values};
 }
@@ -160,14 +160,14 @@ at::Tensor linear_grad_input_with_values(const at::Tensor& grad_output, const at
   const at::Tensor dy = grad_output.contiguous();
   if (plan.path == Path::kCompact) {
     const auto compact = plan.pattern->compact();
-    CompactPlan{*compact, plan.M}.grad_input(as_matrix(dy, plan.N), weight, grad_input.view({plan.M, plan.K}));
+    CompactPlan{*compact, plan.M, plan.dtype}.grad_input(as_matrix(dy, plan.N), weight,
+                                                         grad_input.view({plan.M, plan.K}));
   } else if (plan.path == Path::kSparse) {
     const at::Tensor v = values.defined() ? values : compress(weight, *plan.pattern);
     sparse_grad_input(*plan.pattern, v, plan.M, dy, grad_input);
   } else {
-    cpu::kernels().linear_grad_input(plan.team(), plan.M, plan.N, plan.K, dy.const_data_ptr<float>(),
-                                     weight.const_data_ptr<float>(), plan.pattern->bits(),
-                                     grad_input.mutable_data_ptr<float>());
+    cpu::kernels().linear_grad_input(plan.team(), plan.dtype, plan.M, plan.N, plan.K, dy.const_data_ptr(),
+                                     weight.const_data_ptr(), plan.pattern->bits(), grad_input.mutable_data_ptr());
   }
   return grad_input;
 }
@@ -193,15 +193,14 @@ at::Tensor linear_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
   const at::Tensor dy = grad_output.contiguous(), x = input.contiguous();
   if (plan.path == Path::kCompact) {
     const auto compact = plan.pattern->compact();
-    CompactPlan{*compact, plan.M}.grad_weight(as_matrix(dy, plan.N), as_matrix(x, plan.K), grad_weight);
+    CompactPlan{*compact, plan.M, plan.dtype}.grad_weight(as_matrix(dy, plan.N), as_matrix(x, plan.K), grad_weight);
   } else if (plan.path == Path::kSparse) {
     const at::Tensor values = on_huge_pages(at::empty({plan.pattern->nnz()}, grad_output.options()));
     sparse_grad_values(*plan.pattern, plan.M, dy, x, values);
     expand_into(grad_weight, values, *plan.pattern);
   } else {
-    cpu::kernels().linear_grad_weight(plan.team(), plan.M, plan.N, plan.K, dy.const_data_ptr<float>(),
-                                      x.const_data_ptr<float>(), plan.pattern->bits(),
-                                      grad_weight.mutable_data_ptr<float>());
+    cpu::kernels().linear_grad_weight(plan.team(), plan.dtype, plan.M, plan.N, plan.K, dy.const_data_ptr(),
+                                      x.const_data_ptr(), plan.pattern->bits(), grad_weight.mutable_data_ptr());
   }
   return grad_weight;
 }

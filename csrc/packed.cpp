@@ -17,9 +17,10 @@ namespace {
 PatternPtr checked_pattern(const at::Tensor& bits, int64_t in_features, int64_t nnz) {
   TORCH_CHECK(in_features >= 0, "in_features must not be negative, got ", in_features);
   TORCH_CHECK(bits.is_cpu(), "weight_bits must be on the CPU, got ", bits.device());
-  TORCH_CHECK(bits.scalar_type() == at::kByte && bits.dim() == 2 && bits.size(1) == (in_features + 7) / 8,
-              "weight_bits must be uint8 of shape [out_features, ", (in_features + 7) / 8, "], got ",
-              bits.scalar_type(), " of shape ", bits.sizes());
+  const int64_t bytes = in_features / 8 + (in_features % 8 != 0);
+  TORCH_CHECK(bits.scalar_type() == at::kByte && bits.dim() == 2 && bits.size(1) == bytes,
+              "weight_bits must be uint8 of shape [out_features, ", bytes, "], got ", bits.scalar_type(), " of shape ",
+              bits.sizes());
   PatternPtr pattern = pattern_of_bits(bits, in_features);
   TORCH_CHECK(pattern->nnz() == nnz, "weight_values must hold one value for each of the ", pattern->nnz(),
               " bits set in weight_bits, got ", nnz);

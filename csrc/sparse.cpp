@@ -14,40 +14,40 @@ bool takes_vector(const Pattern& pattern, int64_t M) { return M == 1 && pattern.
 
 void sparse_linear(const Pattern& pattern, const at::Tensor& values, int64_t M, const at::Tensor& x,
                    const at::Tensor& bias, const at::Tensor& y) {
-  const float* const b = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
+  const void* const b = bias.defined() ? bias.const_data_ptr() : nullptr;
   if (takes_vector(pattern, M)) {
-    cpu::kernels().spmv(team_of(pattern, M), pattern.row_columns(), values.const_data_ptr<float>(),
-                        x.const_data_ptr<float>(), b, y.mutable_data_ptr<float>());
+    cpu::kernels().spmv(team_of(pattern, M), pattern.row_columns(), pattern.cols(), dtype_of(x.scalar_type()),
+                        values.const_data_ptr(), x.const_data_ptr(), b, y.mutable_data_ptr());
     return;
   }
   const auto index = pattern.index(/*transposed=*/false);
-  index->kernels().spmm(team_of(pattern, M), index->get(), values.const_data_ptr<float>(), M, x.const_data_ptr<float>(),
-                        b, y.mutable_data_ptr<float>());
+  index->kernels().spmm(team_of(pattern, M), index->get(), dtype_of(x.scalar_type()), values.const_data_ptr(), M,
+                        x.const_data_ptr(), b, y.mutable_data_ptr());
 }
 
 void sparse_grad_input(const Pattern& pattern, const at::Tensor& values, int64_t M, const at::Tensor& dy,
                        const at::Tensor& dx) {
   if (takes_vector(pattern, M)) {
     cpu::kernels().spmv_transposed(team_of(pattern, M), pattern.row_columns(), pattern.cols(),
-                                   values.const_data_ptr<float>(), dy.const_data_ptr<float>(),
-                                   dx.mutable_data_ptr<float>());
+                                   dtype_of(dy.scalar_type()), values.const_data_ptr(), dy.const_data_ptr(),
+                                   dx.mutable_data_ptr());
     return;
   }
   const auto index = pattern.index(/*transposed=*/true);
-  index->kernels().spmm(team_of(pattern, M), index->get(), values.const_data_ptr<float>(), M,
-                        dy.const_data_ptr<float>(), nullptr, dx.mutable_data_ptr<float>());
+  index->kernels().spmm(team_of(pattern, M), index->get(), dtype_of(dy.scalar_type()), values.const_data_ptr(), M,
+                        dy.const_data_ptr(), nullptr, dx.mutable_data_ptr());
 }
 
 void sparse_grad_values(const Pattern& pattern, int64_t M, const at::Tensor& dy, const at::Tensor& x,
                         const at::Tensor& grad_values) {
   if (takes_vector(pattern, M)) {
-    cpu::kernels().sampled_outer(team_of(pattern, M), pattern.row_columns(), dy.const_data_ptr<float>(),
-                                 x.const_data_ptr<float>(), grad_values.mutable_data_ptr<float>());
+    cpu::kernels().sampled_outer(team_of(pattern, M), pattern.row_columns(), pattern.cols(), dtype_of(dy.scalar_type()),
+                                 dy.const_data_ptr(), x.const_data_ptr(), grad_values.mutable_data_ptr());
     return;
   }
   const auto index = pattern.index(/*transposed=*/false);
-  index->kernels().sddmm(team_of(pattern, M), index->get(), M, dy.const_data_ptr<float>(), x.const_data_ptr<float>(),
-                         grad_values.mutable_data_ptr<float>());
+  index->kernels().sddmm(team_of(pattern, M), index->get(), dtype_of(dy.scalar_type()), M, dy.const_data_ptr(),
+                         x.const_data_ptr(), grad_values.mutable_data_ptr());
 }
 
 }  // namespace masked_ops

@@ -7,7 +7,8 @@
 
 namespace masked_ops {
 
-// Contiguous float tensors throughout: x [M][K], y and dy [M][N], dx [M][K], values and grad_values [nnz]; M, N, K > 0.
+// Contiguous tensors of one dtype that has kernels: x [M][K], y and dy [M][N], dx [M][K], values and grad_values [nnz];
+// M, N, K > 0.
 
 // y = x * weight^T + bias, which may be undefined.
 void sparse_linear(const Pattern& pattern, const at::Tensor& values, int64_t M, const at::Tensor& x,

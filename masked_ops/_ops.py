@@ -12,7 +12,7 @@ import contextlib
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -35,7 +35,7 @@ _SCHEMAS = (
     f"convolution(Tensor input, {_MASKED}, Tensor? bias, {_GEOMETRY}) -> Tensor",
     f"convolution_grad_input(Tensor grad_output, {_MASKED}, SymInt[] input_size, {_GEOMETRY}) -> Tensor",
     f"convolution_grad_weight(Tensor grad_output, Tensor input, Tensor mask, {_GEOMETRY}) -> Tensor",
-    f"explain_convolution({_MASKED}, int batch) -> (str, str)",
+    f"explain_convolution({_MASKED}, SymInt[] input_size, bool channels_last, {_GEOMETRY}) -> (str, str)",
     f"packed_linear(Tensor input, {_PACKED}, Tensor? bias=None) -> Tensor",
     f"packed_linear_grad_input(Tensor grad_output, {_PACKED}) -> Tensor",
     "packed_linear_grad_values(Tensor grad_output, Tensor input, Tensor weight_bits, SymInt nnz) -> Tensor",
@@ -237,12 +237,14 @@ def explain_packed_linear(weight_values: Tensor, weight_bits: Tensor, in_feature
     return path, reason
 
 
-def explain_convolution(weight: Tensor, mask: Tensor, batch: int) -> tuple[str, str]:
-    """The path that ``convolution`` takes for ``batch`` inputs, and why."""
+def explain_convolution(
+    weight: Tensor, mask: Tensor, input_size: Sequence[int], channels_last: bool, *geometry: Any
+) -> tuple[str, str]:
+    """The path that ``convolution`` takes for an input of this size and layout, and why."""
     module = _compiled()
     if module is None:
         return "reference", _fallback_reason or "no compiled kernels"
-    path, reason = torch.ops.masked_ops.explain_convolution(weight.detach(), mask, batch)
+    path, reason = torch.ops.masked_ops.explain_convolution(weight.detach(), mask, input_size, channels_last, *geometry)
     return path, reason
 
 

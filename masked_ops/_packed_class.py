@@ -93,6 +93,13 @@ class Packed(nn.Module):
         """Rows and columns of the weight."""
         raise NotImplementedError
 
+    def set_mask(self, mask: Tensor) -> None:
+        """Refused: packed values fit one mask; ``masked_ops.unpack`` makes a masked module, whose mask can be set."""
+        raise ValueError(
+            f"the mask of {type(self).__name__} cannot be set while its weight is packed: masked_ops.unpack makes it a "
+            "masked one, and masked_ops.pack a packed one again"
+        )
+
     def register_parameter(self, name: str, param: Parameter | None) -> None:
         """``module.weight = Parameter(...)`` ends here."""
         if name == "weight" and is_packed(self):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import masked_ops
-from masked_ops import _ops
+from masked_ops import _ops, _recipe
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -31,6 +31,8 @@ def name_of(dtype: torch.dtype) -> str:
 PATHS: tuple[str, ...] = _ops.paths()
 _module = _ops._module
 CAPABILITIES: tuple[str, ...] = tuple(_module.capabilities()) if _module else ("none",)
+
+SANITIZED = _recipe.enabled("MASKED_OPS_SANITIZE")
 
 compiled_only = pytest.mark.skipif(_module is None, reason="plain torch serves: nothing was compiled")
 

@@ -44,6 +44,7 @@ struct Int {
 };
 
 using Word16 __attribute__((may_alias)) = uint16_t;
+using Word32 __attribute__((may_alias)) = uint32_t;
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 // Four floats from anywhere: a load and a shuffle for each, in less than half of the time of the gather instructions.
@@ -89,6 +90,11 @@ struct Vec {
   static MASKED_OPS_INLINE Vec loadu(const float* p) { return {_mm512_loadu_ps(p)}; }
   // Lanes without a bit are zero and their memory is not touched.
   static MASKED_OPS_INLINE Vec loadu(Predicate m, const float* p) { return {_mm512_maskz_loadu_ps(m, p)}; }
+  // Lane i is p[i * step].
+  static MASKED_OPS_INLINE Vec gather(Predicate m, const float* p, int step) {
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return {_mm512_mask_i32gather_ps(_mm512_setzero_ps(), m, _mm512_mullo_epi32(lanes, _mm512_set1_epi32(step)), p, 4)};
+  }
   MASKED_OPS_INLINE void store(float* p) const { _mm512_store_ps(p, v); }
   MASKED_OPS_INLINE void storeu(float* p) const { _mm512_storeu_ps(p, v); }
   MASKED_OPS_INLINE void storeu(Predicate m, float* p) const { _mm512_mask_storeu_ps(p, m, v); }
@@ -214,6 +220,10 @@ struct Vec {
   static MASKED_OPS_INLINE Vec load(const float* p) { return {_mm256_load_ps(p)}; }
   static MASKED_OPS_INLINE Vec loadu(const float* p) { return {_mm256_loadu_ps(p)}; }
   static MASKED_OPS_INLINE Vec loadu(Predicate m, const float* p) { return {_mm256_maskload_ps(p, lanes(m))}; }
+  static MASKED_OPS_INLINE Vec gather(Predicate m, const float* p, int step) {
+    const __m256i at = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(step));
+    return {_mm256_mask_i32gather_ps(_mm256_setzero_ps(), p, at, _mm256_castsi256_ps(lanes(m)), 4)};
+  }
   MASKED_OPS_INLINE void store(float* p) const { _mm256_store_ps(p, v); }
   MASKED_OPS_INLINE void storeu(float* p) const { _mm256_storeu_ps(p, v); }
   MASKED_OPS_INLINE void storeu(Predicate m, float* p) const { _mm256_maskstore_ps(p, lanes(m), v); }
@@ -309,6 +319,10 @@ struct Vec {
   static MASKED_OPS_INLINE Vec loadu(const float* p) { return {*reinterpret_cast<const LooseFloats*>(p)}; }
   static MASKED_OPS_INLINE Vec loadu(Predicate m, const float* p) {
     return {Floats{m & 1 ? p[0] : 0, m & 2 ? p[1] : 0, m & 4 ? p[2] : 0, m & 8 ? p[3] : 0}};
+  }
+  static MASKED_OPS_INLINE Vec gather(Predicate m, const float* p, int step) {
+    const int64_t s = step;
+    return {Floats{m & 1 ? p[0] : 0, m & 2 ? p[s] : 0, m & 4 ? p[2 * s] : 0, m & 8 ? p[3 * s] : 0}};
   }
   MASKED_OPS_INLINE void store(float* p) const { storeu(p); }
   MASKED_OPS_INLINE void storeu(float* p) const { *reinterpret_cast<LooseFloats*>(p) = v; }
