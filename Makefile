@@ -9,6 +9,7 @@
 #   make lint        formatting, lint and types
 #   make format      put the formatting right
 #   make sanitize    the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer, on all capabilities
+#   make cuda-check  the CUDA kernels without a GPU: emulated, and as compiled; part of make test where nvcc is there
 #   make clean       remove everything that make has made
 
 SHELL := /bin/bash
@@ -26,15 +27,17 @@ SOURCES := $(shell find masked_ops csrc -type f -not -path '*/__pycache__/*' -no
     $(wildcard README.md) LICENSE MANIFEST.in pyproject.toml setup.py
 KERNEL_TESTS := $(sort $(foreach name,linear convolution packed apply_mask pattern autograd errors,\
     $(wildcard tests/test_$(name)*.py)))
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+CUDA_TOOLS := .cache/cuda-tools/.ready
 
 export MASKED_OPS_CACHE_DIR ?= $(CURDIR)/.cache/masked_ops
 
-.PHONY: test demo bench lint format sanitize clean
+.PHONY: test demo bench lint format sanitize cuda-check clean
 
 test: export MASKED_OPS_BUILD_CAPABILITIES := all
 test: export MASKED_OPS_REQUIRE_BUILD := 1
-test: lint
+test: lint $(if $(shell command -v nvcc),$(CUDA_TOOLS))
 	@cd .venv && bin/python -m masked_ops
 	$(BIN)/pytest $(ARGS)
 
@@ -80,6 +83,9 @@ sanitize: .venv/.test
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 	$(BIN)/pytest -p no:cacheprovider --capture=sys $(or $(ARGS),$(KERNEL_TESTS))
 
+cuda-check: .venv/.test $(CUDA_TOOLS)
+	MASKED_OPS_CUDA_CHECK=1 $(BIN)/pytest $(or $(ARGS),tests/cuda)
+
 clean:
 	rm -rf .venv .cache build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
@@ -97,6 +103,12 @@ clean:
 	@rm -rf build
 	$(INSTALL) ".[$(if $(filter test,$*),test$(comma)lint,$*)]"
 	@rm -rf build *.egg-info
+	@touch $@
+
+# Packages of which only files are read; beside torch they would change what it does.
+$(CUDA_TOOLS): requirements/cuda-tools.txt .venv/.torch
+	@rm -rf $(@D)
+	$(PIP) install --quiet --no-deps --target $(@D) --requirement $<
 	@touch $@
 
 comma := ,

@@ -1,0 +1,61 @@
+// What gemm_sm80 and gemm_sm90 share. Both compute output[m][r] = sum over c of input[m][c] * operand[r][c], where the
+// operand is the masked weight (forward: r = n, c = k) or its transpose (grad_input: r = k, c = n).
+#pragma once
+
+#include "device.h"
+#include "fragments.h"
+#include "ptx.h"
+
+namespace masked_ops::cuda {
+
+struct GemmShape {
+  int M, R, C;
+  int weight_cols;  // K, in both directions
+
+  static GemmShape of(const Gemm& g) {
+    return {int(g.M), int(g.grad_input ? g.K : g.N), int(g.grad_input ? g.N : g.K), int(g.K)};
+  }
+};
+
+inline bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+// Whether the arguments are served, on a device that fits.
+inline bool serves(const Gemm& g) {
+  constexpr int64_t kMaxSide = int64_t{1} << 31;
+  if (g.dtype != kHalf && g.dtype != kBFloat16) return false;
+  if (g.M >= kMaxSide - 256 || g.N >= kMaxSide - 256 || g.K >= kMaxSide - 256) return false;
+  if (!aligned16(g.input) || !aligned16(g.weight) || !aligned16(g.fragments) || !aligned16(g.output)) return false;
+  return g.K % 8 == 0 && !(g.grad_input && (g.N % 8 != 0 || g.bias));
+}
+
+inline bool nothing_to_do(const Gemm& g) { return g.M == 0 || (g.grad_input ? g.K : g.N) == 0; }
+
+// Of the current device; 0 if it is not known.
+inline int multiprocessor_count() {
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess ? count : 0;
+}
+
+// The current device's compute capability, as 10 major + minor; 0 if it is not known.
+inline int compute_capability() {
+  int device = 0, major = 0, minor = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
+    return 0;
+  }
+  return 10 * major + minor;
+}
+
+// Masks registers 4 kStep to 4 kStep + 3 of a fragment.
+template <int kStep>
+MASKED_OPS_DEVICE void mask_step(uint32_t* registers, uint32_t word) {
+  const uint32_t first = word << (2 * kStep), second = word << (2 * kStep + 1);
+  registers[0] &= permute<0x9988>(first);
+  registers[1] &= permute<0xbbaa>(first);
+  registers[2] &= permute<0x9988>(second);
+  registers[3] &= permute<0xbbaa>(second);
+}
+
+}  // namespace masked_ops::cuda
