@@ -254,7 +254,7 @@ def test_layout_of_the_result_is_that_of_the_copy_path() -> None:
                 y = _ops.convolution(x, w, mask, None, *problem.geometry)
                 dx = _ops.convolution_grad_input(dy, w, mask, list(x.shape), *problem.geometry)
                 dw = _ops.convolution_grad_weight(dy, x, mask, *problem.geometry)
-                strides.append((y.stride(), dx.stride(), dw.stride()))
+                strides.append((y.stride(), dx.stride(), *(dw.stride(d) for d in range(dw.dim()) if dw.size(d) > 1)))
         assert strides[0] == strides[1], (problem, x.stride(), w.stride(), dy.stride())
 
 
