@@ -1016,7 +1016,7 @@ def test_the_main_module_tells_what_is_there(
     if build == "1":
         monkeypatch.undo()
         done = run_python(code, timeout=600)
-        assert "compiled; " in done.stdout and "libmasked_ops.so (" in done.stdout
+        assert "compiled; " in done.stdout and "libmasked_ops.so (" in done.stdout and "CUDA kernels" in done.stdout
     else:
         done = run_python(code, MASKED_OPS_CACHE_DIR=tmp_path / "cache", CXX="/nowhere/g++")
         assert "plain torch serves" in done.stdout and "CXX is '/nowhere/g++'" in done.stdout
