@@ -27,7 +27,7 @@ SOURCES := $(shell find masked_ops csrc -type f -not -path '*/__pycache__/*' -no
     $(wildcard README.md) LICENSE MANIFEST.in pyproject.toml setup.py
 KERNEL_TESTS := $(sort $(foreach name,linear convolution packed apply_mask pattern autograd errors,\
     $(wildcard tests/test_$(name)*.py)))
-CPP := $(shell find csrc tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+CPP := $(shell find csrc tests/cuda tests/fake_cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 CUDA_TOOLS := .cache/cuda-tools/.ready
 
@@ -84,7 +84,7 @@ sanitize: .venv/.test
 	$(BIN)/pytest -p no:cacheprovider --capture=sys $(or $(ARGS),$(KERNEL_TESTS))
 
 cuda-check: .venv/.test $(CUDA_TOOLS)
-	MASKED_OPS_CUDA_CHECK=1 $(BIN)/pytest $(or $(ARGS),tests/cuda)
+	MASKED_OPS_CUDA_CHECK=1 $(BIN)/pytest $(or $(ARGS),tests/cuda tests/test_cuda_build.py tests/test_cuda_host.py)
 
 clean:
 	rm -rf .venv .cache build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -100,6 +100,108 @@ def _calls_in(function: Callable[[], object], sample: float) -> int:
     return calls
 
 
+# --- timing on a device ----------------------------------------------------------------------------------------------
+
+
+def compare(
+    contenders: Mapping[str, Callable[[], object]], seconds: float, label: str, device: str
+) -> dict[str, Timing]:
+    """:func:`interleaved` on the CPU; on a CUDA device by its events, with the L2 cache emptied before each call."""
+    if device == "cpu":
+        return interleaved(contenders, seconds=seconds, label=label)
+    l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    flush = torch.empty(4 * l2, dtype=torch.uint8, device=device)
+    return interleaved_on_device({name: [function] for name, function in contenders.items()}, seconds, flush=flush)
+
+
+def interleaved_on_device(
+    contenders: Mapping[str, Sequence[Callable[[], object]]],
+    seconds: float = 0.3,
+    warm_up: int = 3,
+    flush: torch.Tensor | None = None,
+) -> dict[str, Timing]:
+    """Time functions against each other on the current CUDA device, by events.
+
+    Each contender is a sequence of functions that do the same on buffers of their own, together larger than the L2
+    cache: they are called in turn, so that none finds its operands there. Without a CUDA device the host's clock
+    serves, for dry runs.
+
+    Args:
+        contenders: name -> functions of no arguments.
+        seconds: for all of them together, warm-up apart; each gets five samples at the least.
+        warm_up: calls of every function before; a mask is packed within three.
+        flush: written before each call, to empty the L2 cache where no buffers are rotated.
+    """
+    on_device = torch.cuda.is_available()
+    for functions in contenders.values():
+        for _ in range(warm_up):
+            for function in functions:
+                function()
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
+    start, turn = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds or turn < 5:
+        pending = []
+        if on_device:
+            torch.cuda._sleep(4_000_000)  # about 2 ms, for the host to be ahead: else small calls show its own time
+        for name in names if turn % 2 == 0 else reversed(names):
+            function = contenders[name][turn % len(contenders[name])]
+            if on_device:
+                if flush is not None:
+                    flush.zero_()
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                function()
+                end.record()
+                pending.append((name, begin, end))
+            else:
+                samples[name].append(_time(function, 1))
+        if on_device:
+            torch.cuda.synchronize()
+        for name, begin, end in pending:
+            samples[name].append(begin.elapsed_time(end) * 1e-3)
+        turn += 1
+    return {name: Timing(min(values), statistics.median(values), len(values)) for name, values in samples.items()}
+
+
+def device_facts() -> dict[str, Any]:
+    """Of the current CUDA device, and which kernels may be used on it; empty without one."""
+    if not torch.cuda.is_available():
+        return {}
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    module = _ops._module if masked_ops.is_available() else None
+    return {
+        "device": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "memory_bytes": properties.total_memory,
+        "cuda": torch.version.cuda,
+        "kernels": {k: list(v) for k, v in module.cuda_kernels(torch.cuda.current_device()).items()} if module else {},
+    }
+
+
+def device_ceilings(dtype: torch.dtype = torch.bfloat16, side: int = 8192, copied: int = 4 << 30) -> dict[str, float]:
+    """TFLOP/s of torch's largest GEMM on random data, and GB/s, read and written, of a copy within the device."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    source = torch.empty(copied // 4, device=device, dtype=torch.float32).normal_()
+    target = torch.empty_like(source)
+    timings = interleaved_on_device({"gemm": [lambda: a @ b], "copy": [lambda: target.copy_(source)]})
+    return {
+        "peak_tflops": 2 * side**3 / timings["gemm"].median / 1e12,
+        "copy_gb_per_s": 2 * source.nbytes / timings["copy"].median / 1e9,
+    }
+
+
+def sets_beyond_l2(bytes_of_one: int) -> int:
+    """How many sets of operands rotate, for their sum to be three times the L2 cache."""
+    if not torch.cuda.is_available():
+        return 2
+    l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    return max(2, min(16, -(-3 * l2 // max(bytes_of_one, 1))))
+
+
 # --- the machine -----------------------------------------------------------------------------------------------------
 
 
@@ -146,6 +248,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
     result.add_argument("--threads", type=int, help="threads of torch; by default, as torch chooses")
+    result.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     result.add_argument("--seconds", type=float, default=1.0, help="for each comparison (default: %(default)s)")
     return result
 

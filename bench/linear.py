@@ -2,6 +2,7 @@
 
     python bench/linear.py                                  # bench/shapes/linear.txt, 50 to 99% sparsity, float32
     python bench/linear.py --shapes my.txt --sparsity 0.9 --dtype bfloat16 --threads 1
+    python bench/linear.py --device cuda --dtype bfloat16   # MASKED_OPS_CUDA=1: with kernels that are not confirmed yet
 
 Each line of a shapes file is ``M N K``. The contenders of a line run interleaved in this process:
 
@@ -29,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _harness import interleaved, machine, parser, print_machine, table, write_json
+from _harness import compare, device_ceilings, device_facts, machine, parser, print_machine, table, write_json
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -50,11 +51,18 @@ def read_shapes(path: Path) -> Iterator[tuple[int, int, int]]:
 
 
 def packed_bits(mask: Tensor) -> Tensor:
-    return torch.from_numpy(np.packbits(mask.bool().numpy(), axis=1, bitorder="little"))
+    bits = torch.from_numpy(np.packbits(mask.bool().cpu().numpy(), axis=1, bitorder="little"))
+    return bits.to(mask.device)
 
 
-def limits(dtype: str) -> dict[str, float]:
-    """The peak of the dtype's multiply-adds in GF/s and the read bandwidth in GB/s, with all of torch's threads."""
+def limits(device: str, dtype: str) -> dict[str, float]:
+    """The peak of the dtype's multiply-adds in GF/s and the read bandwidth in GB/s, with all of torch's threads.
+
+    Of a CUDA device the rate of a large GEMM of this dtype, and the bandwidth of a copy within the device.
+    """
+    if device != "cpu":
+        measured = device_ceilings(getattr(torch, dtype))
+        return {"peak_gflops": measured["peak_tflops"] * 1e3, "read_gb_per_s": measured["copy_gb_per_s"]}
     module = _ops._module
     if module is None:
         return {"peak_gflops": float("nan"), "read_gb_per_s": float("nan")}
@@ -73,6 +81,7 @@ class Case:
     sparsity: float
     dtype: str
     step: bool
+    device: str = "cpu"
 
     def contenders(self) -> tuple[dict[str, Callable[[], object]], int, dict[str, str]]:
         """The calls by name, the number of remaining weights, and the paths that ours take."""
@@ -126,7 +135,7 @@ class Case:
     def measure(self, seconds: float, bounds: dict[str, float]) -> list[dict[str, Any]]:
         calls, nnz, paths = self.contenders()
         label = f"{self.M} {self.N} {self.K} {self.sparsity:.0%}"
-        timings = interleaved(calls, seconds=seconds, label=label)
+        timings = compare(calls, seconds, label, self.device)
         rows = []
         for kind, timing in timings.items():
             weights = self.N * self.K if kind in DENSE else nnz
@@ -166,14 +175,14 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     shapes = list(read_shapes(args.shapes))
     for threads in args.thread_counts or [most]:
         torch.set_num_threads(threads)
-        bounds_of = {dtype: limits(dtype) for dtype in args.dtype}
+        bounds_of = {dtype: limits(args.device, dtype) for dtype in args.dtype}
         for dtype, bounds in bounds_of.items():
-            peaks = f"FMA peak {bounds['peak_gflops']:.0f} GF/s, read {bounds['read_gb_per_s']:.0f} GB/s"
-            print(f"\n{threads} threads, {dtype}: {peaks}")
+            peaks = f"peak {bounds['peak_gflops']:.0f} GF/s, read {bounds['read_gb_per_s']:.0f} GB/s"
+            print(f"\n{args.device if args.device != 'cpu' else f'{threads} threads'}, {dtype}: {peaks}")
         for dtype, (M, N, K), step in itertools.product(args.dtype, shapes, steps):
             rows, bounds = [], bounds_of[dtype]
             for sparsity in args.sparsity:
-                rows += Case(M, N, K, sparsity, dtype, step).measure(args.seconds, bounds)
+                rows += Case(M, N, K, sparsity, dtype, step, args.device).measure(args.seconds, bounds)
             results += [{**row, "threads": threads, **bounds} for row in rows]
             print(table([HEADER, *map(line, rows)]), flush=True)
     torch.set_num_threads(most)
@@ -193,7 +202,8 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     started = time.perf_counter()
-    facts = machine()
+    torch.set_default_device(args.device)
+    facts = machine() | (device_facts() if args.device != "cpu" else {})
     print_machine(facts)
     rows = run(args)
     print(f"\n{time.perf_counter() - started:.0f} s")

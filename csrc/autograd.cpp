@@ -25,9 +25,9 @@ MASKED_OPS_HANDLE(convolution)
 MASKED_OPS_HANDLE(convolution_grad_input)
 MASKED_OPS_HANDLE(convolution_grad_weight)
 
-// Whether the call computes here and now, on plain CPU tensors, so that the node may hold what the kernels made on the
-// way; traced and intercepted calls go through the dispatcher.
-bool is_eager(const Tensor& t) { return t.is_cpu() && !t.key_set().has(c10::DispatchKey::Python); }
+// Whether the call computes here and now, on plain tensors, so that the node may hold what the kernels made on the way;
+// traced and intercepted calls go through the dispatcher.
+bool is_eager(const Tensor& t) { return (t.is_cpu() || t.is_cuda()) && !t.key_set().has(c10::DispatchKey::Python); }
 
 bool computes_here(const Tensor& input, const Tensor& weight, const Tensor& mask) {
   return is_eager(input) && is_eager(weight) && is_eager(mask) && !c10::impl::dispatch_mode_enabled();
@@ -58,6 +58,7 @@ struct Linear : torch::autograd::Function<Linear> {
     Tensor output, values;
     if (computes_here(input, weight, mask)) {
       std::tie(output, values) = linear_with_values(input, weight, mask, bias);
+      if (values.is_cuda() && !needs_grad(input)) values = Tensor();  // only the gradient of the input reads it
     } else {
       output = linear_op().call(input, weight, mask, bias);
     }

@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "checks.h"
+#include "device_linear.h"
 #include "masking.h"
 #include "ops.h"
 #include "parallel.h"
@@ -266,7 +267,7 @@ at::Tensor convolution_grad_weight(const at::Tensor& grad_output, const at::Tens
     const at::Tensor grad_weight =
         std::get<1>(at::convolution_backward(grad_output, input, weight, std::nullopt, stride, padding, dilation,
                                              transposed, output_padding, groups, {false, true, false}));
-    return masked_weight(grad_weight, mask);
+    return masked_own(grad_weight, mask);
   }
   const at::Tensor values = at::empty({plan.pattern->nnz()}, grad_output.options());
   const auto index = plan.pattern->conv_index(plan.geometry, /*transposed=*/false);
@@ -290,6 +291,7 @@ std::tuple<std::string, std::string> explain_convolution(const at::Tensor& weigh
                                                          at::IntArrayRef dilation, bool transposed,
                                                          at::IntArrayRef output_padding, int64_t groups) {
   check_mask(weight, mask);
+  if (weight.is_cuda()) return device::explain_copy(weight, mask, "convolution");
   if (const PatternPtr pattern = try_pattern_of(mask)) pattern->mark_reused();  // as explain_linear
   const Geometry geometry{weight.sizes(), stride, padding, dilation, transposed, output_padding, groups};
   geometry.check(input_size);

@@ -6,6 +6,7 @@
 #include <ATen/ops/mm.h>
 
 #include "checks.h"
+#include "device_linear.h"
 #include "masking.h"
 #include "memory.h"
 #include "ops.h"
@@ -119,6 +120,7 @@ std::tuple<at::Tensor, at::Tensor> linear_with_values(const at::Tensor& input, c
   // Anything but a vector of N goes to torch, which broadcasts it.
   const bool plain = weight.dim() == 2 && (!has_bias || (bias->dim() == 1 && bias->size(0) == weight.size(0)));
   if (!plain) return {at::linear(input, masked_weight(weight, mask), bias), at::Tensor()};
+  if (weight.is_cuda()) return device::linear(input, weight, mask, has_bias ? *bias : at::Tensor());
 
   const Plan plan(Pass::kForward, rows_of(input), weight, mask);
   if (plan.path == Path::kCopy) return {at::linear(input, masked_weight(weight, mask), bias), at::Tensor()};
@@ -149,6 +151,7 @@ at::Tensor linear_grad_input_with_values(const at::Tensor& grad_output, const at
   check_same_kind("grad_output", grad_output, "weight", weight);
   TORCH_CHECK(weight.dim() == 2, "weight must have 2 dimensions, got shape ", weight.sizes());
   check_last_dim("grad_output", grad_output, "weight", weight.size(0));
+  if (weight.is_cuda()) return device::linear_grad_input(grad_output, weight, mask, values);
 
   const Plan plan(Pass::kGradInput, rows_of(grad_output), weight, mask, values.defined());
   at::Tensor grad_input = empty_with_last_dim(grad_output, plan.K);
@@ -185,6 +188,7 @@ at::Tensor linear_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
 
   at::Tensor grad_weight = on_huge_pages(at::empty(mask.sizes(), grad_output.options()));
   check_mask(grad_weight, mask);
+  if (mask.is_cuda()) return device::linear_grad_weight(grad_output, input, mask, grad_weight);
   const Plan plan(Pass::kGradWeight, rows_of(grad_output), grad_weight, mask);
   if (plan.path == Path::kCopy) {
     at::mm_out(grad_weight, as_matrix(grad_output, plan.N).t(), as_matrix(input, plan.K).conj());
@@ -207,6 +211,7 @@ at::Tensor linear_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
 
 std::tuple<std::string, std::string> explain_linear(const at::Tensor& weight, const at::Tensor& mask, int64_t batch) {
   check_mask(weight, mask);
+  if (weight.is_cuda()) return device::explain_linear(weight, mask, batch);
   const PatternPtr pattern = try_pattern_of(mask);
   if (pattern) pattern->mark_reused();  // the answer is about a layer that is called again and again
   const Choice choice = choose_linear(Pass::kForward, batch, weight, pattern.get());

@@ -9,21 +9,18 @@
 #include <numeric>
 
 #include "checks.h"
+#include "device_linear.h"
 #include "memory.h"
 #include "parallel.h"
 
 namespace masked_ops {
-namespace {
 
-// Dimensions from the slowest to the fastest in memory.
 c10::SmallVector<int64_t, 5> memory_order(const at::Tensor& t) {
   c10::SmallVector<int64_t, 5> order(t.dim());
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return t.stride(a) > t.stride(b); });
   return order;
 }
-
-}  // namespace
 
 void check_mask(const at::Tensor& weight, const at::Tensor& mask) {
   check_defined("weight", weight);
@@ -47,7 +44,14 @@ at::Tensor masked_weight_composite(const at::Tensor& weight, const at::Tensor& m
   return weight.mul(factor).masked_fill_(factor.eq(0), 0);  // the weight first: it decides on the memory format
 }
 
+at::Tensor masked_own(const at::Tensor& weight, const at::Tensor& mask) {
+  if (!weight.is_cuda()) return masked_weight(weight, mask);
+  device::mask_in_place(weight, mask);
+  return weight;
+}
+
 at::Tensor masked_weight(const at::Tensor& weight, const at::Tensor& mask) {
+  if (weight.is_cuda() && weight.layout() == at::kStrided) return device::masked_weight(weight, mask);
   if (!weight.is_cpu() || weight.layout() != at::kStrided || !packable(mask.scalar_type())) {
     return masked_weight_composite(weight, mask);
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/SmallVector.h>
 
 #include "pattern.h"
 
@@ -13,6 +14,12 @@ void check_mask(const at::Tensor& weight, const at::Tensor& mask);
 // where(mask == 0, 0, weight * mask) with the mask in the weight's dtype, in the memory format of weight. One pass for
 // binary masks (a pruned weight counts as absent) and for soft ones in float32 and float64.
 at::Tensor masked_weight(const at::Tensor& weight, const at::Tensor& mask);
+
+// The same for a tensor that is the caller's own, and is no longer: on a device it is masked in place.
+at::Tensor masked_own(const at::Tensor& weight, const at::Tensor& mask);
+
+// Dimensions from the slowest to the fastest in memory.
+c10::SmallVector<int64_t, 5> memory_order(const at::Tensor& t);
 
 // The same by torch's own differentiable operations.
 at::Tensor masked_weight_composite(const at::Tensor& weight, const at::Tensor& mask);

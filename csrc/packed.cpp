@@ -4,6 +4,7 @@
 #include <ATen/ops/mm.h>
 
 #include "checks.h"
+#include "device_linear.h"
 #include "masking.h"
 #include "memory.h"
 #include "ops.h"
@@ -14,14 +15,18 @@
 namespace masked_ops {
 namespace {
 
-PatternPtr checked_pattern(const at::Tensor& bits, int64_t in_features, int64_t nnz) {
+void check_bits(const at::Tensor& bits, int64_t in_features, const char* other_name, const at::Tensor& other) {
   TORCH_CHECK(in_features >= 0, "in_features must not be negative, got ", in_features);
   check_defined("weight_bits", bits);
-  TORCH_CHECK(bits.is_cpu(), "weight_bits must be on the CPU, got ", bits.device());
+  TORCH_CHECK(bits.device() == other.device(), "weight_bits must be on the device of ", other_name, ", ",
+              other.device(), ", got ", bits.device());
   const int64_t bytes = in_features / 8 + (in_features % 8 != 0);
   TORCH_CHECK(bits.scalar_type() == at::kByte && bits.dim() == 2 && bits.size(1) == bytes,
               "weight_bits must be uint8 of shape [out_features, ", bytes, "], got ", bits.scalar_type(), " of shape ",
               bits.sizes());
+}
+
+PatternPtr checked_pattern(const at::Tensor& bits, int64_t in_features, int64_t nnz) {
   PatternPtr pattern = pattern_of_bits(bits, in_features);
   TORCH_CHECK(pattern->nnz() == nnz, "weight_values must hold one value for each of the ", pattern->nnz(),
               " bits set in weight_bits, got ", nnz);
@@ -52,15 +57,17 @@ at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& values, cons
                          const std::optional<at::Tensor>& bias) {
   check_defined("input", input);
   check_values(values);
-  const PatternPtr pattern = checked_pattern(bits, in_features, values.numel());
+  check_bits(bits, in_features, "weight_values", values);
   check_same_kind("input", input, "weight_values", values);
   check_last_dim("input", input, "weight_bits", in_features);
   const bool has_bias = bias && bias->defined();
   if (has_bias) {
     check_same_kind("bias", *bias, "weight_values", values);
-    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == pattern->rows(), "bias must have shape [", pattern->rows(),
-                "], got ", bias->sizes());
+    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == bits.size(0), "bias must have shape [", bits.size(0), "], got ",
+                bias->sizes());
   }
+  if (values.is_cuda()) return device::packed_linear(input, values, bits, in_features, has_bias ? *bias : at::Tensor());
+  const PatternPtr pattern = checked_pattern(bits, in_features, values.numel());
   const int64_t M = rows_of(input);
   if (!takes_sparse(Pass::kForward, M, values, *pattern)) return at::linear(input, expand(values, *pattern), bias);
   at::Tensor output = empty_with_last_dim(input, pattern->rows());
@@ -73,11 +80,17 @@ at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& values, cons
 at::Tensor packed_linear_grad_input(const at::Tensor& grad_output, const at::Tensor& values, const at::Tensor& bits,
                                     int64_t in_features) {
   check_values(values);
-  const PatternPtr pattern = checked_pattern(bits, in_features, values.numel());
+  check_bits(bits, in_features, "weight_values", values);
   check_same_kind("grad_output", grad_output, "weight_values", values);
-  check_last_dim("grad_output", grad_output, "weight_bits", pattern->rows());
+  check_last_dim("grad_output", grad_output, "weight_bits", bits.size(0));
   const int64_t M = rows_of(grad_output);
   at::Tensor grad_input = empty_with_last_dim(grad_output, in_features);
+  if (values.is_cuda()) {
+    at::Tensor rows = grad_input.view({M, in_features});
+    at::mm_out(rows, as_matrix(grad_output, bits.size(0)), device::unpack_values(values, bits, in_features));
+    return grad_input;
+  }
+  const PatternPtr pattern = checked_pattern(bits, in_features, values.numel());
   if (!takes_sparse(Pass::kGradInput, M, values, *pattern)) {
     at::Tensor rows = grad_input.view({M, in_features});
     at::mm_out(rows, as_matrix(grad_output, pattern->rows()), expand(values, *pattern));
@@ -91,11 +104,16 @@ at::Tensor packed_linear_grad_input(const at::Tensor& grad_output, const at::Ten
 at::Tensor packed_linear_grad_values(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& bits,
                                      int64_t nnz) {
   TORCH_CHECK(input.dim() > 0, "input must have at least one dimension");
-  const PatternPtr pattern = checked_pattern(bits, input.size(-1), nnz);
+  check_bits(bits, input.size(-1), "input", input);
   check_same_kind("input", input, "grad_output", grad_output);
-  check_last_dim("grad_output", grad_output, "weight_bits", pattern->rows());
+  check_last_dim("grad_output", grad_output, "weight_bits", bits.size(0));
   check_same_rows(grad_output, input);
   const int64_t M = rows_of(input);
+  if (input.is_cuda()) {
+    const at::Tensor dy = as_matrix(grad_output, bits.size(0));
+    return device::pack_values(dy.t().mm(as_matrix(input, input.size(-1))), bits, nnz);
+  }
+  const PatternPtr pattern = checked_pattern(bits, input.size(-1), nnz);
   at::Tensor values = on_huge_pages(at::empty({nnz}, grad_output.options()));
   if (!takes_sparse(Pass::kGradWeight, M, values, *pattern)) {
     return compress(as_matrix(grad_output, pattern->rows()).t().mm(as_matrix(input, pattern->cols())), *pattern);
@@ -107,6 +125,8 @@ at::Tensor packed_linear_grad_values(const at::Tensor& grad_output, const at::Te
 
 at::Tensor unpack_values(const at::Tensor& values, const at::Tensor& bits, int64_t in_features) {
   check_values(values);
+  check_bits(bits, in_features, "weight_values", values);
+  if (values.is_cuda()) return device::unpack_values(values, bits, in_features);
   return expand(values, *checked_pattern(bits, in_features, values.numel()));
 }
 
@@ -115,12 +135,16 @@ at::Tensor pack_values(const at::Tensor& weight, const at::Tensor& bits, int64_t
               weight.scalar_type(), " of shape ", weight.sizes());
   TORCH_CHECK(bits.dim() == 2 && bits.size(0) == weight.size(0), "weight_bits must have the ", weight.size(0),
               " rows of weight, got shape ", bits.sizes());
+  check_bits(bits, weight.size(1), "weight", weight);
+  if (weight.is_cuda()) return device::pack_values(weight, bits, nnz);
   return compress(weight, *checked_pattern(bits, weight.size(1), nnz));
 }
 
 std::tuple<std::string, std::string> explain_packed_linear(const at::Tensor& values, const at::Tensor& bits,
                                                            int64_t in_features, int64_t batch) {
   check_values(values);
+  check_bits(bits, in_features, "weight_values", values);
+  if (values.is_cuda()) return device::explain_packed_linear(values, bits, in_features, batch);
   const PatternPtr pattern = checked_pattern(bits, in_features, values.numel());
   const Choice choice = choose_packed_linear(Pass::kForward, batch, values, *pattern);
   return {path_name(choice.path), choice.reason};

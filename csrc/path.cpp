@@ -9,12 +9,15 @@
 #include <limits>
 
 #include "cpu/costs.h"
+#include "device_tuning.h"
 #include "parallel.h"
 
 namespace masked_ops {
 namespace {
 
-constexpr std::array<const char*, 4> kNames = {"copy", "fused", "compact", "sparse"};
+constexpr int kCpuPaths = static_cast<int>(Path::kMaskCopy);
+constexpr std::array<const char*, kCpuPaths + kDevicePaths> kNames = {"copy",      "fused",  "compact",   "sparse",
+                                                                      "mask_copy", "decode", "gemm_sm80", "gemm_sm90"};
 
 std::atomic<int> forced{-1};
 
@@ -24,13 +27,14 @@ constexpr const char* kOtherDtype = "its kernels take float32, bfloat16 and floa
 constexpr const char* kTooLarge = "the weight is larger than an index can address";
 
 // Why a path cannot serve, null where it can; the copy path always can.
-using Obstacles = std::array<const char*, kNames.size()>;
+using Obstacles = std::array<const char*, kCpuPaths>;
 
 // Obeys a forced path; else takes what the cost model chose.
 Choice obey(const char* operation, const Obstacles& obstacles, Choice chosen) {
   const std::optional<Path> path = forced_path();
   if (!path) return chosen;
-  const char* obstacle = obstacles[static_cast<size_t>(*path)];
+  const auto index = static_cast<size_t>(*path);
+  const char* obstacle = index < kCpuPaths ? obstacles[index] : "the weight is in CPU memory";
   TORCH_CHECK(!obstacle, "path '", path_name(*path), "' cannot serve this ", operation, ": ", obstacle);
   return {*path, "forced by use_path"};
 }
@@ -179,6 +183,11 @@ struct ConvolutionCosts {
 
 Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool channels_last, const at::Tensor& weight,
                           const Pattern* pattern, bool have_values) {
+  if (weight.is_cuda()) {  // whose weight is masked first; how, is decided there
+    const char* unfused = "it has no convolution kernel";
+    choose_device("convolution", pass, 0, {nullptr, unfused, unfused, unfused}, unfused);
+    return {Path::kCopy, "torch's convolution over the masked weight"};
+  }
   const char* obstacle = nullptr;
   if (!weight.is_cpu()) {
     obstacle = "the weight is not in CPU memory";
@@ -203,6 +212,28 @@ Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool chan
   }
   const char* no_gemm = "it is for linear layers";
   return obey("convolution", {nullptr, no_gemm, no_gemm, obstacle}, choice);
+}
+
+Choice choose_device(const char* operation, Pass pass, int64_t rows, const DeviceObstacles& obstacles,
+                     const char* copy_reason) {
+  const auto obstacle = [&](Path path) { return obstacles[static_cast<size_t>(path) - kCpuPaths]; };
+  if (const std::optional<Path> path = forced_path()) {
+    if (*path == Path::kCopy) return {*path, "forced by use_path"};
+    const bool on_device = static_cast<int>(*path) >= kCpuPaths;
+    const char* why = on_device ? obstacle(*path) : "the weight is not in CPU memory";
+    TORCH_CHECK(!why, "path '", path_name(*path), "' cannot serve this ", operation, ": ", why);
+    return {*path, "forced by use_path"};
+  }
+  if (!obstacle(Path::kDecode)) return {Path::kDecode, "few rows: the remaining weights are read once"};
+  const bool fuse = pass != Pass::kGradWeight && rows >= cuda::kLeastFusedRows;
+  if (fuse && !obstacle(Path::kGemmSm90) && rows <= cuda::kMostFusedRowsSm90) {
+    return {Path::kGemmSm90, "masked GEMM: the mask rides in the load of the weight"};
+  }
+  if (fuse && !obstacle(Path::kGemmSm80) && rows <= cuda::kMostFusedRowsSm80) {
+    return {Path::kGemmSm80, "masked GEMM: the mask rides in the load of the weight"};
+  }
+  if (!obstacle(Path::kMaskCopy)) return {Path::kMaskCopy, "masked in one pass, then torch's own operation"};
+  return {Path::kCopy, copy_reason};
 }
 
 }  // namespace masked_ops

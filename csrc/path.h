@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <optional>
 #include <string>
 #include <vector>
@@ -16,6 +17,11 @@ enum class Path {
   kFused,    // masked GEMM: the mask rides in the load of the weight
   kCompact,  // without the empty rows and columns of the mask, then as kFused
   kSparse,   // SpMM and SDDMM over the remaining weights
+  // On CUDA devices alone, from here on:
+  kMaskCopy,  // as kCopy, but out of the mask's bits
+  kDecode,    // few rows against the remaining weights of a packed layer
+  kGemmSm80,  // masked GEMM on tensor cores
+  kGemmSm90,
 };
 
 // Which of a family's three operations; their break-even points differ.
@@ -45,5 +51,12 @@ Choice choose_packed_linear(Pass pass, int64_t rows, const at::Tensor& values, c
 // way round; the geometry is null if it is not for them.
 Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool channels_last, const at::Tensor& weight,
                           const Pattern* pattern, bool have_values = false);
+
+// The same on a device. obstacles says of each path of a device (in the order of Path) why it cannot serve, null if it
+// can; copy_reason is that of the copy path.
+inline constexpr int kDevicePaths = 4;
+using DeviceObstacles = std::array<const char*, kDevicePaths>;
+Choice choose_device(const char* operation, Pass pass, int64_t rows, const DeviceObstacles& obstacles,
+                     const char* copy_reason);
 
 }  // namespace masked_ops

@@ -73,7 +73,7 @@ struct KeyHash {
 struct Entry {
   c10::weak_intrusive_ptr<c10::StorageImpl> storage;
   uint32_t version;
-  PatternPtr pattern;
+  CachedPtr pattern;
   uint64_t last_use;
 };
 
@@ -86,16 +86,14 @@ class Cache {
     return *cache;
   }
 
-  // make() takes the pattern of the mask; cols is that of packed bits, -1 for a mask.
-  template <typename Make>
-  PatternPtr get(const at::Tensor& mask, int64_t cols, const Make& make) {
+  CachedPtr get(const at::Tensor& mask, int64_t cols, const Make& make) {
     if (mask.is_inference()) {
       count_miss();
-      return make();
+      return make(nullptr);
     }
     const uint32_t version = mask.unsafeGetTensorImpl()->version_counter().current_version();
     const Key key(mask, cols);
-    PatternPtr stale;
+    CachedPtr stale;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       const auto it = entries_.find(key);
@@ -113,7 +111,7 @@ class Cache {
       }
     }
     // Outside the lock: a big mask takes milliseconds. Two threads may do it twice; the results are equal.
-    PatternPtr fresh = make();
+    CachedPtr fresh = make(stale.get());
     if (stale) {
       if (stale->same_bits(*fresh)) fresh = stale;
       fresh->mark_reused();
@@ -132,7 +130,7 @@ class Cache {
 
   void clear() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    entries_.clear();
+    while (!entries_.empty()) drop(entries_.begin());
   }
 
   // After a pattern has grown: others make room for it.
@@ -162,6 +160,7 @@ class Cache {
     const int64_t bytes = static_cast<int64_t>(entry.pattern->bytes());
     const std::lock_guard<std::mutex> lock(mutex_);
     drop_dead();
+    if (const auto it = entries_.find(key); it != entries_.end() && it->second.pattern != entry.pattern) drop(it);
     entries_.erase(key);
     if (bytes > info_.limit_bytes) return;
     make_room(bytes);
@@ -180,7 +179,7 @@ class Cache {
     while (!entries_.empty() && held + wanted > info_.limit_bytes) {
       const auto it = least_recently_used();
       held -= static_cast<int64_t>(it->second.pattern->bytes());
-      entries_.erase(it);
+      drop(it);
     }
   }
 
@@ -192,7 +191,14 @@ class Cache {
     return oldest;
   }
 
+  // Out of the cache, but not out of memory if a captured graph reads it.
+  void drop(Map::iterator it) {
+    if (it->second.pattern->captured()) captured_.push_back(std::move(it->second));
+    entries_.erase(it);
+  }
+
   void drop_dead() {
+    std::erase_if(captured_, [](const Entry& entry) { return entry.storage.expired(); });
     for (auto it = entries_.begin(); it != entries_.end();) {
       it = it->second.storage.expired() ? entries_.erase(it) : std::next(it);
     }
@@ -200,11 +206,10 @@ class Cache {
 
   std::mutex mutex_;
   Map entries_;
+  std::vector<Entry> captured_;  // dropped, but needed
   CacheInfo info_;
   uint64_t clock_ = 0;
 };
-
-void trim_cache() { Cache::instance().trim(); }
 
 }  // namespace
 
@@ -383,12 +388,21 @@ bool packable(at::ScalarType dtype) {
              : dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat || dtype == at::kDouble;
 }
 
+CachedPtr cached_of(const at::Tensor& mask, int64_t cols, const Make& make) {
+  return Cache::instance().get(mask, cols, make);
+}
+
+void trim_cache() { Cache::instance().trim(); }
+
+// A storage is in CPU memory for good: what the cache holds of it is a Pattern.
 PatternPtr pattern_of(const at::Tensor& mask) {
-  return Cache::instance().get(mask, -1, [&] { return std::make_shared<const Pattern>(mask); });
+  return std::static_pointer_cast<const Pattern>(
+      cached_of(mask, -1, [&](const Cached*) { return std::make_shared<const Pattern>(mask); }));
 }
 
 PatternPtr pattern_of_bits(const at::Tensor& bits, int64_t cols) {
-  return Cache::instance().get(bits, cols, [&] { return std::make_shared<const Pattern>(bits, cols); });
+  return std::static_pointer_cast<const Pattern>(
+      cached_of(bits, cols, [&](const Cached*) { return std::make_shared<const Pattern>(bits, cols); }));
 }
 
 CacheInfo cache_info() { return Cache::instance().info(); }

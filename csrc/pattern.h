@@ -6,6 +6,7 @@
 
 #include <array>
 #include <atomic>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -41,9 +42,30 @@ struct Compact {
   std::shared_ptr<const Pattern> pattern;
 };
 
+// What the cache holds of a mask: a Pattern of one in CPU memory, a DevicePattern of one on a device.
+class Cached {
+ public:
+  virtual ~Cached() = default;
+  virtual size_t bytes() const = 0;
+  // Whether what is known of another is as good; false if that cannot be told.
+  virtual bool same_bits(const Cached& other) const = 0;
+
+  // Whether the cache has given it out before: a mask that is made for one call is not worth an index.
+  bool reused() const { return reused_.load(std::memory_order_relaxed); }
+  void mark_reused() const { reused_.store(true, std::memory_order_relaxed); }
+
+  // A graph that was captured reads it at every replay: it lives as long as its mask.
+  bool captured() const { return captured_.load(std::memory_order_relaxed); }
+  void mark_captured() const { captured_.store(true, std::memory_order_relaxed); }
+
+ private:
+  mutable std::atomic<bool> reused_{false};
+  mutable std::atomic<bool> captured_{false};
+};
+
 // Does not change once it is made, so that any thread can read it while another replaces it in the cache; the index
 // structures are added when first asked for.
-class Pattern {
+class Pattern final : public Cached {
  public:
   // A mask of any rank is the matrix [sizes[0]][the rest]; of one or no dimension, one row.
   explicit Pattern(const at::Tensor& mask);
@@ -58,15 +80,14 @@ class Pattern {
   bool binary() const { return binary_; }
   double density() const { return rows_ * cols_ ? double(nnz_) / double(rows_ * cols_) : 0.0; }
   cpu::Bits bits() const { return {words_.data(), stride_}; }
-  bool same_bits(const Pattern& other) const { return binary_ == other.binary_ && words_ == other.words_; }
+  bool same_bits(const Cached& other) const override {
+    const auto* pattern = dynamic_cast<const Pattern*>(&other);
+    return pattern && binary_ == pattern->binary_ && words_ == pattern->words_;
+  }
 
   // Rows and columns that hold a remaining weight.
   int64_t live_rows() const { return live_rows_; }
   int64_t live_cols() const { return live_cols_; }
-
-  // Whether the cache has given it out before: a mask that is made for one call is not worth an index.
-  bool reused() const { return reused_.load(std::memory_order_relaxed); }
-  void mark_reused() const { reused_.store(true, std::memory_order_relaxed); }
 
   // Where each row begins among the remaining weights in row-major order; rows + 1 numbers.
   const int64_t* offsets() const;
@@ -83,7 +104,7 @@ class Pattern {
   std::shared_ptr<const Index> conv_index(const cpu::Convolution& geometry, bool transposed) const;
   std::shared_ptr<const Compact> compact() const;
 
-  size_t bytes() const;
+  size_t bytes() const override;
 
  private:
   // What decides on the index of a convolution.
@@ -102,7 +123,6 @@ class Pattern {
   bool binary_ = true;
   std::vector<uint64_t> words_;
 
-  mutable std::atomic<bool> reused_{false};
   mutable std::mutex mutex_;  // of what follows
   mutable std::vector<int64_t> offsets_;
   mutable std::vector<uint16_t> columns_;
@@ -111,6 +131,7 @@ class Pattern {
   mutable std::shared_ptr<const Compact> compact_;
 };
 
+using CachedPtr = std::shared_ptr<const Cached>;
 using PatternPtr = std::shared_ptr<const Pattern>;
 
 // Whether the pattern of a mask of this dtype can be taken; the others (complex, quantized, 8-bit floats) are soft.
@@ -122,6 +143,13 @@ PatternPtr pattern_of(const at::Tensor& mask);
 
 // The same of packed bits.
 PatternPtr pattern_of_bits(const at::Tensor& bits, int64_t cols);
+
+// What the cache holds of a mask, or of packed bits of cols columns (-1: a mask); else what make(stale) gives, of which
+// stale is what the cache held of a former version, or null.
+using Make = std::function<CachedPtr(const Cached* stale)>;
+CachedPtr cached_of(const at::Tensor& mask, int64_t cols, const Make& make);
+// Makes room after one has grown.
+void trim_cache();
 
 struct CacheInfo {
   int64_t entries = 0;

@@ -11,6 +11,7 @@
 #include <chrono>
 
 #include "autograd.h"
+#include "device.h"
 #include "ops.h"
 #include "path.h"
 #include "pattern.h"
@@ -71,7 +72,6 @@ void register_backend(torch::Library& m) {
   m.impl("explain_convolution", &explain_convolution);
 }
 
-// On other devices the packed family is the Python reference.
 void register_packed(torch::Library& m) {
   m.impl("packed_linear", &packed_linear);
   m.impl("packed_linear_grad_input", &packed_linear_grad_input);
@@ -158,6 +158,34 @@ py::dict cache_info_dict() {
   return result;
 }
 
+// load() gives (path, reason), of which one is empty; warn() takes a message. They are held for ever: the library's own
+// end comes after Python's.
+void set_cuda_loader(const py::object& load, const py::object& warn) {
+  const auto* loader = new py::object(load);
+  const auto* warner = new py::object(warn);
+  device::set_loader(
+      [loader] {
+        const py::gil_scoped_acquire gil;
+        return (*loader)().cast<std::pair<std::string, std::string>>();
+      },
+      [warner](const std::string& message) {
+        const py::gil_scoped_acquire gil;
+        (*warner)(message);
+      });
+}
+
+// What of the CUDA kernels may be used on a device: name -> (confirmed, "ok" or why not).
+py::dict cuda_kernels(int index) {
+  std::vector<device::KernelState> states;
+  {
+    const py::gil_scoped_release release;
+    states = device::states(c10::Device(c10::kCUDA, static_cast<c10::DeviceIndex>(index)));
+  }
+  py::dict result;
+  for (const auto& state : states) result[py::str(state.name)] = py::make_tuple(state.confirmed, state.state);
+  return result;
+}
+
 }  // namespace
 }  // namespace masked_ops
 
@@ -167,7 +195,10 @@ TORCH_LIBRARY_IMPL(masked_ops, CPU, m) {
   masked_ops::register_backend(m);
   masked_ops::register_packed(m);
 }
-TORCH_LIBRARY_IMPL(masked_ops, CUDA, m) { masked_ops::register_backend(m); }
+TORCH_LIBRARY_IMPL(masked_ops, CUDA, m) {
+  masked_ops::register_backend(m);
+  masked_ops::register_packed(m);
+}
 TORCH_LIBRARY_IMPL(masked_ops, AutogradCPU, m) { masked_ops::register_autograd(m); }
 TORCH_LIBRARY_IMPL(masked_ops, AutogradCUDA, m) { masked_ops::register_autograd(m); }
 TORCH_LIBRARY_IMPL(masked_ops, AutogradMeta, m) { masked_ops::register_autograd(m); }
@@ -186,5 +217,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("peak_flops", &masked_ops::peak_flops, py::arg("seconds"), py::arg("dtype") = "float32",
         "The machine's FMA rate, for benchmarks.");
   m.def("read_bandwidth", &masked_ops::read_bandwidth, py::arg("bytes"), "Its memory's, for benchmarks.");
+  m.def("set_cuda_loader", &masked_ops::set_cuda_loader, py::arg("load"), py::arg("warn"),
+        "Who comes by the CUDA kernels' library, and who tells of those that are wrong.");
+  m.def(
+      "cuda_reason",
+      [] {
+        const py::gil_scoped_release release;
+        return masked_ops::device::api() ? std::string() : masked_ops::device::api_reason();
+      },
+      "Why there are no CUDA kernels; empty if there are.");
+  m.def("cuda_kernels", &masked_ops::cuda_kernels, py::arg("device"), "Name -> (confirmed by a GPU, 'ok' or why not).");
+  m.def("cuda_forget", &masked_ops::device::forget_checks, "Check the CUDA kernels anew; for tests.");
   m.def("release_scratch", &masked_ops::cpu::release_scratch, "Free the calling thread's scratch memory.");
 }

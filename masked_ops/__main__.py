@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import masked_ops
-from masked_ops import _build, _ops, _recipe, functional
+from masked_ops import _build, _cuda, _ops, _recipe, functional
 from masked_ops._packed_class import bits_of
 
 
@@ -42,7 +42,7 @@ def main() -> int:
 
 
 def show(label: str, value: str) -> None:
-    print(f"  {label:<12}{value}")
+    print(f"  {label:<14}{value}")
 
 
 def facts(available: bool) -> Iterator[tuple[str, str]]:
@@ -55,6 +55,7 @@ def facts(available: bool) -> Iterator[tuple[str, str]]:
         yield "kernels", f"compiled; {module.capability()} in use, built in: {', '.join(module.capabilities())}"
         yield "library", f"{library} ({library.stat().st_size / 1e6:.1f} MB)"
         yield "compiler", f"{record.get('compiler', 'unknown')} ({record.get('seconds', 0):.0f} s)"
+        yield from _cuda.facts(module)
     else:
         yield "kernels", "none; plain torch serves: right, but without their speed"
         yield "because", str(_ops.fallback_reason())
@@ -95,22 +96,29 @@ Shapes = tuple[tuple[int, ...], ...]
 
 
 def checks() -> Iterator[tuple[str, Callable[[], bool]]]:
+    devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    for device in ("cpu", *devices):
+        for name, check in checks_on(device):
+            yield (name if device == "cpu" else f"{name}, {device}"), check
+
+
+def checks_on(device: str) -> Iterator[tuple[str, Callable[[], bool]]]:
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")
         for kind in ("binary", "soft"):
             for batch in (1, 19):
                 matrices: Shapes = ((batch, 37), (21, 37), (21,))
-                check = partial(agree, functional.masked_linear, F.linear, matrices, dtype, kind)
+                check = partial(agree, functional.masked_linear, F.linear, matrices, dtype, kind, device)
                 yield f"linear, {name}, {kind} mask, {batch} rows", check
         yield (
             f"packed_linear, {name}",
-            partial(agree, packed_linear, F.linear, ((19, 37), (21, 37), (21,)), dtype, "binary"),
+            partial(agree, packed_linear, F.linear, ((19, 37), (21, 37), (21,)), dtype, "binary", device),
         )
     for dimensions in (1, 2, 3):
         images: Shapes = ((2, 4, *[6] * dimensions), (4, 4, *[3] * dimensions), (4,))
         for operation in (f"conv{dimensions}d", f"conv_transpose{dimensions}d"):
             ours, theirs = getattr(functional, f"masked_{operation}"), getattr(F, operation)
-            yield operation, partial(agree, ours, theirs, images, torch.float32, "binary")
+            yield operation, partial(agree, ours, theirs, images, torch.float32, "binary", device)
 
 
 def packed_linear(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor) -> Tensor:
@@ -125,12 +133,13 @@ def agree(
     shapes: Shapes,
     dtype: torch.dtype,
     kind: str,
+    device: str,
 ) -> bool:
     """Whether results and gradients are the same to the bit."""
     generator = torch.Generator().manual_seed(0)
 
     def whole(low: int, high: int, shape: tuple[int, ...]) -> Tensor:
-        return torch.randint(low, high + 1, shape, generator=generator).to(dtype)
+        return torch.randint(low, high + 1, shape, generator=generator).to(device, dtype)
 
     # Small enough for each sum to be a whole number that bfloat16 has.
     leaves = [whole(-1, 1, shape).requires_grad_() for shape in shapes]

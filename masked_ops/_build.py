@@ -25,8 +25,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from ._compile import LIBRARY, RECORD, CompilationError, Tools, compile_library, find_tools, no_space, say
-from ._recipe import BuildError, Recipe, capability, compiler, cpu_flags, enabled, this_process, usable_capabilities
+from ._compile import RECORD, CompilationError, Tools, compile_library, find_tools, no_space, say
+from ._cuda_recipe import cuda_recipe, cuda_switch, torch_has_cuda
+from ._recipe import BuildError, LibraryRecipe, Recipe, capability, enabled, this_process, usable_capabilities
 
 __all__ = [
     "BuildError",
@@ -89,51 +90,48 @@ def _is_private(folder: Path) -> bool:
     return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
 
 
-def read_record(folder: Path) -> dict[str, Any] | None:
+def read_record(folder: Path, library: str = Recipe.library) -> dict[str, Any] | None:
     """The record of the library in ``folder`` if the library is whole, else None."""
     try:
         record: dict[str, Any] = json.loads((folder / RECORD).read_bytes())
-        content = (folder / LIBRARY).read_bytes()
+        content = (folder / library).read_bytes()
         whole = record["size"] == len(content) and record["sha256"] == hashlib.sha256(content).hexdigest()
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return record if whole else None
 
 
-def _rank(folder: Path, recipe: Recipe) -> int | None:
+def _rank(folder: Path, recipe: LibraryRecipe) -> int | None:
     """How good the library in ``folder`` is for this process (0 is best); None if there is none that it can use."""
-    record = read_record(folder)
+    record = read_record(folder, recipe.library)
     if record is None or record.get("requirements") != recipe.requirements:
         return None
-    capabilities: dict[str, list[str]] = record["capabilities"]
-    for rank, name in enumerate(usable_capabilities()):
-        if name in capabilities and cpu_flags().issuperset(capabilities[name]):
-            return rank
-    return None
+    return recipe.rank(record)
 
 
-def find_library(recipe: Recipe) -> Path | None:
+def find_library(recipe: LibraryRecipe) -> Path | None:
     """The verified library of ``recipe`` if it is there: in the package (built ahead), or in the cache.
 
     Where nothing can be compiled, any library that suits this process will do, whichever compiler made it.
     """
-    if _rank(_PREBUILT, recipe) == 0:
-        return _PREBUILT / LIBRARY
+    prebuilt = _PREBUILT / recipe.prebuilt
+    if _rank(prebuilt, recipe) == 0:
+        return prebuilt / recipe.library
     roots = [root.path for root in _roots() if not root.private or _is_private(root.path)]
     for root in roots:
         if _rank(root / recipe.folder_name, recipe) is not None:
-            return root / recipe.folder_name / LIBRARY
-    if compiler() and not enabled("MASKED_OPS_NO_BUILD"):
+            return root / recipe.folder_name / recipe.library
+    if recipe.compiler() and not enabled("MASKED_OPS_NO_BUILD"):
         return None
-    folders = [_PREBUILT, *(folder for root in roots for folder in sorted(root.glob(f"{recipe.version}-*")))]
+    folders = [prebuilt, *(folder for root in roots for folder in sorted(root.glob(f"{recipe.version}-*")))]
     ranked = [(rank, folder) for folder in folders if (rank := _rank(folder, recipe)) is not None]
-    return min(ranked)[1] / LIBRARY if ranked else None
+    return min(ranked)[1] / recipe.library if ranked else None
 
 
 # --- build -----------------------------------------------------------------------------------------------------------
 
 
-def build(recipe: Recipe | None = None) -> Path:
+def build(recipe: LibraryRecipe | None = None) -> Path:
     """The path of the library, whole and right for this process; it is built first if it is not there.
 
     Several processes at once make one build: the others wait for it.
@@ -165,10 +163,10 @@ def build(recipe: Recipe | None = None) -> Path:
         raise BuildError(no_space(str(error)) or f"the kernels could not be built: {error}") from error
 
 
-def library_path(recipe: Recipe | None = None) -> Path:
+def library_path(recipe: LibraryRecipe | None = None) -> Path:
     """Where the library is, or where ``build`` would put it."""
     recipe = recipe or this_process()
-    return find_library(recipe) or cache_root() / recipe.folder_name / LIBRARY
+    return find_library(recipe) or cache_root() / recipe.folder_name / recipe.library
 
 
 def cache_key() -> str:
@@ -176,13 +174,13 @@ def cache_key() -> str:
     return this_process().key
 
 
-def _build_below(root: _Root, recipe: Recipe, tools: Tools) -> Path:
+def _build_below(root: _Root, recipe: LibraryRecipe, tools: Tools) -> Path:
     folder = root.path / recipe.folder_name
     failure = root.path / f"{recipe.folder_name}.failed.log"
     failed_before = _stamp(failure)
     with _locked(root, recipe):
         if _rank(folder, recipe) is not None:  # another process has built it meanwhile
-            return folder / LIBRARY
+            return folder / recipe.library
         if (failed_now := _stamp(failure)) and failed_now != failed_before:
             message = failure.read_text(errors="replace").partition("\n")[0]
             raise BuildError(f"{message} (tried by another process just now)")
@@ -194,7 +192,7 @@ def _build_below(root: _Root, recipe: Recipe, tools: Tools) -> Path:
             raise _NotWritableError(f"{root.path}: {error.strerror}") from error
         try:
             compile_library(recipe, tools, scratch, folder)
-            _replace(scratch, folder)
+            _replace(scratch, folder, recipe.library)
         except CompilationError as error:
             message = str(error)
             with contextlib.suppress(OSError):
@@ -204,7 +202,7 @@ def _build_below(root: _Root, recipe: Recipe, tools: Tools) -> Path:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         failure.unlink(missing_ok=True)
-    return folder / LIBRARY
+    return folder / recipe.library
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
@@ -215,7 +213,7 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 
 
 @contextlib.contextmanager
-def _locked(root: _Root, recipe: Recipe) -> Iterator[None]:
+def _locked(root: _Root, recipe: LibraryRecipe) -> Iterator[None]:
     """The lock of one library. It is the operating system's: however its holder ends, it is free again."""
     import filelock
 
@@ -263,11 +261,11 @@ def _sweep(root: Path, folder_name: str) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _replace(scratch: Path, folder: Path) -> None:
+def _replace(scratch: Path, folder: Path, library: str) -> None:
     """Put library and record of ``scratch`` in place of ``folder``, in one step for whoever looks."""
     fresh = scratch / "fresh"
     fresh.mkdir()
-    for name in (LIBRARY, RECORD):
+    for name in (library, RECORD):
         os.rename(scratch / name, fresh / name)
     if os.path.lexists(folder):  # damaged; a process that has it open keeps it
         os.rename(folder, scratch / "damaged")
@@ -275,16 +273,25 @@ def _replace(scratch: Path, folder: Path) -> None:
 
 
 def build_ahead(folder: Path) -> None:
-    """Build for all capabilities into ``folder``, to be shipped inside the package; for setup.py."""
-    recipe = this_process(ahead=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="masked_ops-") as scratch:
-        try:
-            compile_library(recipe, find_tools(recipe), Path(scratch), folder)
-        except CompilationError as error:
-            raise BuildError(f"{error}\n{error.output}") from None
-        for name in (LIBRARY, RECORD):
-            shutil.copy2(Path(scratch) / name, folder / name)
+    """Build for all capabilities into ``folder``, to be shipped inside the package; for setup.py.
+
+    The CUDA kernels too, where they are wanted and there is an nvcc.
+    """
+    recipes: list[LibraryRecipe] = [this_process(ahead=True)]
+    if cuda_switch() is not False:
+        cuda = cuda_recipe(ahead=True)
+        if cuda_switch() or (cuda.compiler() and torch_has_cuda()):
+            recipes.append(cuda)
+    for recipe in recipes:
+        target = folder / recipe.prebuilt
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="masked_ops-") as scratch:
+            try:
+                compile_library(recipe, find_tools(recipe), Path(scratch), target)
+            except CompilationError as error:
+                raise BuildError(f"{error}\n{error.output}") from None
+            for name in (recipe.library, RECORD):
+                shutil.copy2(Path(scratch) / name, target / name)
 
 
 # --- load ------------------------------------------------------------------------------------------------------------

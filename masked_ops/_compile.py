@@ -20,9 +20,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ._recipe import BuildError, Recipe, compiler, link_flags, openmp_runtime
+from ._cuda_recipe import CudaRecipe
+from ._recipe import BuildError, LibraryRecipe, Recipe, openmp_runtime
 
-LIBRARY = "libmasked_ops.so"
 RECORD = "library.json"
 
 
@@ -49,21 +49,23 @@ class Tools:
     openmp_runtime: Path | None
 
 
-def find_tools(recipe: Recipe) -> Tools:
+def find_tools(recipe: LibraryRecipe) -> Tools:
     """Find what ``recipe`` needs.
 
     Raises:
         BuildError: naming what is missing.
     """
-    command = compiler()
+    command = recipe.compiler()
     if not command:
+        if isinstance(recipe, CudaRecipe):
+            raise BuildError(f"there is no nvcc; {recipe.advice}")
         chosen = os.environ.get("CXX")
         found = f"CXX is {chosen!r}, which is no program here" if chosen else "there is no C++ compiler"
         raise BuildError(f"{found}; install one (apt-get install g++), or name it in CXX")
     includes: list[str] = []
     libraries: list[str] = []
     runtime = None
-    if recipe.torch:
+    if isinstance(recipe, Recipe) and recipe.torch:
         import torch
 
         # torch carries a pybind11 of its own: the package's comes first.
@@ -115,7 +117,7 @@ def _jobs() -> int:
 # --- compilation -----------------------------------------------------------------------------------------------------
 
 
-def compile_library(recipe: Recipe, tools: Tools, scratch: Path, destination: Path) -> None:
+def compile_library(recipe: LibraryRecipe, tools: Tools, scratch: Path, destination: Path) -> None:
     """Make the library and its record in the empty folder ``scratch``; ``destination`` is told to the user.
 
     Raises:
@@ -131,23 +133,24 @@ def compile_library(recipe: Recipe, tools: Tools, scratch: Path, destination: Pa
     # Temporary files of compilers that are killed go with the folder, and their messages can be read below.
     environment |= {"TMPDIR": str(scratch), "LC_ALL": "C", "NINJA_STATUS": "[%f/%t] "}
     version = _try_compiler(recipe, tools, scratch, environment)
-    _write_ninja_file(recipe, tools, scratch, _openmp_flags(tools, version))
+    openmp = _openmp_flags(tools, version) if isinstance(recipe, Recipe) else []
+    _write_ninja_file(recipe, tools, scratch, openmp)
 
     seconds = [item.seconds for item in recipe.objects]
     expected = max(sum(seconds) / min(tools.jobs, len(os.sched_getaffinity(0))), *seconds)
     say(
-        f"compiling {len(seconds)} files for {', '.join(recipe.capabilities)} into {destination} "
+        f"compiling {len(seconds)} files for {', '.join(recipe.targets)} into {destination} "
         f"(first use only, about {expected:.0f} s)"
     )
     _run_ninja(tools, scratch, environment)
 
-    content = (scratch / LIBRARY).read_bytes()
+    content = (scratch / recipe.library).read_bytes()
     elapsed = round(time.perf_counter() - started, 1)
     record = {
         "size": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
         "requirements": recipe.requirements,
-        "capabilities": {name: sorted(recipe.cpu_flags(name)) for name in recipe.capabilities},
+        **recipe.facts(),
         "compiler": version,
         "seconds": elapsed,
     }
@@ -155,22 +158,11 @@ def compile_library(recipe: Recipe, tools: Tools, scratch: Path, destination: Pa
     say(f"compiled in {elapsed} s")
 
 
-_PROBE = """\
-#if defined(__clang__) ? __clang_major__ < 14 : __GNUC__ < 11
-#error "masked_ops needs GCC 11 or Clang 14, or a newer one"
-#endif
-#include <bit>
-#include <concepts>
-#include <vector>
-template <std::integral T> std::vector<T> probe(T x) { return {std::bit_ceil(x)}; }
-template std::vector<unsigned> probe(unsigned);
-"""
-
-
-def _try_compiler(recipe: Recipe, tools: Tools, scratch: Path, environment: dict[str, str]) -> str:
+def _try_compiler(recipe: LibraryRecipe, tools: Tools, scratch: Path, environment: dict[str, str]) -> str:
     """Have a tiny library made with all flags, so that a compiler which cannot is named at once; its version."""
-    (scratch / "probe.cpp").write_text(_PROBE)
-    flags = sorted({flag for item in recipe.objects for flag in item.flags})
+    suffix = "cu" if isinstance(recipe, CudaRecipe) else "cpp"
+    (scratch / f"probe.{suffix}").write_text(recipe.probe)
+    flags = list(dict.fromkeys(flag for item in recipe.objects for flag in item.flags))
     name = shlex.join(tools.compiler)
 
     def run(*arguments: str) -> tuple[int, str]:
@@ -192,16 +184,14 @@ def _try_compiler(recipe: Recipe, tools: Tools, scratch: Path, environment: dict
         return done.returncode, done.stdout
 
     _, version = run("--version")
-    status, output = run(*flags, "-shared", "probe.cpp", "-o", "probe.so")
+    status, output = run(*flags, "-shared", f"probe.{suffix}", "-o", "probe.so")
     if status != 0 or not (scratch / "probe.so").exists():
         reason = _first_error(output) or f"exit code {status} and no message"
         raise CompilationError(
-            no_space(output)
-            or f"the compiler {name} cannot build a small C++20 library: {reason}; install g++ 11 or newer "
-            "(apt-get install g++), or name another compiler in CXX",
+            no_space(output) or f"the compiler {name} cannot build a small C++20 library: {reason}; {recipe.advice}",
             output,
         )
-    return version.partition("\n")[0]
+    return recipe.version_line(version)
 
 
 def _openmp_flags(tools: Tools, compiler_version: str) -> list[str]:
@@ -213,7 +203,7 @@ def _openmp_flags(tools: Tools, compiler_version: str) -> list[str]:
     return ["-fopenmp"]
 
 
-def _write_ninja_file(recipe: Recipe, tools: Tools, scratch: Path, openmp: list[str]) -> None:
+def _write_ninja_file(recipe: LibraryRecipe, tools: Tools, scratch: Path, openmp: list[str]) -> None:
     includes = [word for folder in tools.includes for word in ("-isystem", folder)]
 
     def step(output: str, inputs: list[str], words: list[str], label: str) -> str:
@@ -228,7 +218,7 @@ def _write_ninja_file(recipe: Recipe, tools: Tools, scratch: Path, openmp: list[
     # At linking, -fopenmp would add the compiler's own runtime to torch's.
     libraries = [*tools.libraries, *([str(tools.openmp_runtime)] if tools.openmp_runtime else openmp)]
     names = [item.name for item in recipe.objects]
-    steps.append(step(LIBRARY, names, [*link_flags(), *names, *libraries], "linking"))
+    steps.append(step(recipe.library, names, [*recipe.link_flags, *names, *libraries], "linking"))
     (scratch / "build.ninja").write_text("".join(steps))
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _build, reference
+from . import _build, _cuda, reference
 
 _GEOMETRY = (
     "SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool transposed, SymInt[] output_padding, SymInt groups"
@@ -127,6 +127,7 @@ def _load() -> bool:
                 path = os.environ.get("MASKED_OPS_PATH")
                 if path:
                     module.set_path(path)
+                module.set_cuda_loader(_cuda.load, _cuda.warn)
                 _module, _loaded = module, True
                 for op in OPERATIONS:  # the Python dispatcher, which is on while torch traces, remembers kernels
                     op._dispatch_cache.clear()
@@ -231,7 +232,7 @@ def explain_linear(weight: Tensor, mask: Tensor, batch: int) -> tuple[str, str]:
 def explain_packed_linear(weight_values: Tensor, weight_bits: Tensor, in_features: int, batch: int) -> tuple[str, str]:
     """The path that ``packed_linear`` takes for ``batch`` rows of input, and why."""
     module = _compiled()
-    if module is None or not weight_values.is_cpu:
+    if module is None or not (weight_values.is_cpu or weight_values.is_cuda):
         return "reference", _fallback_reason or "no compiled kernels for this device"
     path, reason = torch.ops.masked_ops.explain_packed_linear(weight_values.detach(), weight_bits, in_features, batch)
     return path, reason

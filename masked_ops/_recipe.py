@@ -16,9 +16,11 @@ import shlex
 import shutil
 import sys
 import sysconfig
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -116,10 +118,6 @@ def _sanitize_flags() -> tuple[str, ...]:
     return _SANITIZE_FLAGS if enabled("MASKED_OPS_SANITIZE") else ()
 
 
-def link_flags() -> tuple[str, ...]:
-    return _LINK_FLAGS + _sanitize_flags()
-
-
 # --- recipe ----------------------------------------------------------------------------------------------------------
 
 
@@ -134,40 +132,132 @@ class Object(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What goes into one library.
-
-    ``csrc/*.cpp`` sees torch and is compiled once, for any CPU of the platform. ``csrc/cpu/*.cpp`` sees no torch and is
-    compiled once per capability, into a namespace of that name (``MASKED_OPS_CAPABILITY``), or once for any CPU if its
-    first line says ``capability: none``. New files are found by themselves.
-    """
+class LibraryRecipe(ABC):
+    """What goes into one library: the kernels of the CPU (``Recipe``), or those of CUDA (``CudaRecipe``)."""
 
     version: str
     source_root: Path
+
+    library: ClassVar[str]  # its file's name
+    prebuilt: ClassVar[str]  # where a build ahead of time lies within the package
+    probe: ClassVar[str]  # the source of a tiny library that the compiler must be able to make
+    advice: ClassVar[str]  # where it is not
+    folder_prefix: ClassVar[str] = ""
+
+    def _read_sources(self, paths: Iterable[Path]) -> dict[str, bytes]:
+        chosen = sorted(path for path in paths if path.suffix in {".cpp", ".h", ".cu", ".cuh"})
+        return {path.relative_to(self.source_root).as_posix(): path.read_bytes() for path in chosen}
+
+    @functools.cached_property
+    @abstractmethod
+    def sources(self) -> dict[str, bytes]:
+        """Every source and header by its path below ``source_root``."""
+
+    @functools.cached_property
+    @abstractmethod
+    def requirements(self) -> dict[str, Any]:
+        """What a library must share with this process to be the right one; all else is only how it was compiled."""
+
+    def _common_requirements(self) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for name, content in self.sources.items():
+            digest.update(f"{name}\0{len(content)}\0".encode() + content)
+        return {
+            "version": self.version,
+            "sources": digest.hexdigest(),
+            "machine": f"{sys.platform} {platform.machine()}",
+        }
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """What the library's record says beside its requirements; ``rank`` reads it."""
+
+    @abstractmethod
+    def rank(self, record: dict[str, Any]) -> int | None:
+        """How good a library of these requirements and this record is here (0 is best); None if it cannot be used."""
+
+    @abstractmethod
+    def _toolchain(self) -> dict[str, Any]:
+        """What else decides the library's bits."""
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Equal keys mean equal libraries."""
+        facts = {
+            "requirements": self.requirements,
+            "objects": [(item.name, item.flags) for item in self.objects],
+            "link": self.link_flags,
+            "libc": os.confstr("CS_GNU_LIBC_VERSION"),
+            **self._toolchain(),
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def folder_name(self) -> str:
+        return f"{self.version}-{self.folder_prefix}{self.key}"
+
+    @property
+    @abstractmethod
+    def targets(self) -> tuple[str, ...]:
+        """What it is compiled for, as the user is told."""
+
+    @functools.cached_property
+    @abstractmethod
+    def objects(self) -> list[Object]:
+        """The object files in the order of linking."""
+
+    @property
+    @abstractmethod
+    def link_flags(self) -> tuple[str, ...]: ...
+
+    @abstractmethod
+    def compiler(self) -> list[str]:
+        """The compiler's command; empty if there is none."""
+
+    @staticmethod
+    def version_line(output: str) -> str:
+        """Of what the compiler says of its version, the line that tells it."""
+        return output.partition("\n")[0]
+
+
+@dataclass(frozen=True)
+class Recipe(LibraryRecipe):
+    """The kernels of the CPU, and all that sees torch.
+
+    ``csrc/*.cpp`` sees torch and is compiled once, for any CPU of the platform. ``csrc/cpu/*.cpp`` sees no torch and is
+    compiled once per capability, into a namespace of that name (``MASKED_OPS_CAPABILITY``), or once for any CPU if its
+    first line says ``capability: none``. New files are found by themselves. Of ``csrc/cuda`` it takes the interface.
+    """
+
     capabilities: tuple[str, ...]
     extras: frozenset[str] = frozenset()
     torch: bool = True  # whether the sources see torch
 
+    library = "libmasked_ops.so"
+    prebuilt = "."
+    advice = "install g++ 11 or newer (apt-get install g++), or name another compiler in CXX"
+    probe = """\
+#if defined(__clang__) ? __clang_major__ < 14 : __GNUC__ < 11
+#error "masked_ops needs GCC 11 or Clang 14, or a newer one"
+#endif
+#include <bit>
+#include <concepts>
+#include <vector>
+template <std::integral T> std::vector<T> probe(T x) { return {std::bit_ceil(x)}; }
+template std::vector<unsigned> probe(unsigned);
+"""
+
     @functools.cached_property
     def sources(self) -> dict[str, bytes]:
-        """Every source and header by its path below ``source_root``."""
-        suffixes = {".cpp", ".h", ".cu", ".cuh"}
-        paths = sorted(path for path in self.source_root.rglob("*") if path.suffix in suffixes)
-        return {path.relative_to(self.source_root).as_posix(): path.read_bytes() for path in paths}
+        cuda, interface = self.source_root / "cuda", self.source_root / "cuda" / "api.h"
+        paths = self.source_root.rglob("*")
+        return self._read_sources(path for path in paths if cuda not in path.parents or path == interface)
 
     @functools.cached_property
     def requirements(self) -> dict[str, Any]:
-        """What a library must share with this process to be the right one; all else is only how it was compiled."""
-        digest = hashlib.sha256()
-        for name, content in self.sources.items():
-            digest.update(f"{name}\0{len(content)}\0".encode() + content)
-        facts: dict[str, Any] = {
-            "version": self.version,
-            "sources": digest.hexdigest(),
-            "python": str(sysconfig.get_config_var("SOABI")),
-            "machine": f"{sys.platform} {platform.machine()}",
-            "sanitize": enabled("MASKED_OPS_SANITIZE"),
-        }
+        facts = self._common_requirements()
+        facts["python"] = str(sysconfig.get_config_var("SOABI"))
+        facts["sanitize"] = enabled("MASKED_OPS_SANITIZE")
         if self.torch:
             import torch
 
@@ -176,22 +266,29 @@ class Recipe:
             facts["openmp"] = runtime.name if runtime else None
         return facts
 
-    @functools.cached_property
-    def key(self) -> str:
-        """Equal keys mean equal libraries."""
-        facts = {
-            "requirements": self.requirements,
-            "objects": [(item.name, item.flags) for item in self.objects],
-            "link": link_flags(),
-            "libc": os.confstr("CS_GNU_LIBC_VERSION"),
-            "compiler": _identity(compiler()),
-            "pybind11": _pybind11_version() if self.torch else None,
-        }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    def _toolchain(self) -> dict[str, Any]:
+        return {"compiler": identity(compiler()), "pybind11": _pybind11_version() if self.torch else None}
+
+    def facts(self) -> dict[str, Any]:
+        return {"capabilities": {name: sorted(self.cpu_flags(name)) for name in self.capabilities}}
+
+    def rank(self, record: dict[str, Any]) -> int | None:
+        capabilities: dict[str, list[str]] = record["capabilities"]
+        for rank, name in enumerate(usable_capabilities()):
+            if name in capabilities and cpu_flags().issuperset(capabilities[name]):
+                return rank
+        return None
+
+    def compiler(self) -> list[str]:
+        return compiler()
 
     @property
-    def folder_name(self) -> str:
-        return f"{self.version}-{self.key}"
+    def targets(self) -> tuple[str, ...]:
+        return self.capabilities
+
+    @property
+    def link_flags(self) -> tuple[str, ...]:
+        return _LINK_FLAGS + _sanitize_flags()
 
     def cpu_flags(self, capability: str) -> dict[str, str]:
         """What the CPU must report for the kernels of ``capability``, and the compiler's flag for it."""
@@ -200,7 +297,6 @@ class Recipe:
 
     @functools.cached_property
     def objects(self) -> list[Object]:
-        """The object files in the order of linking."""
         common = _COMMON_FLAGS + _sanitize_flags()
         have = tuple(f"-DMASKED_OPS_HAVE_{name.upper()}=1" for name in self.capabilities)
         objects = []
@@ -271,7 +367,7 @@ def compiler() -> list[str]:
     return []
 
 
-def _identity(command: list[str]) -> list[Any]:
+def identity(command: list[str]) -> list[Any]:
     """What tells one compiler from another without running it: file, size and time, through all links and wrappers."""
     identity: list[Any] = []
     for word in command:

@@ -19,7 +19,13 @@ if importlib.util.find_spec("masked_ops") is None:
     sys.path.insert(0, str(ROOT))
 
 # No deadline: machines that run tests are busy. CI draws the same examples each time, so that red can be repeated.
-hypothesis.settings.register_profile("masked_ops", deadline=None, print_blob=True)
+# The device is the same for all examples of a test.
+hypothesis.settings.register_profile(
+    "masked_ops",
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
 hypothesis.settings.register_profile("ci", parent=hypothesis.settings.get_profile("masked_ops"), derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "masked_ops")
 
@@ -34,6 +40,34 @@ def same_start() -> Iterator[None]:
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
     torch.set_grad_enabled(True)
+
+
+# A CUDA device, or the fake one of tests/fake_cuda.
+HAS_CUDA = torch.cuda.is_available() or "MASKED_OPS_TEST_FAKE_CUDA" in os.environ
+
+
+collect_ignore_glob = ["fake_cuda/*"]
+if "MASKED_OPS_TEST_FAKE_CUDA" in os.environ:
+    import fake_device
+
+    fake_device.install()
+    collect_ignore_glob = []
+
+
+@pytest.fixture(params=("cpu", "cuda") if HAS_CUDA else ("cpu",))
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The test runs once on each kind of device that is there: torch's factories make their tensors on it.
+
+    What is about a capability of the CPU, or forces one of its paths, runs there alone.
+    """
+    if request.param == "cpu":
+        yield "cpu"
+        return
+    chosen = request.node.callspec.params
+    if chosen.get("path") not in (None, "copy") or "capability" in chosen:
+        pytest.skip("about the CPU's kernels")
+    with torch.device("cuda"):
+        yield "cuda"
 
 
 RunPython = Callable[..., "subprocess.CompletedProcess[str]"]

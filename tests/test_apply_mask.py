@@ -30,6 +30,8 @@ from hypothesis import strategies as st
 import masked_ops
 from masked_ops import _ops, reference
 
+pytestmark = pytest.mark.usefixtures("device")
+
 # Around the words of 64 bits in which masks are packed, and enough for several tasks of the parallel pass.
 SHAPES = [(n,) for n in (1, 7, 8, 63, 64, 65, 127, 128, 129)] + [
     (1, 1),

@@ -31,6 +31,8 @@ from torch.utils.checkpoint import checkpoint
 import masked_ops
 from masked_ops import _ops
 
+pytestmark = pytest.mark.usefixtures("device")
+
 double = partial(normal, dtype=torch.float64)
 
 

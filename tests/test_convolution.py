@@ -36,6 +36,8 @@ from torch.nn import functional as F
 import masked_ops
 from masked_ops import _ops, reference
 
+pytestmark = pytest.mark.usefixtures("device")
+
 OURS: dict[str, Callable[..., Tensor]] = {
     name: getattr(masked_ops, f"masked_{name}")
     for name in ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")

@@ -47,6 +47,8 @@ from torch.nn import functional as F
 import masked_ops
 from masked_ops import _ops, _recipe, reference
 
+pytestmark = pytest.mark.usefixtures("device")
+
 # --- values ----------------------------------------------------------------------------------------------------------
 
 

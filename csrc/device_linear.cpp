@@ -1,0 +1,107 @@
+// The linear family on a device.
+#include "device_linear.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
+
+#include "checks.h"
+#include "device_pattern.h"
+#include "device_tuning.h"
+#include "masking.h"
+
+namespace masked_ops::device {
+namespace {
+
+bool aligned(const at::Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
+
+bool half_precision(const at::Tensor& t) { return t.scalar_type() == at::kHalf || t.scalar_type() == at::kBFloat16; }
+
+// What the fused kernels ask of shapes and layouts, by cuda/api.h; null if they have it.
+const char* misfit(Pass pass, const at::Tensor& weight) {
+  if (!half_precision(weight)) return "its kernel takes bfloat16 and float16 only";
+  if (!weight.is_contiguous() || !aligned(weight)) return "the weight is not contiguous and aligned";
+  if (weight.size(1) % 8 != 0) return "in_features is not a multiple of 8";
+  if (pass == Pass::kGradInput && weight.size(0) % 8 != 0) return "out_features is not a multiple of 8";
+  return nullptr;
+}
+
+// The path of a call, and the pattern that it needs. A mask that is new is not waited for, unless a path is forced.
+// (The gradient of the weight is torch's GEMM on every path, masked in place.)
+struct Plan {
+  DevicePatternPtr pattern;
+  Choice choice{Path::kCopy, ""};
+
+  Plan(Pass pass, int64_t M, const at::Tensor& weight, const at::Tensor& mask, bool explain) {
+    if (!explain && !any_kernel() && !forced_path()) return;
+    const c10::Device device = weight.device();
+    const bool wait = explain || forced_path().has_value();
+    const char* why = obstacle(Kernel::kMaskCopy, device);
+    if (!why && capturing(device)) why = "a graph is being captured, which has to read the mask itself";
+    if (!why && packable(mask.scalar_type())) pattern = device_pattern_of(mask);
+    if (!why && !pattern) why = "the mask has no version, or a dtype of its own";
+    if (!why && !pattern->ready(mask, /*kernels=*/true, wait)) why = "the mask is new";
+    if (!why && !pattern->binary()) why = "the mask is soft";
+    const char* fused = why ? why : misfit(pass, weight);
+    const char* sm80 = fused ? fused : obstacle(Kernel::kGemmSm80, device);
+    const char* sm90 = fused ? fused : obstacle(Kernel::kGemmSm90, device);
+    choice = choose_device("linear layer", pass, M, {why, "it is for packed layers", sm80, sm90}, why);
+    if (M == 0 || weight.numel() == 0) choice.path = Path::kCopy;  // nothing to compute; torch knows the shapes
+  }
+
+  bool fused() const { return choice.path == Path::kGemmSm80 || choice.path == Path::kGemmSm90; }
+
+  // Undefined if the kernel does not serve this call after all, and is not forced.
+  at::Tensor gemm(bool grad_input, const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) const {
+    const at::Tensor given = input.contiguous(), b = bias.defined() ? bias.contiguous() : bias;
+    const at::Tensor x = aligned(given) ? given : given.clone();
+    const at::Tensor fragments = pattern->fragments(current_stream(weight.device()), grad_input);
+    const Kernel kernel = choice.path == Path::kGemmSm90 ? Kernel::kGemmSm90 : Kernel::kGemmSm80;
+    const at::Tensor output = device::gemm(*api(), kernel, grad_input, x, weight, fragments, b);
+    TORCH_CHECK(output.defined() || !forced_path(), "path '", path_name(choice.path),
+                "' cannot serve this linear layer: its kernel does not take this shape or alignment");
+    return output;
+  }
+};
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask,
+                                          const at::Tensor& bias) {
+  const Plan plan(Pass::kForward, rows_of(input), weight, mask, /*explain=*/false);
+  if (plan.fused()) {
+    if (const at::Tensor output = plan.gemm(false, input, weight, bias); output.defined()) return {output, {}};
+  }
+  const at::Tensor masked = masked_weight(weight, mask);
+  return {at::linear(input, masked, bias.defined() ? std::optional(bias) : std::nullopt), masked};
+}
+
+at::Tensor linear_grad_input(const at::Tensor& grad_output, const at::Tensor& weight, const at::Tensor& mask,
+                             const at::Tensor& masked) {
+  if (!masked.defined()) {
+    const Plan plan(Pass::kGradInput, rows_of(grad_output), weight, mask, /*explain=*/false);
+    if (plan.fused()) {
+      if (const at::Tensor dx = plan.gemm(true, grad_output, weight, at::Tensor()); dx.defined()) return dx;
+    }
+  }
+  at::Tensor grad_input = empty_with_last_dim(grad_output, weight.size(1));
+  at::Tensor rows = grad_input.view({rows_of(grad_output), weight.size(1)});
+  const at::Tensor factor = masked.defined() ? masked : masked_weight(weight, mask);
+  at::mm_out(rows, as_matrix(grad_output, weight.size(0)), factor.conj());
+  return grad_input;
+}
+
+at::Tensor linear_grad_weight(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mask,
+                              at::Tensor grad_weight) {
+  const Plan plan(Pass::kGradWeight, rows_of(grad_output), grad_weight, mask, /*explain=*/false);
+  at::mm_out(grad_weight, as_matrix(grad_output, mask.size(0)).t(), as_matrix(input, mask.size(1)).conj());
+  mask_in_place(grad_weight, mask);
+  return grad_weight;
+}
+
+std::tuple<std::string, std::string> explain_linear(const at::Tensor& weight, const at::Tensor& mask, int64_t batch) {
+  const Plan plan(Pass::kForward, batch, weight, mask, /*explain=*/true);
+  return {path_name(plan.choice.path), plan.choice.reason};
+}
+
+}  // namespace masked_ops::device

@@ -1,0 +1,37 @@
+// The families on a device; arguments are checked by then. What is done here is choice, allocation and launch.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+namespace masked_ops::device {
+
+// As masked_weight; and the same in place, for a gradient that is the caller's own.
+at::Tensor masked_weight(const at::Tensor& weight, const at::Tensor& mask);
+void mask_in_place(const at::Tensor& weight, const at::Tensor& mask);
+
+// weight has two dimensions, bias is undefined or a vector of N. The second result is the masked weight if one was
+// made, as the hook keeps it: it saves the gradient of the input from making another.
+std::tuple<at::Tensor, at::Tensor> linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask,
+                                          const at::Tensor& bias);
+at::Tensor linear_grad_input(const at::Tensor& grad_output, const at::Tensor& weight, const at::Tensor& mask,
+                             const at::Tensor& masked);
+// Into grad_weight, which is the result.
+at::Tensor linear_grad_weight(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mask,
+                              at::Tensor grad_weight);
+std::tuple<std::string, std::string> explain_linear(const at::Tensor& weight, const at::Tensor& mask, int64_t batch);
+// Of a convolution, and of whatever else masks the weight first.
+std::tuple<std::string, std::string> explain_copy(const at::Tensor& weight, const at::Tensor& mask,
+                                                  const char* operation);
+
+at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& values, const at::Tensor& bits, int64_t in_features,
+                         const at::Tensor& bias);
+at::Tensor unpack_values(const at::Tensor& values, const at::Tensor& bits, int64_t in_features);
+at::Tensor pack_values(const at::Tensor& weight, const at::Tensor& bits, int64_t nnz);
+std::tuple<std::string, std::string> explain_packed_linear(const at::Tensor& values, const at::Tensor& bits,
+                                                           int64_t in_features, int64_t batch);
+
+}  // namespace masked_ops::device

@@ -1,0 +1,109 @@
+// weight∘mask on a device.
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+
+#include "device_linear.h"
+#include "device_pattern.h"
+#include "masking.h"
+
+namespace masked_ops::device {
+namespace {
+
+// Both tensors as they lie in the weight's memory, in which the weight is contiguous.
+struct InOrder {
+  at::Tensor weight, mask;
+
+  InOrder(const at::Tensor& dense, const at::Tensor& mask) : weight(dense), mask(mask) {
+    if (dense.is_contiguous()) return;
+    const auto order = memory_order(dense);
+    weight = dense.permute(order);
+    this->mask = mask.permute(order);
+  }
+};
+
+// What a mask that holds 0 and 1 only is known by: its bits for the kernel, or where it is not 0 for torch. Neither, if
+// that is not known: then the composite reads the mask. So must a graph that is captured, since the mask may have
+// changed when it is replayed; a bool mask can be read as it is.
+struct Known {
+  at::Tensor words, keep;
+  DevicePatternPtr pattern;  // of the words
+
+  explicit Known(const at::Tensor& mask) {
+    if (forced_path() == Path::kCopy || !packable(mask.scalar_type())) return;
+    const c10::Device device = mask.device();
+    const bool force = forced_path() == Path::kMaskCopy, records = capturing(device);
+    const char* why = any_kernel() ? obstacle(Kernel::kMaskCopy, device) : "";
+    if (force && !why && records) why = "a graph is being captured, which has to read the mask itself";
+    TORCH_CHECK(!force || !why, "path 'mask_copy' cannot serve: ", why);
+    if (mask.scalar_type() == at::kBool && (why || records)) {
+      keep = mask;
+      return;
+    }
+    if (records) return;
+    const DevicePatternPtr known = device_pattern_of(mask);
+    TORCH_CHECK(!force || known, "path 'mask_copy' cannot serve: the mask is an inference tensor");
+    if (!known || !known->ready(mask, /*kernels=*/!why, /*wait=*/force)) return;
+    TORCH_CHECK(!force || known->binary(), "path 'mask_copy' cannot serve: the mask is soft");
+    if (!known->binary()) return;
+    const c10::Stream stream = current_stream(device);
+    if (why) {
+      keep = known->keep(stream);
+    } else {
+      words = known->words(stream);
+      pattern = known;
+    }
+  }
+
+  bool none() const { return !words.defined() && !keep.defined(); }
+
+  // out = weight∘mask, both contiguous; out may be weight.
+  void apply(const at::Tensor& weight, at::Tensor out) const {
+    if (words.defined()) {
+      mask_copy(*api(), weight.const_data_ptr(), weight.element_size(), words, pattern->rows(), pattern->cols(),
+                out.data_ptr(), weight.device());
+    } else {
+      at::where_out(out, keep, weight, at::zeros({}, weight.options()));
+    }
+  }
+};
+
+}  // namespace
+
+at::Tensor masked_weight(const at::Tensor& weight, const at::Tensor& mask) {
+  const at::Tensor dense = weight.is_non_overlapping_and_dense() ? weight : weight.clone();
+  const InOrder seen(dense, mask);
+  const Known known(seen.mask);
+  if (known.none()) return masked_weight_composite(weight, mask);
+  at::Tensor out = at::empty_like(dense);
+  known.apply(seen.weight, out.as_strided(seen.weight.sizes(), seen.weight.strides()));
+  return out;
+}
+
+void mask_in_place(const at::Tensor& weight, const at::Tensor& mask) {
+  if (weight.is_non_overlapping_and_dense()) {
+    const InOrder seen(weight, mask);
+    if (const Known known(seen.mask); !known.none()) return known.apply(seen.weight, seen.weight);
+  }
+  const at::Tensor factor = mask.to(weight.scalar_type());
+  weight.mul_(factor).masked_fill_(factor.eq(0), 0);
+}
+
+std::tuple<std::string, std::string> explain_copy(const at::Tensor& weight, const at::Tensor& mask,
+                                                  const char* operation) {
+  const c10::Device device = weight.device();
+  const char* why = obstacle(Kernel::kMaskCopy, device);
+  if (!why) {
+    const DevicePatternPtr pattern = packable(mask.scalar_type()) ? device_pattern_of(mask) : nullptr;
+    if (!pattern) {
+      why = "the mask has no version, or a dtype of its own";
+    } else if (!pattern->ready(mask, /*kernels=*/true, /*wait=*/true) || !pattern->binary()) {
+      why = "the mask is soft";
+    }
+  }
+  const char* not_fused = "it has no kernel of its own";
+  const Choice choice = choose_device(operation, Pass::kForward, 0, {why, not_fused, not_fused, not_fused}, why);
+  return {path_name(choice.path), choice.reason};
+}
+
+}  // namespace masked_ops::device

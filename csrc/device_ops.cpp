@@ -1,0 +1,202 @@
+#include "device_ops.h"
+
+#include <ATen/ops/empty.h>
+#include <c10/util/Exception.h>
+
+#include "checks.h"
+
+namespace masked_ops::device {
+namespace {
+
+at::Tensor empty_on(c10::Device device, at::IntArrayRef sizes, at::ScalarType dtype) {
+  return at::empty(sizes, at::TensorOptions(dtype).device(device));
+}
+
+const uint64_t* words_of(const at::Tensor& words) {
+  return reinterpret_cast<const uint64_t*>(words.const_data_ptr<int64_t>());
+}
+
+uint64_t* mutable_words_of(const at::Tensor& words) {
+  return reinterpret_cast<uint64_t*>(words.mutable_data_ptr<int64_t>());
+}
+
+static_assert(sizeof(cuda::MaskFacts) % sizeof(int64_t) == 0);
+
+Packed room_for(c10::Device device, int64_t rows, int64_t cols) {
+  const int64_t per_row = cuda::words_per_row(cols);
+  return {empty_on(device, {rows, per_row}, at::kLong), empty_on(device, {per_row}, at::kLong).zero_(),
+          empty_on(device, {sizeof(cuda::MaskFacts) / sizeof(int64_t)}, at::kLong).zero_()};
+}
+
+cuda::MaskFacts* facts_of(const Packed& packed) {
+  return reinterpret_cast<cuda::MaskFacts*>(packed.facts.mutable_data_ptr<int64_t>());
+}
+
+const void* data_or_null(const at::Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
+
+}  // namespace
+
+int cuda_dtype(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kBool:
+    case at::kByte:
+      return cuda::kByte;
+    case at::kChar:
+      return cuda::kInt8;
+    case at::kShort:
+      return cuda::kInt16;
+    case at::kInt:
+      return cuda::kInt32;
+    case at::kLong:
+      return cuda::kInt64;
+    case at::kHalf:
+      return cuda::kHalf;
+    case at::kBFloat16:
+      return cuda::kBFloat16;
+    case at::kFloat:
+      return cuda::kFloat;
+    case at::kDouble:
+      return cuda::kDouble;
+    default:
+      TORCH_INTERNAL_ASSERT(false, "no CUDA kernel takes dtype ", dtype);
+  }
+}
+
+int copy_kind(int64_t element_size) {
+  switch (element_size) {
+    case 1:
+      return cuda::kCopy1;
+    case 2:
+      return cuda::kCopy2;
+    case 4:
+      return cuda::kCopy4;
+    case 8:
+      return cuda::kCopy8;
+    default:
+      TORCH_INTERNAL_ASSERT(element_size == 16);
+      return cuda::kCopy16;
+  }
+}
+
+Packed pack_mask(const Api& api, const at::Tensor& mask, int64_t rows, int64_t cols) {
+  const Launch launch(mask.device());
+  const Packed packed = room_for(mask.device(), rows, cols);
+  check_launch("pack_mask", api.pack_mask(cuda_dtype(mask.scalar_type()), mask.const_data_ptr(), rows, cols,
+                                          mutable_words_of(packed.words), mutable_words_of(packed.live_cols),
+                                          facts_of(packed), launch.stream()));
+  return packed;
+}
+
+Packed pack_bits(const Api& api, const at::Tensor& bits, int64_t cols) {
+  const Launch launch(bits.device());
+  const int64_t rows = bits.size(0);
+  const Packed packed = room_for(bits.device(), rows, cols);
+  check_launch("pack_bits", api.pack_bits(bits.const_data_ptr<uint8_t>(), rows, cols, mutable_words_of(packed.words),
+                                          mutable_words_of(packed.live_cols), facts_of(packed), launch.stream()));
+  return packed;
+}
+
+at::Tensor row_offsets(const Api& api, const at::Tensor& words, int64_t rows, int64_t cols) {
+  const Launch launch(words.device());
+  at::Tensor offsets = empty_on(words.device(), {rows + 1}, at::kLong);
+  if (rows == 0 || cols == 0) return offsets.zero_();
+  check_launch("row_offsets",
+               api.row_offsets(words_of(words), rows, cols, offsets.mutable_data_ptr<int64_t>(), launch.stream()));
+  return offsets;
+}
+
+void mask_copy(const Api& api, const void* weight, int64_t element_size, const at::Tensor& words, int64_t rows,
+               int64_t cols, void* out, c10::Device device) {
+  const Launch launch(device);
+  const cuda::MaskCopyTask task = {weight, words_of(words), out, rows, cols};
+  check_launch("mask_copy", api.mask_copy(copy_kind(element_size), &task, 1, launch.stream()));
+}
+
+at::Tensor expand(const Api& api, const at::Tensor& values, const at::Tensor& words, const at::Tensor& offsets,
+                  int64_t rows, int64_t cols) {
+  const Launch launch(values.device());
+  const at::Tensor from = values.contiguous();
+  at::Tensor weight = at::empty({rows, cols}, values.options());
+  check_launch("expand", api.expand(static_cast<int>(from.element_size()), words_of(words), rows, cols,
+                                    offsets.const_data_ptr<int64_t>(), from.const_data_ptr(), weight.data_ptr(),
+                                    launch.stream()));
+  return weight;
+}
+
+at::Tensor compress(const Api& api, const at::Tensor& weight, const at::Tensor& words, const at::Tensor& offsets,
+                    int64_t nnz) {
+  const Launch launch(weight.device());
+  const at::Tensor from = weight.contiguous();
+  at::Tensor values = at::empty({nnz}, weight.options());
+  check_launch("compress", api.compress(static_cast<int>(from.element_size()), words_of(words), from.size(0),
+                                        from.size(1), offsets.const_data_ptr<int64_t>(), from.const_data_ptr(),
+                                        values.data_ptr(), launch.stream()));
+  return values;
+}
+
+at::Tensor decode_index(const Api& api, const at::Tensor& words, int64_t N, int64_t K, int64_t nnz,
+                        const at::Tensor& offsets) {
+  const Launch launch(words.device());
+  const size_t bytes = api.decode_index_bytes(N, K, nnz);
+  if (bytes == 0) return {};
+  at::Tensor index = empty_on(words.device(), {static_cast<int64_t>(bytes)}, at::kByte);
+  check_launch("decode_index", api.decode_index(words_of(words), N, K, nnz, offsets.const_data_ptr<int64_t>(),
+                                                index.data_ptr(), launch.stream()));
+  return index;
+}
+
+at::Tensor decode(const Api& api, const at::Tensor& input, const at::Tensor& values, const at::Tensor& index, int64_t N,
+                  const at::Tensor& bias) {
+  const Launch launch(input.device());
+  const int64_t K = input.size(-1), M = rows_of(input);
+  const int dtype = cuda_dtype(input.scalar_type());
+  at::Tensor output = empty_with_last_dim(input, N);
+  const size_t bytes = api.decode_workspace(dtype, M, N, K);
+  const at::Tensor workspace =
+      bytes ? empty_on(input.device(), {static_cast<int64_t>(bytes)}, at::kByte) : at::Tensor();
+  const int error = api.decode(dtype, M, N, K, values.numel(), input.const_data_ptr(), values.const_data_ptr(),
+                               index.const_data_ptr(), data_or_null(bias), output.data_ptr(),
+                               bytes ? workspace.data_ptr() : nullptr, launch.stream());
+  if (error == cuda::kUnsupported) return {};
+  check_launch("decode", error);
+  return output;
+}
+
+at::Tensor fragments(const Api& api, const at::Tensor& words, int64_t N, int64_t K, bool transposed) {
+  const Launch launch(words.device());
+  const size_t bytes = api.fragments_bytes(N, K, transposed);
+  at::Tensor result = empty_on(words.device(), {static_cast<int64_t>((bytes + 3) / 4)}, at::kInt);
+  check_launch("pack_fragments",
+               api.pack_fragments(words_of(words), N, K, transposed,
+                                  reinterpret_cast<uint32_t*>(result.mutable_data_ptr<int32_t>()), launch.stream()));
+  return result;
+}
+
+at::Tensor gemm(const Api& api, Kernel kernel, bool grad_input, const at::Tensor& input, const at::Tensor& weight,
+                const at::Tensor& fragments, const at::Tensor& bias) {
+  const Launch launch(input.device());
+  const int64_t N = weight.size(0), K = weight.size(1);
+  at::Tensor output = empty_with_last_dim(input, grad_input ? K : N);
+  cuda::Gemm call = {cuda_dtype(input.scalar_type()),
+                     grad_input,
+                     rows_of(input),
+                     N,
+                     K,
+                     input.const_data_ptr(),
+                     weight.const_data_ptr(),
+                     reinterpret_cast<const uint32_t*>(fragments.const_data_ptr<int32_t>()),
+                     data_or_null(bias),
+                     output.data_ptr(),
+                     /*workspace=*/nullptr};
+  const size_t bytes = kernel == Kernel::kGemmSm90 ? api.gemm_workspace(&call) : 0;
+  const at::Tensor workspace =
+      bytes ? empty_on(input.device(), {static_cast<int64_t>(bytes)}, at::kByte) : at::Tensor();
+  if (bytes) call.workspace = workspace.data_ptr();
+  const bool sm90 = kernel == Kernel::kGemmSm90;
+  const int error = sm90 ? api.gemm_sm90(&call, launch.stream()) : api.gemm_sm80(&call, launch.stream());
+  if (error == cuda::kUnsupported) return {};
+  check_launch(sm90 ? "gemm_sm90" : "gemm_sm80", error);
+  return output;
+}
+
+}  // namespace masked_ops::device

@@ -1,0 +1,46 @@
+// The CUDA kernels on tensors: allocation and launch. Whoever calls has asked device::obstacle, and has tensors of the
+// right dtypes, shapes and layouts.
+#pragma once
+
+#include "device.h"
+
+namespace masked_ops::device {
+
+int cuda_dtype(at::ScalarType dtype);
+// The kind of a copy that rounds nothing.
+int copy_kind(int64_t element_size);
+
+// What is taken of a mask at once; none of it is known to the host yet.
+struct Packed {
+  at::Tensor words;      // int64 [rows][words_per_row]
+  at::Tensor live_cols;  // int64 [words_per_row]
+  at::Tensor facts;      // int64, a cuda::MaskFacts
+};
+Packed pack_mask(const Api& api, const at::Tensor& mask, int64_t rows, int64_t cols);  // contiguous, packable
+Packed pack_bits(const Api& api, const at::Tensor& bits, int64_t cols);                // contiguous uint8 [rows][...]
+
+// int64 [rows + 1].
+at::Tensor row_offsets(const Api& api, const at::Tensor& words, int64_t rows, int64_t cols);
+
+// out = bit ? weight : 0 over memory in order; out may be weight.
+void mask_copy(const Api& api, const void* weight, int64_t element_size, const at::Tensor& words, int64_t rows,
+               int64_t cols, void* out, c10::Device device);
+
+at::Tensor expand(const Api& api, const at::Tensor& values, const at::Tensor& words, const at::Tensor& offsets,
+                  int64_t rows, int64_t cols);
+at::Tensor compress(const Api& api, const at::Tensor& weight, const at::Tensor& words, const at::Tensor& offsets,
+                    int64_t nnz);
+
+// Undefined if the mask cannot be indexed.
+at::Tensor decode_index(const Api& api, const at::Tensor& words, int64_t N, int64_t K, int64_t nnz,
+                        const at::Tensor& offsets);
+// The output, or undefined if the kernel does not serve this call.
+at::Tensor decode(const Api& api, const at::Tensor& input, const at::Tensor& values, const at::Tensor& index, int64_t N,
+                  const at::Tensor& bias);
+
+at::Tensor fragments(const Api& api, const at::Tensor& words, int64_t N, int64_t K, bool transposed);
+// The output, or undefined if the kernel does not serve this call. input is [M][K], or for grad_input [M][N].
+at::Tensor gemm(const Api& api, Kernel kernel, bool grad_input, const at::Tensor& input, const at::Tensor& weight,
+                const at::Tensor& fragments, const at::Tensor& bias);
+
+}  // namespace masked_ops::device

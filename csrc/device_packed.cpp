@@ -1,0 +1,151 @@
+// The packed linear family on a device: decode for few rows, else the weight is unpacked for torch's GEMM.
+#include <ATen/ops/arange.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+
+#include "checks.h"
+#include "device_linear.h"
+#include "device_pattern.h"
+#include "device_tuning.h"
+
+namespace masked_ops::device {
+namespace {
+
+at::Tensor aligned(const at::Tensor& t) {
+  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 ? t : t.clone();
+}
+
+// The bits of a call: known, checked against the number of values, and in the form that the kernels or torch want. New
+// bits are waited for, once. In a graph that is captured, bits that were not used before it are read by torch's own
+// operations, which cannot check them.
+class Bits {
+ public:
+  Bits(const at::Tensor& bits, int64_t cols, int64_t nnz)
+      : bits_(bits), cols_(cols), nnz_(nnz), stream_(current_stream(bits.device())) {
+    capture_ = capturing(bits.device());
+    why_ = any_kernel() ? obstacle(Kernel::kPacked, bits.device()) : "";
+    if (!capture_) {
+      // Inference tensors have no version: their bits are taken anew.
+      pattern_ = device_pattern_of_bits(bits, cols);
+      if (!pattern_) pattern_ = std::make_shared<const DevicePattern>(bits, cols, 1);
+      pattern_->ready(bits, kernels(), /*wait=*/true);
+      TORCH_CHECK(pattern_->stray() == 0, "weight_bits must have zero bits beyond in_features = ", cols);
+      TORCH_CHECK(pattern_->nnz() == nnz, "weight_values must hold one value for each of the ", pattern_->nnz(),
+                  " bits set in weight_bits, got ", nnz);
+    } else if (const auto known = device_pattern_of_bits(bits, cols); known && known->ready_for_capture()) {
+      pattern_ = known;
+    }
+  }
+
+  int64_t rows() const { return bits_.size(0); }
+
+  at::Tensor expand(const at::Tensor& values) const {
+    if (const auto [words, offsets] = words_and_offsets(); offsets.defined()) {
+      return device::expand(*api(), values, words, offsets, rows(), cols_);
+    }
+    at::Tensor weight = at::zeros({rows(), cols_}, values.options());
+    if (const at::Tensor places = places_or_none(); places.defined()) {
+      weight.view({-1}).index_copy_(0, places, values);
+      return weight;
+    }
+    return weight.masked_scatter_(keep(), values);
+  }
+
+  at::Tensor compress(const at::Tensor& weight) const {
+    if (const auto [words, offsets] = words_and_offsets(); offsets.defined()) {
+      return device::compress(*api(), weight, words, offsets, nnz_);
+    }
+    const at::Tensor flat = weight.reshape({-1});
+    if (const at::Tensor places = places_or_none(); places.defined()) return flat.index_select(0, places);
+    // The pruned weights all go to one place behind the values.
+    const at::Tensor kept = keep().flatten();
+    const at::Tensor place = at::where(kept, kept.cumsum(0).sub_(1), at::Scalar(nnz_));
+    return at::empty({nnz_ + 1}, weight.options()).scatter_(0, place, flat).narrow(0, 0, nnz_);
+  }
+
+  // Why decode cannot serve.
+  const char* decode_obstacle(const at::Tensor& values, int64_t rows) const {
+    const at::ScalarType dtype = values.scalar_type();
+    if (why_) return *why_ ? why_ : obstacle(Kernel::kDecode, bits_.device());
+    if (!pattern_) return "the layer was not used before the graph that is being captured";
+    if (rows > cuda::kMostDecodeRows) return "it takes at most 64 rows";
+    if (dtype != at::kFloat && dtype != at::kHalf && dtype != at::kBFloat16) {
+      return "its kernel takes float32, bfloat16 and float16 only";
+    }
+    return obstacle(Kernel::kDecode, bits_.device());
+  }
+
+  // Undefined if the kernel does not serve this call after all.
+  at::Tensor decode(const at::Tensor& input, const at::Tensor& values, const at::Tensor& bias) const {
+    const at::Tensor index = pattern_->decode_index(stream_, capture_);
+    if (!index.defined()) return {};
+    return device::decode(*api(), aligned(input.contiguous()), aligned(values.contiguous()), index, rows(),
+                          bias.defined() ? bias.contiguous() : bias);
+  }
+
+ private:
+  bool kernels() const { return why_ == nullptr; }
+
+  std::pair<at::Tensor, at::Tensor> words_and_offsets() const {
+    if (!pattern_ || !kernels()) return {};
+    const at::Tensor words = pattern_->words(stream_);
+    return {words, words.defined() ? pattern_->offsets(stream_, capture_) : at::Tensor()};
+  }
+
+  at::Tensor places_or_none() const {
+    return pattern_ && !pattern_->words(stream_).defined() ? pattern_->places(stream_, capture_) : at::Tensor();
+  }
+
+  at::Tensor keep() const {
+    const at::Tensor shifts = at::arange(8, bits_.options());
+    const at::Tensor all = bits_.unsqueeze(-1).bitwise_right_shift(shifts).bitwise_and(1).flatten(1);
+    return all.narrow(1, 0, cols_).to(at::kBool);
+  }
+
+  at::Tensor bits_;
+  int64_t cols_, nnz_;
+  c10::Stream stream_;
+  bool capture_ = false;
+  const char* why_ = nullptr;  // the kernels cannot serve
+  DevicePatternPtr pattern_;   // null in a capture that meets bits for the first time
+};
+
+Choice choose(const Bits& bits, const at::Tensor& values, int64_t rows) {
+  const char* dense = "a packed layer has no dense weight";
+  return choose_device("packed linear layer", Pass::kForward, rows,
+                       {dense, bits.decode_obstacle(values, rows), dense, dense},
+                       "torch's GEMM over the unpacked weight");
+}
+
+}  // namespace
+
+at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& values, const at::Tensor& bits, int64_t in_features,
+                         const at::Tensor& bias) {
+  const Bits known(bits, in_features, values.numel());
+  const int64_t M = rows_of(input);
+  const Choice choice = choose(known, values, M);
+  if (choice.path == Path::kDecode && M > 0 && known.rows() > 0 && in_features > 0) {
+    if (const at::Tensor output = known.decode(input, values, bias); output.defined()) return output;
+    TORCH_CHECK(!forced_path(), "path 'decode' cannot serve this packed linear layer: its kernel does not take it");
+  }
+  return at::linear(input, known.expand(values), bias.defined() ? std::optional(bias) : std::nullopt);
+}
+
+at::Tensor unpack_values(const at::Tensor& values, const at::Tensor& bits, int64_t in_features) {
+  return Bits(bits, in_features, values.numel()).expand(values);
+}
+
+at::Tensor pack_values(const at::Tensor& weight, const at::Tensor& bits, int64_t nnz) {
+  return Bits(bits, weight.size(1), nnz).compress(weight);
+}
+
+std::tuple<std::string, std::string> explain_packed_linear(const at::Tensor& values, const at::Tensor& bits,
+                                                           int64_t in_features, int64_t batch) {
+  const Choice choice = choose(Bits(bits, in_features, values.numel()), values, batch);
+  return {path_name(choice.path), choice.reason};
+}
+
+}  // namespace masked_ops::device

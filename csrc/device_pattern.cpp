@@ -1,0 +1,207 @@
+#include "device_pattern.h"
+
+#include <ATen/Context.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/nonzero_static.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/zeros.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cstring>
+
+namespace masked_ops::device {
+namespace {
+
+constexpr int kFirstPatience = 2, kMostPatience = 64;
+constexpr int64_t kFacts = sizeof(cuda::MaskFacts) / sizeof(int64_t);
+
+// Packed bits as bool [rows][8 * bytes].
+at::Tensor all_bits(const at::Tensor& bits) {
+  const at::Tensor shifts = at::arange(8, bits.options());
+  return bits.unsqueeze(-1).bitwise_right_shift(shifts).bitwise_and(1).flatten(1).to(at::kBool);
+}
+
+// By torch's own operations: where the mask is not 0, and a cuda::MaskFacts without the live rows and columns.
+std::pair<at::Tensor, at::Tensor> keep_and_facts(const at::Tensor& mask, int64_t cols) {
+  at::Tensor keep, soft, stray;
+  const at::Tensor none = at::zeros({}, at::TensorOptions(at::kLong).device(mask.device()));
+  if (cols >= 0) {
+    const at::Tensor all = all_bits(mask);
+    keep = all.narrow(1, 0, cols).contiguous();
+    soft = none;
+    stray = all.narrow(1, cols, all.size(1) - cols).any().to(at::kLong);
+  } else {
+    keep = mask.ne(0).contiguous();
+    soft = keep.logical_and(mask.ne(1)).any().to(at::kLong);
+    stray = none;
+  }
+  return {keep, at::stack({keep.sum(), soft, none, none, stray})};
+}
+
+}  // namespace
+
+DevicePattern::DevicePattern(const at::Tensor& mask, int64_t cols, int patience)
+    : rows_(mask.dim() > 1 ? mask.size(0) : 1),
+      cols_(cols >= 0 ? cols
+            : rows_   ? mask.numel() / rows_
+                      : 0),
+      bits_(cols >= 0),
+      patience_(patience) {}
+
+bool DevicePattern::ready(const at::Tensor& mask, bool kernels, bool wait) const {
+  bool grown = false;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (started_ && with_words_ != kernels) {
+      if (captured()) return false;
+      started_ = ready_ = false;  // the other form is wanted now
+      for (SharedBuffer* buffer : {&keep_, &words_, &offsets_, &index_, &fragments_[0], &fragments_[1], &places_}) {
+        *buffer = SharedBuffer();
+      }
+    }
+    if (!started_) {
+      if (++uses_ < patience_ && !wait) return false;
+      try {
+        start(mask, kernels);
+        grown = true;
+      } catch (const c10::OutOfMemoryError&) {
+        if (wait) throw;
+        uses_ = 0;  // the call can do without; another time, perhaps
+        return false;
+      }
+    }
+    if (!ready_ && !finish(wait)) return false;
+  }
+  if (grown) trim_cache();
+  return true;
+}
+
+bool DevicePattern::ready_for_capture() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return ready_;
+}
+
+bool DevicePattern::started() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return started_;
+}
+
+void DevicePattern::start(const at::Tensor& mask, bool kernels) const {
+  const Launch launch(mask.device());
+  const at::Tensor values = mask.contiguous();
+  at::Tensor facts;
+  if (kernels) {
+    const Packed packed = bits_ ? pack_bits(*api(), values, cols_) : pack_mask(*api(), values, rows_, cols_);
+    words_.fill(packed.words, launch.torch_stream());
+    facts = packed.facts;
+  } else {
+    at::Tensor keep;
+    std::tie(keep, facts) = keep_and_facts(values, bits_ ? cols_ : -1);
+    keep_.fill(keep, launch.torch_stream());
+  }
+  // Pinned memory, to which the copy does not wait for what it copies.
+  host_facts_ = at::empty({kFacts}, at::TensorOptions(at::kLong).pinned_memory(at::hasCUDA()));
+  host_facts_.copy_(facts, /*non_blocking=*/true);
+  facts_.fill(facts, launch.torch_stream());
+  with_words_ = kernels;
+  started_ = true;
+}
+
+bool DevicePattern::finish(bool wait) const {
+  if (wait) facts_.wait();
+  if (!facts_.ask_settled()) return false;
+  cuda::MaskFacts facts;
+  std::memcpy(&facts, host_facts_.const_data_ptr<int64_t>(), sizeof(facts));
+  nnz_ = facts.nnz;
+  binary_ = facts.soft == 0;
+  stray_ = facts.stray;
+  (with_words_ ? words_ : keep_).ask_settled();  // they were written before the facts
+  host_facts_.reset();
+  ready_ = true;
+  return true;
+}
+
+at::Tensor DevicePattern::keep(const c10::Stream& stream) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return with_words_ ? at::Tensor() : keep_.on(stream);
+}
+
+at::Tensor DevicePattern::words(const c10::Stream& stream) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return with_words_ ? words_.on(stream) : at::Tensor();
+}
+
+at::Tensor DevicePattern::derived(SharedBuffer& slot, const c10::Stream& stream, bool capture,
+                                  const std::function<at::Tensor()>& make) const {
+  at::Tensor result;
+  bool grown = false;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!slot.defined()) {
+      if (capture) return {};
+      const at::Tensor made = make();
+      if (!made.defined()) return {};
+      slot.fill(made, stream);
+      grown = true;
+    }
+    if (!capture) {
+      slot.ask_settled();
+    } else if (slot.settled()) {
+      mark_captured();
+    } else {
+      return {};
+    }
+    result = slot.on(stream);
+  }
+  if (grown) trim_cache();
+  return result;
+}
+
+at::Tensor DevicePattern::offsets(const c10::Stream& stream, bool capture) const {
+  return derived(offsets_, stream, capture, [&] { return row_offsets(*api(), words_.on(stream), rows_, cols_); });
+}
+
+at::Tensor DevicePattern::decode_index(const c10::Stream& stream, bool capture) const {
+  const at::Tensor begins = offsets(stream, capture);
+  if (!begins.defined()) return {};
+  return derived(index_, stream, capture,
+                 [&] { return device::decode_index(*api(), words_.on(stream), rows_, cols_, nnz_, begins); });
+}
+
+at::Tensor DevicePattern::fragments(const c10::Stream& stream, bool transposed) const {
+  return derived(fragments_[transposed], stream, /*capture=*/false,
+                 [&] { return device::fragments(*api(), words_.on(stream), rows_, cols_, transposed); });
+}
+
+at::Tensor DevicePattern::places(const c10::Stream& stream, bool capture) const {
+  return derived(places_, stream, capture,
+                 [&] { return at::nonzero_static(keep_.on(stream).flatten(), nnz_).squeeze(1); });
+}
+
+size_t DevicePattern::bytes() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return sizeof(*this) + facts_.bytes() + keep_.bytes() + words_.bytes() + offsets_.bytes() + index_.bytes() +
+         fragments_[0].bytes() + fragments_[1].bytes() + places_.bytes();
+}
+
+namespace {
+
+DevicePatternPtr pattern_of(const at::Tensor& tensor, int64_t cols) {
+  if (tensor.is_inference()) return nullptr;
+  return std::static_pointer_cast<const DevicePattern>(cached_of(tensor, cols, [&](const Cached* stale) {
+    int patience = kFirstPatience;
+    if (const auto* before = static_cast<const DevicePattern*>(stale)) {
+      patience = before->started() ? std::min(2 * before->patience(), kMostPatience) : before->patience();
+    }
+    return std::make_shared<const DevicePattern>(tensor, cols, patience);
+  }));
+}
+
+}  // namespace
+
+DevicePatternPtr device_pattern_of(const at::Tensor& mask) { return pattern_of(mask, -1); }
+DevicePatternPtr device_pattern_of_bits(const at::Tensor& bits, int64_t cols) { return pattern_of(bits, cols); }
+
+}  // namespace masked_ops::device

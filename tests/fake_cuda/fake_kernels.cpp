@@ -1,0 +1,278 @@
+// csrc/cuda/api.h in plain C++ on the CPU's memory, after its comments and not after the kernels: quick enough to run
+// the whole suite on. It checks what callers must keep (alignment, null pointers, the stream's device), counts calls,
+// and fails when it is told to. Fragments and indices, whose order is the kernels' own affair, are kept as plain bits.
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "cuda/api.h"
+
+using namespace masked_ops::cuda;
+
+namespace {
+
+std::mutex mutex;
+std::string failing;
+int failure = 0;
+std::map<std::string, int> calls;
+
+// What the function is to return at once; -2 to go on.
+constexpr int kGoOn = -2;
+int enter(const char* name) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  ++calls[name];
+  return failing == name && failure ? failure : kGoOn;
+}
+// Whether the function is to spoil its result.
+bool wrong(const char* name) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  return failing == name && !failure;
+}
+#define ENTER(name) \
+  if (const int status = enter(name); status != kGoOn) return status
+
+constexpr int kSizes[] = {1, 1, 2, 4, 8, 2, 2, 4, 8};
+
+float bf16_to_float(uint16_t x) {
+  const uint32_t bits = uint32_t(x) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+uint16_t float_to_bf16(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  if (f != f) return 0x7fc0;
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+double load(int dtype, const void* p, int64_t i) {
+  switch (dtype) {
+    case kByte:
+      return static_cast<const uint8_t*>(p)[i];
+    case kInt8:
+      return static_cast<const int8_t*>(p)[i];
+    case kInt16:
+      return static_cast<const int16_t*>(p)[i];
+    case kInt32:
+      return static_cast<const int32_t*>(p)[i];
+    case kInt64:
+      return double(static_cast<const int64_t*>(p)[i]);
+    case kHalf:
+      return static_cast<const _Float16*>(p)[i];
+    case kBFloat16:
+      return bf16_to_float(static_cast<const uint16_t*>(p)[i]);
+    case kFloat:
+      return static_cast<const float*>(p)[i];
+    default:
+      return static_cast<const double*>(p)[i];
+  }
+}
+void store(int dtype, void* p, int64_t i, float x) {
+  if (dtype == kHalf) static_cast<_Float16*>(p)[i] = _Float16(x);
+  if (dtype == kBFloat16) static_cast<uint16_t*>(p)[i] = float_to_bf16(x);
+  if (dtype == kFloat) static_cast<float*>(p)[i] = x;
+}
+
+bool bit(const uint64_t* words, int64_t cols, int64_t row, int64_t col) {
+  return words[row * words_per_row(cols) + col / 64] >> (col % 64) & 1;
+}
+
+template <typename Keep>
+void pack(int64_t rows, int64_t cols, uint64_t* words, uint64_t* live_cols, MaskFacts* facts, const Keep& keep) {
+  if (rows == 0 || cols == 0) return;
+  const int64_t per_row = words_per_row(cols);
+  std::memset(words, 0, size_t(rows * per_row) * 8);
+  std::memset(live_cols, 0, size_t(per_row) * 8);
+  *facts = {};
+  for (int64_t r = 0; r < rows; ++r) {
+    bool live = false;
+    for (int64_t c = 0; c < cols; ++c) {
+      if (!keep(r, c)) continue;
+      words[r * per_row + c / 64] |= uint64_t(1) << (c % 64);
+      facts->live_cols += !(live_cols[c / 64] >> (c % 64) & 1);
+      live_cols[c / 64] |= uint64_t(1) << (c % 64);
+      ++facts->nnz;
+      live = true;
+    }
+    facts->live_rows += live;
+  }
+}
+
+bool unaligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 != 0; }
+
+size_t workspace_of(const Gemm& g) { return size_t(g.M) * 16; }
+
+int gemm(const char* name, const Gemm& g) {
+  ENTER(name);
+  if (g.dtype != kHalf && g.dtype != kBFloat16) return kUnsupported;
+  if (g.K % 8 || (g.grad_input && g.N % 8)) return kUnsupported;
+  if (unaligned(g.input) || unaligned(g.weight) || unaligned(g.fragments)) return kUnsupported;
+  const auto* words = reinterpret_cast<const uint64_t*>(g.fragments + 2);
+  if (int(g.fragments[0]) != g.grad_input) return 1;  // fragments of the other orientation
+  if (g.workspace) std::memset(g.workspace, 0, workspace_of(g));
+  const int64_t cols = g.grad_input ? g.K : g.N, depth = g.grad_input ? g.N : g.K;
+  for (int64_t m = 0; m < g.M; ++m) {
+    for (int64_t j = 0; j < cols; ++j) {
+      float sum = g.bias ? float(load(g.dtype, g.bias, j)) : 0.0f;
+      for (int64_t k = 0; k < depth; ++k) {
+        const int64_t row = g.grad_input ? k : j, col = g.grad_input ? j : k;
+        if (!bit(words, g.K, row, col)) continue;
+        sum += float(load(g.dtype, g.input, m * depth + k)) * float(load(g.dtype, g.weight, row * g.K + col));
+      }
+      store(g.dtype, g.output, m * cols + j, sum + wrong(name));
+    }
+  }
+  return 0;
+}
+
+}  // namespace
+
+extern "C" {
+
+void fake_fail(const char* name, int error) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  failing = name;
+  failure = error;
+}
+int fake_calls(const char* name) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  return calls[name];
+}
+
+int masked_ops_cuda_device_facts(int device, DeviceFacts* facts) {
+  ENTER("device_facts");
+  *facts = {device == 0 ? 9 : 8, 0, 132, 60 << 20, 227 << 10};
+  return 0;
+}
+const char* masked_ops_cuda_error_string(int error) { return error == 2 ? "out of memory" : "a launch failed"; }
+
+int masked_ops_cuda_pack_mask(int dtype, const void* mask, int64_t rows, int64_t cols, uint64_t* words,
+                              uint64_t* live_cols, MaskFacts* facts, void*) {
+  ENTER("pack_mask");
+  pack(rows, cols, words, live_cols, facts, [&](int64_t r, int64_t c) {
+    const double x = load(dtype, mask, r * cols + c);
+    if (x != 0 && x != 1) facts->soft = 1;
+    return x != 0;
+  });
+  return 0;
+}
+int masked_ops_cuda_pack_bits(const uint8_t* bits, int64_t rows, int64_t cols, uint64_t* words, uint64_t* live_cols,
+                              MaskFacts* facts, void*) {
+  ENTER("pack_bits");
+  const int64_t bytes = (cols + 7) / 8;
+  pack(rows, cols, words, live_cols, facts,
+       [&](int64_t r, int64_t c) { return bits[r * bytes + c / 8] >> (c % 8) & 1; });
+  for (int64_t r = 0; r < rows && cols % 8; ++r) facts->stray |= bits[r * bytes + bytes - 1] >> (cols % 8);
+  return 0;
+}
+int masked_ops_cuda_row_offsets(const uint64_t* words, int64_t rows, int64_t cols, int64_t* offsets, void*) {
+  ENTER("row_offsets");
+  offsets[0] = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    offsets[r + 1] = offsets[r];
+    for (int64_t c = 0; c < cols; ++c) offsets[r + 1] += bit(words, cols, r, c);
+  }
+  return 0;
+}
+int masked_ops_cuda_mask_copy(int kind, const MaskCopyTask* tasks, int64_t count, void*) {
+  ENTER("mask_copy");
+  if (kind > kCopy16) return kUnsupported;
+  const int64_t size = int64_t(1) << kind;
+  for (int64_t i = 0; i < count; ++i) {
+    const MaskCopyTask& t = tasks[i];
+    const auto* from = static_cast<const char*>(t.weight);
+    auto* to = static_cast<char*>(t.out);
+    for (int64_t r = 0; r < t.rows; ++r) {
+      for (int64_t c = 0; c < t.cols; ++c, from += size, to += size) {
+        if (bit(t.words, t.cols, r, c) && !wrong("mask_copy")) {
+          std::memmove(to, from, size_t(size));
+        } else {
+          std::memset(to, 0, size_t(size));
+        }
+      }
+    }
+  }
+  return 0;
+}
+int masked_ops_cuda_compress(int size, const uint64_t* words, int64_t rows, int64_t cols, const int64_t* offsets,
+                             const void* dense, void* values, void*) {
+  ENTER("compress");
+  for (int64_t r = 0; r < rows; ++r) {
+    int64_t at = offsets[r];
+    for (int64_t c = 0; c < cols; ++c) {
+      const char* from = static_cast<const char*>(dense) + (r * cols + c) * size;
+      if (bit(words, cols, r, c)) std::memcpy(static_cast<char*>(values) + at++ * size, from, size_t(size));
+    }
+  }
+  return 0;
+}
+int masked_ops_cuda_expand(int size, const uint64_t* words, int64_t rows, int64_t cols, const int64_t* offsets,
+                           const void* values, void* dense, void*) {
+  ENTER("expand");
+  for (int64_t r = 0; r < rows; ++r) {
+    int64_t at = offsets[r];
+    for (int64_t c = 0; c < cols; ++c) {
+      char* to = static_cast<char*>(dense) + (r * cols + c) * size;
+      if (bit(words, cols, r, c)) {
+        std::memcpy(to, static_cast<const char*>(values) + at++ * size, size_t(size));
+      } else {
+        std::memset(to, 0, size_t(size));
+      }
+    }
+  }
+  return 0;
+}
+
+// The index: where each row begins, then the column of each value.
+size_t masked_ops_cuda_decode_index_bytes(int64_t N, int64_t, int64_t nnz) { return size_t(N + 1 + nnz) * 8; }
+int masked_ops_cuda_decode_index(const uint64_t* words, int64_t N, int64_t K, int64_t, const int64_t* offsets,
+                                 void* index, void*) {
+  ENTER("decode_index");
+  auto* out = static_cast<int64_t*>(index);
+  std::memcpy(out, offsets, size_t(N + 1) * 8);
+  out += N + 1;
+  for (int64_t r = 0; r < N; ++r) {
+    for (int64_t c = 0; c < K; ++c) {
+      if (bit(words, K, r, c)) *out++ = c;
+    }
+  }
+  return 0;
+}
+size_t masked_ops_cuda_decode_workspace(int, int64_t M, int64_t N, int64_t) { return size_t(M * N) * 4; }
+int masked_ops_cuda_decode(int dtype, int64_t M, int64_t N, int64_t K, int64_t, const void* input, const void* values,
+                           const void* index, const void* bias, void* output, void* workspace, void*) {
+  ENTER("decode");
+  if (M > 64 || unaligned(input) || unaligned(values) || unaligned(index)) return kUnsupported;
+  if (!workspace) return 1;
+  const auto* offsets = static_cast<const int64_t*>(index);
+  const int64_t* cols = offsets + N + 1;
+  for (int64_t m = 0; m < M; ++m) {
+    for (int64_t n = 0; n < N; ++n) {
+      float sum = bias ? float(load(dtype, bias, n)) : 0.0f;
+      for (int64_t i = offsets[n]; i < offsets[n + 1]; ++i) {
+        sum += float(load(dtype, input, m * K + cols[i])) * float(load(dtype, values, i));
+      }
+      store(dtype, output, m * N + n, sum + wrong("decode"));
+    }
+  }
+  return 0;
+}
+
+// Fragments: the orientation, then the bits as they were.
+size_t masked_ops_cuda_fragments_bytes(int64_t N, int64_t K, int) { return 8 + size_t(N * words_per_row(K)) * 8; }
+int masked_ops_cuda_pack_fragments(const uint64_t* words, int64_t N, int64_t K, int transposed, uint32_t* fragments,
+                                   void*) {
+  ENTER("pack_fragments");
+  fragments[0] = uint32_t(transposed);
+  std::memcpy(fragments + 2, words, size_t(N * words_per_row(K)) * 8);
+  return 0;
+}
+size_t masked_ops_cuda_gemm_workspace(const Gemm* g) { return workspace_of(*g); }
+int masked_ops_cuda_gemm_sm80(const Gemm* g, void*) { return gemm("gemm_sm80", *g); }
+int masked_ops_cuda_gemm_sm90(const Gemm* g, void*) { return gemm("gemm_sm90", *g); }
+
+}  // extern "C"

@@ -1,0 +1,56 @@
+"""The host side of the CUDA kernels, on a fake device (tests/fake_cuda), in processes of their own.
+
+In each process torch believes in two CUDA devices, whose memory is the CPU's. The tests there drive dispatch, autograd,
+the choice of path, the cache, streams, capture and errors through the real host code, down to csrc/cuda/api.h.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from generators import compiled_only
+
+import masked_ops
+
+HERE = Path(__file__).resolve().parent / "fake_cuda"
+sys.path[:0] = [str(HERE), str(HERE.parent / "cuda")]
+import cuda_library  # noqa: E402
+import fake_device  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fake_cuda")
+    fake_device.build(folder)
+    return folder
+
+
+def run(device: Path, tests: str, **variables: str) -> None:
+    package = Path(masked_ops.__file__).parent.parent
+    variables |= {"MASKED_OPS_TEST_FAKE_CUDA": str(device), "PYTHONPATH": f"{HERE}{os.pathsep}{package}"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "fake_device", "-p", "no:cacheprovider", str(HERE / tests)]
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-4000:]}"
+
+
+@compiled_only
+@pytest.mark.parametrize(
+    ("tests", "switch"),
+    [("test_kernels.py", "1"), ("test_default.py", ""), ("test_off.py", "0")],
+    ids=["on", "default", "off"],
+)
+def test_on_a_fake_device(device: Path, tests: str, switch: str) -> None:
+    run(device, tests, MASKED_OPS_CUDA=switch)
+
+
+@compiled_only
+@pytest.mark.skipif(
+    not {"CI", "MASKED_OPS_CUDA_CHECK"} & os.environ.keys(), reason="takes half a minute: make cuda-check"
+)
+def test_with_emulated_kernels(device: Path, tmp_path: Path) -> None:
+    library = cuda_library.build_emulated(tmp_path)
+    run(device, "test_emulated.py", MASKED_OPS_CUDA="1", MASKED_OPS_TEST_EMULATED=str(library))
