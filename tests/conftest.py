@@ -6,14 +6,14 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+from paths import ROOT, RunPython
 
-ROOT = Path(__file__).resolve().parent.parent
 # The installed package is what users get; without one, the source tree.
 if importlib.util.find_spec("masked_ops") is None:
     sys.path.insert(0, str(ROOT))
@@ -68,9 +68,6 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip("about the CPU's kernels")
     with torch.device("cuda"):
         yield "cuda"
-
-
-RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="session")

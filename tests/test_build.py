@@ -25,7 +25,7 @@ from pathlib import Path
 import filelock
 import pytest
 import torch
-from conftest import ROOT, RunPython
+from paths import ROOT, RunPython
 
 import masked_ops
 from masked_ops import _build, _compile, _recipe

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from paths import ROOT
 
 import masked_ops
 from masked_ops import _ops, prune

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from generators import compiled_only
+from paths import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
 try:
