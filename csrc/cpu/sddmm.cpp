@@ -92,12 +92,13 @@ void sample(const SparseIndex& index, int64_t tile, const float* x, const int32_
   const SparseIndex::Segment* segments = index.segments + index.tiles[tile].segment;
   for (int64_t r = index.tiles[tile].run; r < index.tiles[tile + 1].run; ++r) {
     const int64_t count = index.runs[r].count, n = index.runs[r].segments;
-    for (int64_t first = 0; first < count; first += L) {
-      table.dots_of[min<int64_t>(L, count - first)](
-          n, {columns + first, count, segments, x, places, dy, results + first, accumulate});
+    for (int row = 0; row < index.runs[r].rows; ++row, segments += n) {
+      for (int64_t first = 0; first < count; first += L) {
+        table.dots_of[min<int64_t>(L, count - first)](
+            n, {columns + first, count, segments, x, places, dy, results + first, accumulate});
+      }
     }
     columns += count * n;
-    segments += n;
   }
 }
 
@@ -120,7 +121,7 @@ namespace {
 template <typename T>
 void sample_all(const Team& team, const SparseIndex& index, int64_t M, const T* grad_output, const T* input,
                 T* grad_values) {
-  const int64_t nnz = index.tiles[index.panels * index.blocks].entry;
+  const int64_t nnz = index.nnz;
   float* sums;
   if constexpr (kIsFloat<T>) {
     sums = grad_values;

@@ -64,6 +64,13 @@ constexpr int64_t kStreamAhead = 8192;
 constexpr int64_t kBlockFloats = 8192;
 constexpr int kMaxVectors = 8;  // of a tile
 
+// Vectors of a tile that are taken at a time for a block of four rows: their sums stay in registers.
+#if defined(__AVX512F__)
+constexpr int kBlockVectors = 4;
+#else
+constexpr int kBlockVectors = 2;
+#endif
+
 // Columns of a block: at most 256, and so many that a row has a dozen weights or more in one; wider blocks have
 // narrower tiles, which broadcast each value for fewer FMAs.
 constexpr int64_t block_cols(double density) { return density >= 0.25 ? 64 : density >= 0.07 ? 128 : 256; }
