@@ -47,6 +47,12 @@ bench: .venv/.bench
 	$(BIN)/python bench/linear.py --shapes bench/shapes/linear_short.txt --sparsity 0.5 0.8 0.9 0.95 0.99 \
 	    --json bench/results/linear.json
 	$(BIN)/python bench/plot.py bench/results/linear.json --readme
+	$(BIN)/python bench/convolution.py --shapes bench/shapes/convolution_short.txt --sparsity 0.5 0.8 0.9 0.95 \
+	    --seconds 0.5 --json bench/results/convolution.json
+	$(BIN)/python bench/plot.py bench/results/convolution.json
+	$(BIN)/python bench/model.py --seconds 4 --json bench/results/model.json
+	$(BIN)/python bench/plot.py bench/results/model.json
+	$(BIN)/python bench/memory.py --json bench/results/memory.json
 	$(BIN)/python bench/overhead.py --json bench/results/overhead.json
 
 lint: .venv/.test

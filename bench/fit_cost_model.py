@@ -11,11 +11,13 @@ the others and against dense torch, interleaved, and the minimum of each counts.
 
 The model of a path and pass is a sum of non-negative terms, in nanoseconds:
 
-    call + (mac * M * nnz + dense * M * N * K + weight * N * K
-            + value * nnz + io * M * (N + K) + block * M * N) / threads
+    call + memory * N * K
+         + (mac * M * nnz + dense * M * N * K + weight * N * K
+            + value * nnz + io * M * (N + K) + block * M * N * B) / threads
 
-with one set of constants for M <= 16, where weights are read once and come from memory, and one for M > 16. Only the
-terms that a path has are fitted: a dense path knows no nnz.
+where B is the number of blocks that the sparse kernels cut K into. There is one set of constants for M <= 16, where
+weights are read once and come from memory, and one for M > 16. Only the terms that a path has are fitted: a dense path
+knows no nnz.
 """
 
 from __future__ import annotations
@@ -42,12 +44,12 @@ import masked_ops
 from masked_ops import _ops
 
 SMALL_M = 16
-TERMS = ("call", "mac", "dense", "weight", "value", "io", "block")
+TERMS = ("call", "mac", "dense", "weight", "memory", "value", "io", "block")
 PASSES = ("forward", "grad_input", "grad_weight")
 PATH_TERMS = {
-    "copy": ("call", "dense", "weight", "io"),
-    "fused": ("call", "dense", "weight", "io"),
-    "sparse": ("call", "mac", "weight", "value", "io", "block"),
+    "copy": ("call", "dense", "weight", "memory", "io"),
+    "fused": ("call", "dense", "weight", "memory", "io"),
+    "sparse": ("call", "mac", "weight", "memory", "value", "io", "block"),
 }
 DTYPES = ("float32", "bfloat16", "float16")
 COSTS_H = Path(__file__).resolve().parent.parent / "csrc" / "cpu" / "costs.h"
@@ -120,14 +122,16 @@ def measure(name: str, cell: Cell, seconds: float) -> dict[str, dict[str, float]
 def features(cell: Cell, terms: tuple[str, ...]) -> list[float]:
     M, N, K, sparsity, threads = cell
     nnz = N * K * (1 - sparsity)
+    block_columns = 64 if 1 - sparsity >= 0.25 else 128 if 1 - sparsity >= 0.07 else 256  # as in sparse_index.h
     value = {
         "call": 1.0,
         "mac": M * nnz / threads,
         "dense": M * N * K / threads,
         "weight": N * K / threads,
+        "memory": N * K,
         "value": nnz / threads,
         "io": M * (N + K) / threads,
-        "block": M * N / threads,
+        "block": M * N * -(-K // block_columns) / threads,
     }
     return [value[term] for term in terms]
 

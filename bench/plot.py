@@ -1,7 +1,9 @@
-"""Draw what bench/linear.py measured, and put its table into the README.
+"""Draw what a benchmark measured, and put the table of bench/linear.py into the README.
 
 python bench/plot.py bench/results/linear.json            # writes linear.png and linear-roofline.png beside it
 python bench/plot.py bench/results/linear.json --readme   # and the table between the README's markers
+python bench/plot.py bench/results/convolution.json       # writes convolution.png beside it
+python bench/plot.py bench/results/model.json             # writes model.png beside it
 """
 
 from __future__ import annotations
@@ -115,12 +117,78 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def convolutions(rows: list[Row], target: Path) -> None:
+    """Times the better hook, against sparsity: a column for each layer, forward above and step below."""
+    layers = list(dict.fromkeys(tuple(row[k] for k in CONVOLUTION) for row in rows))
+    figure, axes = plt.subplots(2, len(layers), figsize=(3.4 * len(layers), 6), sharex=True, squeeze=False)
+    lines = {"live": "-", "live_last": "--", "dense": "-", "dense_last": "--"}
+    for column, which in enumerate(layers):
+        for ax, step in zip(axes[:, column], (False, True), strict=True):
+            for layer, style in lines.items():
+                points = sorted(
+                    (row["sparsity"], row["x_hook"])
+                    for row in rows
+                    if tuple(row[k] for k in CONVOLUTION) == which and row["step"] == step and row["layer"] == layer
+                )
+                color = COLORS[layer.removesuffix("_last")]
+                label = layer.replace("live", "masked_conv2d").replace("_last", ", channels last")
+                if points:
+                    ax.plot(*zip(*points, strict=True), style, marker="o", ms=3.5, color=color, label=label)
+            ax.axhline(1, color=COLORS["hook"], lw=1)
+            ax.grid(True, alpha=0.2)
+            ax.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
+        C, O, kernel, size, stride, groups = which  # noqa: E741
+        axes[0, column].set_title(
+            f"{C}→{O}, {kernel}x{kernel} at {size}"
+            + f", stride {stride}" * (stride > 1)
+            + f", groups {groups}" * (groups > 1)
+        )
+        axes[1, column].set_xlabel("sparsity")
+    axes[0, 0].set_ylabel("forward, times the hook's speed")
+    axes[1, 0].set_ylabel("step, times the hook's speed")
+    axes[0, 0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(target, dpi=150)
+    plt.close(figure)
+    print(target)
+
+
+CONVOLUTION = ("C", "O", "kernel", "size", "stride", "groups")
+
+
+def models(rows: list[Row], target: Path) -> None:
+    """Milliseconds of each model and pass, the better layout of each kind of layers."""
+    cells = list(dict.fromkeys((row["model"], row["batch"], row["sparsity"]) for row in rows))
+    figure, axes = plt.subplots(1, 2 * len(cells), figsize=(3.2 * 2 * len(cells), 3.4), squeeze=False)
+    for n, cell in enumerate(cells):
+        for ax, step in zip(axes[0, 2 * n : 2 * n + 2], (False, True), strict=True):
+            best: dict[str, float] = {}
+            for row in rows:
+                if (row["model"], row["batch"], row["sparsity"]) == cell and row["step"] == step:
+                    kind = row["layer"].removesuffix("_last")
+                    best[kind] = min(best.get(kind, float("inf")), row["minimum_s"] * 1e3)
+            ax.bar(list(best), list(best.values()), color=[COLORS[kind] for kind in best])
+            for i, value in enumerate(best.values()):
+                ax.annotate(f"{value:.3g}", (i, value), ha="center", va="bottom", fontsize=8)
+            ax.set_title(f"{cell[0]}, batch {cell[1]}, {cell[2]:.0%}: {'step' if step else 'inference'}", fontsize=9)
+    axes[0, 0].set_ylabel("ms")
+    figure.tight_layout()
+    figure.savefig(target, dpi=150)
+    plt.close(figure)
+    print(target)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("--readme", action="store_true")
     args = parser.parse_args()
-    rows = [row for row in json.loads(args.results.read_text())["results"] if row["dtype"] == "float32"]
+    content = json.loads(args.results.read_text())
+    if content["benchmark"] in ("convolution", "model"):
+        draw = convolutions if content["benchmark"] == "convolution" else models
+        draw(content["results"], args.results.with_suffix(".png"))
+        return
+    rows = [row for row in content["results"] if row["dtype"] == "float32"]
     most = max(row["threads"] for row in rows)
     rows = [row for row in rows if row["threads"] == most]
     speedups(rows, args.results.with_suffix(".png"))

@@ -8,6 +8,7 @@
 
 #include "autograd.h"
 #include "autograd_common.h"
+#include "checks.h"
 
 namespace masked_ops {
 namespace {
@@ -133,6 +134,9 @@ struct PackValues : torch::autograd::Function<PackValues> {
 
 Tensor packed_linear_autograd(const Tensor& input, const Tensor& values, const Tensor& bits, c10::SymInt in_features,
                               const OptionalTensor& bias) {
+  check_defined("input", input);
+  check_defined("weight_values", values);
+  check_defined("weight_bits", bits);
   if (takes_composite(input, values, bias)) return at::linear(input, unpack_composite(values, bits, in_features), bias);
   if (takes_function(input, values, bias)) return PackedLinear::apply(input, values, bits, in_features, bias);
   at::AutoDispatchBelowADInplaceOrView below;

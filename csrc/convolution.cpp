@@ -1,4 +1,5 @@
 // The convolution family: checks, shapes, allocation and choice of path. No arithmetic.
+#include <ATen/native/ConvUtils.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
@@ -133,6 +134,22 @@ class ImagesOf {
   at::Tensor tensor_;
 };
 
+// The layout in which the kernels of torch and ours are fast, whatever torch's choice of a backend makes of it.
+bool prefers_channels_last(const at::Tensor& images, const at::Tensor& weight) {
+  return suggests_channels_last(images) || suggests_channels_last(weight);
+}
+
+// The layout of torch's own result: that of the backend it would choose.
+at::MemoryFormat result_format(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                               const Geometry& of) {
+  if (input.dim() < 4) return at::MemoryFormat::Contiguous;
+  const auto numbers = [](at::IntArrayRef values) { return c10::fromIntArrayRefSlow(values); };
+  const auto backend = at::native::select_conv_backend(input, weight, bias, numbers(of.stride), numbers(of.padding),
+                                                       numbers(of.dilation), of.transposed, numbers(of.output_padding),
+                                                       of.groups, at::OptionalSymIntArrayRef());
+  return at::native::_determine_backend_memory_format(input, weight, backend);
+}
+
 // What the three operations share once the arguments are checked.
 struct Plan {
   cpu::Convolution geometry = {};
@@ -159,11 +176,10 @@ struct Plan {
 
   // The product with the weight, or the weight transposed, whichever the pass means.
   at::Tensor multiply(bool transposed, const at::Tensor& from, const at::Tensor& values, const at::Tensor& bias,
-                      at::IntArrayRef sizes, bool channels_last) const {
-    at::Tensor to =
-        at::empty(sizes, from.options(), channels_last ? channels_last_of(from.dim()) : at::MemoryFormat::Contiguous);
+                      at::IntArrayRef sizes, at::MemoryFormat format) const {
+    at::Tensor to = at::empty(sizes, from.options(), format);
     const auto index = pattern->conv_index(geometry, transposed);
-    const cpu::Images<float> images = {to.mutable_data_ptr<float>(), channels_last};
+    const cpu::Images<float> images = {to.mutable_data_ptr<float>(), format != at::MemoryFormat::Contiguous};
     index->kernels().conv_spmm(team(), geometry, index->get(), values.const_data_ptr<float>(), ImagesOf(from).input(),
                                bias.defined() ? bias.const_data_ptr<float>() : nullptr, images);
     return to;
@@ -174,11 +190,6 @@ struct Plan {
     return team_for(positions * std::max<int64_t>(pattern->nnz(), geometry.out_channels));
   }
 };
-
-// Torch's rule for the layout of a result, given the other operand's.
-bool result_is_channels_last(const at::Tensor& images, const at::Tensor& weight) {
-  return suggests_channels_last(images) || suggests_channels_last(weight);
-}
 
 }  // namespace
 
@@ -194,8 +205,7 @@ std::tuple<at::Tensor, at::Tensor> convolution_with_values(const at::Tensor& inp
   if (has_bias) check_same_kind("bias", *bias, "weight", weight);
   const Geometry geometry{weight.sizes(), stride, padding, dilation, transposed, output_padding, groups};
   geometry.check(input.sizes());
-  const bool channels_last = result_is_channels_last(input, weight);
-  const Plan plan(Pass::kForward, geometry, input.sizes(), channels_last, weight, mask);
+  const Plan plan(Pass::kForward, geometry, input.sizes(), prefers_channels_last(input, weight), weight, mask);
   if (plan.path == Path::kCopy || (has_bias && !geometry.fits(*bias))) {
     return {at::convolution(input, masked_weight(weight, mask), bias, stride, padding, dilation, transposed,
                             output_padding, groups),
@@ -203,7 +213,7 @@ std::tuple<at::Tensor, at::Tensor> convolution_with_values(const at::Tensor& inp
   }
   const at::Tensor values = compress(weight, *plan.pattern);
   return {plan.multiply(transposed, input, values, has_bias ? bias->contiguous() : at::Tensor(),
-                        geometry.output_sizes(input.sizes()), channels_last),
+                        geometry.output_sizes(input.sizes()), result_format(input, weight, bias, geometry)),
           values};
 }
 
@@ -223,16 +233,16 @@ at::Tensor convolution_grad_input_with_values(const at::Tensor& grad_output, con
   check_same_kind("grad_output", grad_output, "weight", weight);
   const Geometry geometry{weight.sizes(), stride, padding, dilation, transposed, output_padding, groups};
   geometry.check(input_size, grad_output.sizes());
-  const bool channels_last = result_is_channels_last(grad_output, weight);
-  const Plan plan(Pass::kGradInput, geometry, input_size, channels_last, weight, mask, values.defined());
+  const Plan plan(Pass::kGradInput, geometry, input_size, prefers_channels_last(grad_output, weight), weight, mask,
+                  values.defined());
+  const at::Tensor input = placeholder(input_size, grad_output);
   if (plan.path == Path::kCopy) {
-    const at::Tensor input = placeholder(input_size, grad_output);
     return std::get<0>(at::convolution_backward(grad_output, input, masked_weight(weight, mask), std::nullopt, stride,
                                                 padding, dilation, transposed, output_padding, groups,
                                                 {true, false, false}));
   }
   return plan.multiply(!transposed, grad_output, values.defined() ? values : compress(weight, *plan.pattern),
-                       at::Tensor(), input_size, channels_last);
+                       at::Tensor(), input_size, result_format(input, weight, std::nullopt, geometry));
 }
 
 at::Tensor convolution_grad_input(const at::Tensor& grad_output, const at::Tensor& weight, const at::Tensor& mask,
@@ -251,7 +261,7 @@ at::Tensor convolution_grad_weight(const at::Tensor& grad_output, const at::Tens
   check_same_kind("input", input, "grad_output", grad_output);
   const Geometry geometry{mask.sizes(), stride, padding, dilation, transposed, output_padding, groups};
   geometry.check(input.sizes(), grad_output.sizes());
-  const Plan plan(Pass::kGradWeight, geometry, input.sizes(), result_is_channels_last(input, weight), weight, mask);
+  const Plan plan(Pass::kGradWeight, geometry, input.sizes(), prefers_channels_last(input, weight), weight, mask);
   if (plan.path == Path::kCopy) {
     const at::Tensor grad_weight =
         std::get<1>(at::convolution_backward(grad_output, input, weight, std::nullopt, stride, padding, dilation,
@@ -263,9 +273,15 @@ at::Tensor convolution_grad_weight(const at::Tensor& grad_output, const at::Tens
   const ImagesOf dy(transposed ? input : grad_output), x(transposed ? grad_output : input);
   index->kernels().conv_sddmm(plan.team(), plan.geometry, index->get(), dy.input(), x.input(),
                               values.mutable_data_ptr<float>());
-  const at::Tensor grad_weight = at::empty(mask.sizes(), grad_output.options());
-  expand_into(grad_weight, values, *plan.pattern);
-  return grad_weight;
+  const auto format = result_format(input, weight, std::nullopt, geometry);
+  const at::Tensor grad_weight = at::empty(mask.sizes(), grad_output.options(), format);
+  if (grad_weight.is_contiguous()) {
+    expand_into(grad_weight, values, *plan.pattern);
+    return grad_weight;
+  }
+  const at::Tensor in_order = at::empty(mask.sizes(), grad_output.options());
+  expand_into(in_order, values, *plan.pattern);
+  return grad_weight.copy_(in_order);
 }
 
 std::tuple<std::string, std::string> explain_convolution(const at::Tensor& weight, const at::Tensor& mask,

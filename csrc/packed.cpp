@@ -16,6 +16,7 @@ namespace {
 
 PatternPtr checked_pattern(const at::Tensor& bits, int64_t in_features, int64_t nnz) {
   TORCH_CHECK(in_features >= 0, "in_features must not be negative, got ", in_features);
+  check_defined("weight_bits", bits);
   TORCH_CHECK(bits.is_cpu(), "weight_bits must be on the CPU, got ", bits.device());
   const int64_t bytes = in_features / 8 + (in_features % 8 != 0);
   TORCH_CHECK(bits.scalar_type() == at::kByte && bits.dim() == 2 && bits.size(1) == bytes,
@@ -28,6 +29,7 @@ PatternPtr checked_pattern(const at::Tensor& bits, int64_t in_features, int64_t 
 }
 
 void check_values(const at::Tensor& values) {
+  check_defined("weight_values", values);
   TORCH_CHECK(values.dim() == 1 && values.is_floating_point(),
               "weight_values must be a floating-point tensor of one dimension, got ", values.scalar_type(),
               " of shape ", values.sizes());
@@ -48,6 +50,7 @@ bool takes_sparse(Pass pass, int64_t M, const at::Tensor& values, const Pattern&
 
 at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& values, const at::Tensor& bits, int64_t in_features,
                          const std::optional<at::Tensor>& bias) {
+  check_defined("input", input);
   check_values(values);
   const PatternPtr pattern = checked_pattern(bits, in_features, values.numel());
   check_same_kind("input", input, "weight_values", values);

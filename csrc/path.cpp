@@ -53,7 +53,7 @@ struct Costs {
   double of(Path path, int64_t N, int64_t K, int64_t nnz, bool reads_dense_weight = true) const {
     const int row = path == Path::kSparse ? 2 : path == Path::kFused ? 1 : 0;
     cpu::Cost c = table(path)[row][2 * static_cast<int>(pass) + (M > cpu::kSmallM)];
-    if (!reads_dense_weight) c.weight = 0;
+    if (!reads_dense_weight) c.weight = c.memory = 0;
     const int64_t bytes = N * K * int64_t(c10::elementSize(dtype));
     const double fresh = path == Path::kCopy && bytes >= cpu::kFreshBytes ? cpu::kFreshCost * double(bytes) : 0;
     return c(M, N, K, nnz, threads) + fresh;

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import masked_ops
 from masked_ops import _build, _ops, _recipe, functional
+from masked_ops._packed_class import bits_of
 
 
 def main() -> int:
@@ -101,11 +102,21 @@ def checks() -> Iterator[tuple[str, Callable[[], bool]]]:
                 matrices: Shapes = ((batch, 37), (21, 37), (21,))
                 check = partial(agree, functional.masked_linear, F.linear, matrices, dtype, kind)
                 yield f"linear, {name}, {kind} mask, {batch} rows", check
+        yield (
+            f"packed_linear, {name}",
+            partial(agree, packed_linear, F.linear, ((19, 37), (21, 37), (21,)), dtype, "binary"),
+        )
     for dimensions in (1, 2, 3):
         images: Shapes = ((2, 4, *[6] * dimensions), (4, 4, *[3] * dimensions), (4,))
         for operation in (f"conv{dimensions}d", f"conv_transpose{dimensions}d"):
             ours, theirs = getattr(functional, f"masked_{operation}"), getattr(F, operation)
             yield operation, partial(agree, ours, theirs, images, torch.float32, "binary")
+
+
+def packed_linear(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor) -> Tensor:
+    """masked_linear by way of the packed weight."""
+    values = weight[mask != 0]
+    return functional.packed_linear(input, values, bits_of(mask), mask.shape[1], bias)
 
 
 def agree(
@@ -125,6 +136,7 @@ def agree(
     leaves = [whole(-1, 1, shape).requires_grad_() for shape in shapes]
     input, weight, bias = leaves
     mask = whole(0, 1 if kind == "binary" else 2, shapes[1])
+    ours(input, weight, mask, bias)  # the first use of a mask: the second one may take another path
     mine = ours(input, weight, mask, bias)
     plain = theirs(input, weight * mask, bias)
     gradient = whole(-1, 1, tuple(plain.shape))

@@ -28,6 +28,7 @@ def masked_names(module: nn.Module) -> tuple[str, ...]:
         >>> masked_names(masked_ops.MaskedLinear(3, 2))
         ('weight',)
     """
+    require_module(module)
     return (*_live_names(module), *_hooks(module))
 
 
@@ -247,6 +248,11 @@ def _refill(container: Any, content: Any) -> None:
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
+def require_module(module: object) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: torch.nn.Module expected, got {type(module).__name__}")
+
+
 def _require_masked(module: nn.Module, name: str) -> None:
     _refuse_packed(module, name)
     if name not in masked_names(module):
@@ -270,8 +276,7 @@ def _refuse_sharded(module: nn.Module) -> None:
 
 def _maskable(module: nn.Module, name: str) -> Parameter:
     """The Parameter ``name`` of ``module``, after every check that needs no mask."""
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module: torch.nn.Module expected, got {type(module).__name__}")
+    require_module(module)
     kind = type(module).__name__
     if isinstance(module, torch.jit.ScriptModule):
         raise TypeError(

@@ -23,7 +23,7 @@ def as_pairs(parameters: Any) -> list[tuple[Module, str]]:
     Raises:
         TypeError: if it is anything else.
     """
-    if not isinstance(parameters, Iterable):
+    if not isinstance(parameters, Iterable) or isinstance(parameters, (Tensor, str, bytes, Mapping)):
         raise TypeError(
             f"module must be a torch.nn.Module or a list of (module, name) pairs, got {type(parameters).__name__}"
         )
@@ -48,6 +48,8 @@ def over_pairs(function: Callable[..., Module]) -> Callable[..., Any]:
         if isinstance(module, Module):
             return function(module, *args, **kwargs)
         pairs = as_pairs(module)
+        if "name" in kwargs:
+            raise TypeError(f"name must not be given with a list of (module, name) pairs, got {kwargs['name']!r}")
         with nn.atomic([submodule for submodule, _ in pairs]), keep_ties():
             for pair in pairs:
                 own_args = [_entry(value, pair) for value in args]

@@ -12,6 +12,7 @@ from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
 from . import nn
+from ._masking import require_module
 from ._packed_class import is_packed
 from ._packing import convert_checkpoint
 from ._pairs import M, Pairs, as_pairs, over_pairs
@@ -264,6 +265,7 @@ def load_state_dict(model: Module, state_dict: Mapping[str, Any], strict: bool =
         >>> torch.equal(layer.weight, pruned.weight)
         True
     """
+    require_module(model)
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict must be a mapping of names to tensors, got {type(state_dict).__name__}")
     state = OrderedDict(state_dict)
@@ -290,6 +292,8 @@ def load_state_dict(model: Module, state_dict: Mapping[str, Any], strict: bool =
 
 def _fit(module: Module, prefix: str, state: dict[str, Any]) -> None:
     """Mask what is dense in ``module`` and pruned in ``state``; rename what is the other way round."""
+    if isinstance(module, torch.jit.ScriptModule):  # never masked
+        return
     convert_checkpoint(module, prefix, state)
     for name in nn.masked_names(module):
         dense, orig, mask = (f"{prefix}{name}{suffix}" for suffix in ("", "_orig", "_mask"))

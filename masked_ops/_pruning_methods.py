@@ -19,6 +19,7 @@ from . import functional, nn
 from ._mask_bits import MaskChange, PackedMask
 from ._masking import _maskable as maskable
 from ._masking import _refuse_sharded as refuse_sharded
+from ._masking import require_module
 from ._packed_class import is_packed
 from ._packing import keep_ties, make_dense, unpack_weight
 
@@ -71,6 +72,7 @@ def pruned_names(module: Module) -> tuple[str, ...]:
 
 def pruned_parameters(module: Module) -> Iterator[tuple[Module, str]]:
     """``(submodule, name)`` for every pruned parameter in ``module`` and below."""
+    require_module(module)
     for submodule in module.modules():
         for name in pruned_names(submodule):
             yield submodule, name
@@ -124,10 +126,7 @@ def take_round(
         method._tensor_name = name
         parameter = getattr(module, name)
         scores = parameter if importance_scores is None else importance_scores
-        if scores.shape != parameter.shape:
-            raise AssertionError(
-                f"importance_scores must have the shape of {name}, {list(parameter.shape)}, got {list(scores.shape)}"
-            )
+        require_scores(scores, parameter, name)
         again = name in nn.masked_names(module)
         # compute_mask may view(-1) the scores, which channels_last weights could not.
         in_charge = (_next_round if again else _first_round)(module, name, method, parameter, scores.contiguous())
@@ -168,6 +167,15 @@ def _next_round(
 def require_pruned(module: Module, name: str, action: str) -> None:
     if name not in pruned_names(module):
         raise ValueError(f"parameter {name!r} of {type(module).__name__} must be pruned before {action}")
+
+
+def require_scores(scores: Any, parameter: Tensor, name: str) -> None:
+    if not isinstance(scores, Tensor):
+        raise TypeError(f"importance_scores must be a Tensor, got {type(scores).__name__}")
+    if scores.shape != parameter.shape:
+        raise AssertionError(
+            f"importance_scores must have the shape of {name}, {list(parameter.shape)}, got {list(scores.shape)}"
+        )
 
 
 def mask_of(module: Module, name: str, parameter: Tensor) -> Tensor:
@@ -272,10 +280,7 @@ class BasePruningMethod(torch_prune.BasePruningMethod):
             tensor([ 0., -3.,  2.])
         """
         scores = t if importance_scores is None else importance_scores
-        if scores.shape != t.shape:
-            raise AssertionError(
-                f"importance_scores must have the shape of t, {list(t.shape)}, got {list(scores.shape)}"
-            )
+        require_scores(scores, t, "t")
         if default_mask is None:
             default_mask = torch.ones(t.shape, dtype=t.dtype, device=t.device)
         mask = self.compute_mask(scores.contiguous(), default_mask=default_mask)
@@ -305,6 +310,8 @@ class BasePruningMethod(torch_prune.BasePruningMethod):
             remove_below(self, name)
         elif self is None:
             remove_below(module, name)
+        elif not isinstance(self, torch_prune.BasePruningMethod):
+            raise TypeError(f"module: torch.nn.Module expected, got {type(self).__name__}")
         elif self._tensor_name is None:
             raise AssertionError(f"{type(self).__name__} has not been applied to a module")
         elif name not in (None, self._tensor_name):

@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from . import _ops, nn
 from ._masked_class import is_sharded
+from ._masking import require_module
 from ._packed_class import is_packed, sparsity_of
 from ._pruning_methods import pruned_names
 
@@ -153,7 +154,7 @@ def report(model: Module, batch: int | Tensor | tuple[Any, ...] = 1) -> Report:
         A sequence of frozen dataclasses :class:`LayerReport`, which prints as a table.
 
     Raises:
-        TypeError: if ``batch`` is neither a number nor an example.
+        TypeError: if ``model`` is not a module, or ``batch`` neither a number nor an example.
         ValueError: if ``batch`` is below 1, or a mask has no values (meta device).
 
     Example:
@@ -165,6 +166,7 @@ def report(model: Module, batch: int | Tensor | tuple[Any, ...] = 1) -> Report:
         >>> table.remaining_flops
         0.4
     """
+    require_module(model)
     if isinstance(batch, (Tensor, tuple)):
         calls = _measure(model, batch if isinstance(batch, tuple) else (batch,))
     elif isinstance(batch, bool) or not isinstance(batch, int):
@@ -182,11 +184,10 @@ def report(model: Module, batch: int | Tensor | tuple[Any, ...] = 1) -> Report:
         label = f"{prefix}." if prefix else ""
         if is_packed(module):
             layers.append(_describe_packed(f"{label}weight", module, calls.get(module), seen))
-        names = [
-            name.removesuffix("_orig") if name.removesuffix("_orig") in pruned else name for name in module._parameters
-        ]
+        parameters = dict(module._parameters.items())  # a ScriptModule's are no dict
+        names = [name.removesuffix("_orig") if name.removesuffix("_orig") in pruned else name for name in parameters]
         for name in names:
-            parameter = module._parameters.get(f"{name}_orig" if name in pruned else name)
+            parameter = parameters.get(f"{name}_orig" if name in pruned else name)
             if parameter is not None and (name in pruned or parameter.dim() >= 2):
                 layers.append(_describe(f"{label}{name}", module, name, parameter, calls.get(module), seen))
                 seen.add(id(parameter))

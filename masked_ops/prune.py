@@ -334,6 +334,8 @@ def global_unstructured(
             adopt(module, name)
             parameter = getattr(module, name).detach()
             score = scores_of.get((module, name), parameter)
+            if not isinstance(score, Tensor):
+                raise TypeError(f"importance_scores must hold a Tensor for {name}, got {type(score).__name__}")
             if score.numel() != parameter.numel():
                 raise AssertionError(
                     f"importance_scores must have the shape of {name}, {list(parameter.shape)}, got {list(score.shape)}"

@@ -201,6 +201,14 @@ def test_bad_input(name: str) -> None:
         masked_ops.packed_linear(**arguments | bad)
 
 
+@pytest.mark.parametrize("name", ["input", "weight_values", "weight_bits"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_none_is_no_tensor(name: str, grad: bool) -> None:
+    arguments = {"input": ONES(2, 9), "weight_values": ONES(8).requires_grad_(grad), "weight_bits": BITS}
+    with pytest.raises(TypeError, match=f"{name} must be a Tensor, got None"):
+        masked_ops.packed_linear(**arguments | {name: None}, in_features=9)
+
+
 def test_dtypes_are_those_of_the_dense_layer() -> None:
     mask = mask_of("half", 4, 9)
     for dtype in FLOATS:

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
+import masked_ops
 from masked_ops import prune
 
 BOTH = [pytest.param(torch_prune, id="torch"), pytest.param(prune, id="masked_ops")]
@@ -717,13 +718,32 @@ def test_errors_have_torch_types_and_change_nothing(case: str) -> None:
         assert list(layer.state_dict()) == ["weight", "bias"]
 
 
+linear = nn.Linear(2, 2)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: prune.l1_unstructured(5, "weight", 1), "module must be a torch.nn.Module or a list"),
         (lambda: prune.l1_unstructured([nn.Linear(2, 2)], amount=1), r"\(module, name\) pair, got Linear"),
         (lambda: prune.l1_unstructured([("weight", 1)], amount=1), r"got \(str, int\)"),
+        (lambda: prune.l1_unstructured(torch.ones(2), amount=1), "module must be a .* got Tensor"),
+        (
+            lambda: prune.l1_unstructured([(nn.Linear(2, 2), "weight")], name="weight", amount=1),
+            "must not be given with",
+        ),
+        (lambda: prune.l1_unstructured(nn.Linear(2, 2), "weight", 1, [1.0]), "importance_scores must be a Tensor, got"),
+        (
+            lambda: prune.global_unstructured([(linear, "weight")], prune.L1Unstructured, {(linear, "weight"): 1}),
+            "importance_scores must hold a Tensor for weight, got int",
+        ),
         (lambda: prune.identity(nn.Linear(2, 2), 5), "name must be a str"),
+        (lambda: prune.is_pruned([nn.Linear(2, 2)]), "module: torch.nn.Module expected, got list"),
+        (lambda: prune.CustomFromMask.remove({}), "module: torch.nn.Module expected, got dict"),
+        (lambda: prune.load_state_dict(None, {}), "module: torch.nn.Module expected, got NoneType"),
+        (lambda: masked_ops.report(nn.Linear), "module: torch.nn.Module expected, got type"),
+        (lambda: masked_ops.nn.masked_names(1), "module: torch.nn.Module expected, got int"),
+        (lambda: masked_ops.nn.detach(None, "weight"), "module: torch.nn.Module expected, got NoneType"),
         (
             lambda: prune.identity(nn.Linear(2, 2, bias=False), "bias"),
             "'bias' of Linear cannot be masked: a Parameter expected, got NoneType",

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
 
+import masked_ops
 from masked_ops import MaskedLinear, prune
 
 
@@ -150,6 +151,21 @@ def test_a_hook_serves_modules_whose_class_cannot_be_swapped() -> None:
     assert not layer.weight.any()
     prune.restore(layer, "weight")
     assert type(layer) is Final and torch.equal(layer.weight, weight) and not layer._forward_pre_hooks
+
+
+def test_a_scripted_submodule_is_left_alone() -> None:
+    model = nn.Sequential(torch.jit.script(nn.Linear(3, 3)), nn.Linear(3, 2))
+    prune.l1_unstructured(model[1], "weight", 2)
+    assert prune.is_pruned(model)
+    assert [layer.name for layer in masked_ops.report(model, torch.ones(1, 3))] == ["0.weight", "1.weight"]
+    x, y = torch.ones(1, 3), model(torch.ones(1, 3))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    prune.restore(model)
+    prune.load_state_dict(model, state)
+    masked_ops.pack(model)
+    torch.testing.assert_close(prune.remove(model)(x), y)
+    with pytest.raises(TypeError, match="is a ScriptModule, which cannot be masked"):
+        prune.l1_unstructured(model[0], "weight", 2)
 
 
 def test_parametrized_modules() -> None:

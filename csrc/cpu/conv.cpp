@@ -29,30 +29,15 @@ int64_t rows_between(const SparseIndex& index, int64_t first, int64_t last) {
 struct Columns {
   int64_t channels;  // of a group
   int64_t taps, columns, first_block, block_cols;
-  PackedChannel packed;
-  const int32_t* table;  // where column j is, from the first channel of its block
+  const int32_t* table = nullptr;  // aligned strips: where column j is, from the first channel of its block
 
   Columns(const Convolution& c, const SparseIndex& index, const Cut& cut)
       : channels((index.transposed ? c.out_channels : c.in_channels) / c.groups),
         taps(cut.phase->taps()),
         columns(channels * taps),
         first_block(cut.phase->first_block),
-        block_cols(index.block_cols),
-        packed(*cut.phase, cut.lanes(), cut.pitch) {
-    int32_t* const places = static_cast<int32_t*>(scratch(Slot::kTable, size_t(columns + taps) * sizeof(int32_t)));
-    int32_t* const of_taps = places + columns;
-    for (int64_t t = 0; t < taps; ++t) of_taps[t] = int32_t(packed.offset(*cut.phase, t));
-    for_blocks([&](int64_t, int64_t begin, int64_t end) {
-      int64_t tap = begin % taps, at = 0;
-      for (int64_t j = begin; j < end; ++j) {
-        places[j] = int32_t(at + of_taps[tap]);
-        if (++tap == taps) {
-          tap = 0;
-          at += packed.floats;
-        }
-      }
-    });
-    table = places;
+        block_cols(index.block_cols) {
+    if (cut.pitch) table = make_table(*cut.phase, PackedChannel(*cut.phase, cut.lanes(), cut.pitch));
   }
 
   // body(block of the index, first and last of its columns counted from the phase's first).
@@ -66,11 +51,28 @@ struct Columns {
   // Packs the channels of a group that columns [begin, end) belong to.
   template <typename Packer>
   const float* pack(const Packer& packer, int64_t group, int64_t begin, int64_t end) const {
-    const int64_t first = begin / taps, last = ceil_div(end, taps);
-    float* const x =
-        static_cast<float*>(scratch(Slot::kPanelA, size_t((last - first) * packed.floats) * sizeof(float)));
+    const int64_t first = begin / taps, last = ceil_div(end, taps), floats = packer.packed().floats;
+    float* const x = static_cast<float*>(scratch(Slot::kPanelA, size_t((last - first) * floats) * sizeof(float)));
     packer.pack(group * channels + first, group * channels + last, x);
-    return x;
+    return table ? x : x + (begin - first * taps) * packer.packed().width;
+  }
+
+ private:
+  const int32_t* make_table(const Phase& phase, const PackedChannel& packed) const {
+    int32_t* const places = static_cast<int32_t*>(scratch(Slot::kTable, size_t(columns + taps) * sizeof(int32_t)));
+    int32_t* const of_taps = places + columns;
+    for (int64_t t = 0; t < taps; ++t) of_taps[t] = int32_t(packed.offset(phase, t));
+    for_blocks([&](int64_t, int64_t begin, int64_t end) {
+      int64_t tap = begin % taps, at = 0;
+      for (int64_t j = begin; j < end; ++j) {
+        places[j] = int32_t(at + of_taps[tap]);
+        if (++tap == taps) {
+          tap = 0;
+          at += packed.floats;
+        }
+      }
+    });
+    return places;
   }
 };
 
@@ -101,7 +103,7 @@ struct Multiplication {
   Memory<float> to;
 
   void run(const Strip& strip, const Columns& columns, int64_t first_panel, int64_t last_panel) const {
-    with_packer(strip, columns.packed, from, Slot::kPlaces,
+    with_packer(strip, from, Slot::kPlaces,
                 [&](const auto& packer) { run(strip, packer, columns, first_panel, last_panel); });
   }
 
@@ -120,8 +122,12 @@ struct Multiplication {
         for (int64_t panel = first; panel < last; ++panel) {
           const int64_t tile = panel * index.blocks + block;
           const float* const v = values + (index.transposed ? index.tiles[tile].entry : index.panel_values[panel]);
-          multiply_tile(index, tile, strip.vectors(), v, x, columns.table + begin,
-                        c + (index.row_of(panel) - row) * width);
+          float* const sums = c + (index.row_of(panel) - row) * width;
+          if (columns.table) {
+            multiply_tile(index, tile, strip.vectors(), v, x, columns.table + begin, sums);
+          } else {
+            multiply_tile(index, tile, strip.vectors(), v, x, sums);
+          }
         }
       });
       strip.store(c, row, rows, to);
@@ -145,9 +151,8 @@ struct Sampling {
   void run(int64_t first, int64_t last, int64_t first_panel, int64_t last_panel, float* results) const {
     for (int64_t s = first; s < last; ++s) {
       const Strip x_strip(cut, s), dy_strip(output, s);
-      const PackedChannel itself(*output.phase, x_strip.width(), 0);
-      with_packer(x_strip, columns.packed, input, Slot::kPlaces, [&](const auto& x_packer) {
-        with_packer(dy_strip, itself, grad_output, Slot::kMorePlaces, [&](const auto& dy_packer) {
+      with_packer(x_strip, input, Slot::kPlaces, [&](const auto& x_packer) {
+        with_packer(dy_strip, grad_output, Slot::kMorePlaces, [&](const auto& dy_packer) {
           for_groups(index, first_panel, last_panel, [&](int64_t group, int64_t begin, int64_t end) {
             run_group(x_strip, x_packer, dy_packer, group, begin, end, results, s > first);
           });
@@ -167,8 +172,14 @@ struct Sampling {
       if (!has_entries(index, block, first, last)) return;
       const float* const x = columns.pack(x_packer, group, begin, end);
       for (int64_t panel = first; panel < last; ++panel) {
-        sample_tile(index, panel * index.blocks + block, strip.vectors(), x, columns.table + begin,
-                    dy + (index.row_of(panel) - row) * width, results + index.panel_values[panel], accumulate);
+        const int64_t tile = panel * index.blocks + block;
+        const float* const dy_panel = dy + (index.row_of(panel) - row) * width;
+        float* const to = results + index.panel_values[panel];
+        if (columns.table) {
+          sample_tile(index, tile, strip.vectors(), x, columns.table + begin, dy_panel, to, accumulate);
+        } else {
+          sample_tile(index, tile, strip.vectors(), x, dy_panel, to, accumulate);
+        }
       }
     });
   }

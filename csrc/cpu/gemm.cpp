@@ -58,7 +58,7 @@ MASKED_OPS_INLINE void store_tile(const Tile<T>& tile, To* to, int64_t ld_to, co
     MASKED_OPS_UNROLL
     for (int j = 0; j < NV; ++j) {
       Vec v = c[i][j];
-      if constexpr (kMasked) v = v.select(Vec::predicate(bits, column + j * L));
+      if (kMasked && (kFull || j * L < columns)) v = v.select(Vec::predicate(bits, column + j * L));
       if constexpr (kFull) {
         store_floats(v, row + j * L);
       } else {
@@ -119,7 +119,7 @@ __attribute__((noinline)) void microkernel(int64_t depth, const float* A, const 
   if (!kIsFloat<T> && !tile.last) {
     full ? store_tile<true, false>(tile, tile.sums, tile.ld_sums, c)
          : store_tile<false, false>(tile, tile.sums, tile.ld_sums, c);
-  } else if (tile.bits) {
+  } else if (!Packer::kMasksB && tile.bits) {
     full ? store_tile<true, true>(tile, tile.C, tile.ldc, c) : store_tile<false, true>(tile, tile.C, tile.ldc, c);
   } else {
     full ? store_tile<true, false>(tile, tile.C, tile.ldc, c) : store_tile<false, false>(tile, tile.C, tile.ldc, c);
@@ -139,10 +139,13 @@ void run_microkernel(int64_t rows, int64_t depth, const float* A, const float* B
 template <typename T, typename Packer>
 auto microkernel_for(int64_t columns) {
   static_assert(kNV == 3);
-  const int64_t vectors = ceil_div(columns, Vec::kLanes);
-  return vectors == 1   ? run_microkernel<1, T, Packer>
-         : vectors == 2 ? run_microkernel<2, T, Packer>
-                        : run_microkernel<3, T, Packer>;
+  // Elements of 16 bits have one width, whose last vectors may be empty: each width costs seconds of compilation.
+  if constexpr (kIsFloat<T>) {
+    const int64_t vectors = ceil_div(columns, Vec::kLanes);
+    if (vectors == 1) return run_microkernel<1, T, Packer>;
+    if (vectors == 2) return run_microkernel<2, T, Packer>;
+  }
+  return run_microkernel<3, T, Packer>;
 }
 
 // The rows of A in packed form: first blocks of K, in each the panels, in each [k][kMR]. K counts operands.

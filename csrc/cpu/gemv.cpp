@@ -20,6 +20,12 @@ constexpr int L = Vec::kLanes;
 // Rows of input that are taken at once, and rows of the weight or vectors of its columns beside them.
 constexpr int kMaxRows = tuning::kSmallTile;
 constexpr int weight_rows(int rows) { return min(tuning::kSmallSums / rows, 4); }
+constexpr bool is_group(int weights) {
+  for (int rows = 1; rows <= kMaxRows; ++rows) {
+    if (weight_rows(rows) == weights) return true;
+  }
+  return weights == 1;
+}
 constexpr int weight_vectors(int rows) { return min(tuning::kSmallSums / rows, tuning::kSmallVectors); }
 
 // Tiles of equal height, at most kMaxRows.
@@ -139,9 +145,10 @@ struct Axpys {
 };
 
 // dx[m][tile] (+)= sum over the block's rows of dy[m][row] * weight[row][tile].
-template <int M, int NV, typename T>
+// Unless kFull, the last vectors of the tile may be empty.
+template <int M, bool kFull, typename T>
 __attribute__((noinline)) void axpys(const Axpys<T>& o, Ahead<T>& ahead) {
-  constexpr int kDepth = Operand<T>::kDepth;
+  constexpr int kDepth = Operand<T>::kDepth, NV = weight_vectors(M);
   Vec sum[M][NV];
   const auto valid = [&](int j) { return Vec::first(o.columns - j * L); };
   MASKED_OPS_UNROLL
@@ -159,7 +166,8 @@ __attribute__((noinline)) void axpys(const Axpys<T>& o, Ahead<T>& ahead) {
       Vec::Predicate lanes[kDepth] = {};
       MASKED_OPS_UNROLL
       for (int d = 0; d < kDepth; ++d) {
-        if (d == 0 || n + d < o.rows) lanes[d] = Vec::predicate(o.bits.row(n + d), o.column + j * L);
+        const bool inside = (kFull || j * L < o.columns) && (d == 0 || n + d < o.rows);
+        if (inside) lanes[d] = Vec::predicate(o.bits.row(n + d), o.column + j * L);
       }
       v[j] = Operand<T>::across(lanes, o.columns - j * L, w + j * L, o.ldw);
     }
@@ -238,20 +246,20 @@ struct Outer {
 };
 
 // dw[r][tile] = masked(sum over m of dy[m][r] * x[m][tile]).
-template <int R, int NV, typename T>
+template <int R, bool kFull, typename T>
 __attribute__((noinline)) void outer(const Outer<T>& o) {
+  constexpr int NV = tuning::kOuterVectors;
   Vec sum[R][NV];
   MASKED_OPS_UNROLL
   for (int r = 0; r < R; ++r) {
     MASKED_OPS_UNROLL
     for (int j = 0; j < NV; ++j) sum[r][j] = Vec::zero();
   }
-  const bool full = o.columns == NV * L;
   for (int64_t m = 0; m < o.M; ++m) {
     const T* const from = o.x + m * o.K;
     Vec x[NV];
     MASKED_OPS_UNROLL
-    for (int j = 0; j < NV; ++j) x[j] = full ? load_floats(from + j * L) : load_first(o.columns - j * L, from + j * L);
+    for (int j = 0; j < NV; ++j) x[j] = kFull ? load_floats(from + j * L) : load_first(o.columns - j * L, from + j * L);
     MASKED_OPS_UNROLL
     for (int r = 0; r < R; ++r) {
       const Vec dy = Vec::set1(to_float(o.dy[m * o.ldy + r]));
@@ -265,8 +273,9 @@ __attribute__((noinline)) void outer(const Outer<T>& o) {
     T* const to = o.dw + r * o.K;
     MASKED_OPS_UNROLL
     for (int j = 0; j < NV; ++j) {
+      if (!kFull && j * L >= o.columns) break;
       const Vec v = sum[r][j].select(Vec::predicate(bits, o.column + j * L));
-      full ? store_floats(v, to + j * L) : store_floats(v, o.columns - j * L, to + j * L);
+      kFull ? store_floats(v, to + j * L) : store_floats(v, o.columns - j * L, to + j * L);
     }
   }
 }
@@ -279,7 +288,8 @@ void forward(const Team& team, int64_t M, int64_t N, int64_t K, const T* input, 
   const int64_t rows = max(ceil_div(tuning::kSmallGrain, max<int64_t>(K, 1)), group) / group * group;  // of a task
   team.for_each(ceil_div(N, rows), [&](int64_t task) {
     const int64_t last = min(N, (task + 1) * rows);
-    for (int64_t n = task * rows; n < last; n += group) {
+    for (int64_t n = task * rows, group_rows = group; n < last; n += group_rows) {
+      if (last - n < group) group_rows = 1;
       const int64_t next = n + 2 * group <= N ? n + group : -1;
       for (int64_t t = 0; t < tiles.count; ++t) {
         const int64_t m = tiles.begin(t);
@@ -293,10 +303,9 @@ void forward(const Team& team, int64_t M, int64_t N, int64_t K, const T* input, 
                            N};
         with_int<kMaxRows>(tiles.size(t), [&](auto height) {
           constexpr int kRows = decltype(height)::value;
-          with_int<4>(min(group, last - n), [&](auto weights) {
-            if constexpr (decltype(weights)::value * kRows <= tuning::kSmallSums) {
-              dots<kRows, decltype(weights)::value>(o);
-            }
+          with_int<4>(group_rows, [&](auto weights) {  // the group fits the highest tile, and so the others
+            constexpr int kGroup = decltype(weights)::value;
+            if constexpr (is_group(kGroup) && kGroup * kRows <= tuning::kSmallSums) dots<kRows, kGroup>(o);
           });
         });
       }
@@ -329,11 +338,8 @@ void take_strip(const RowTiles& tiles, int64_t N, int64_t K, const T* grad_outpu
                             ld};
         with_int<kMaxRows>(tiles.size(t), [&](auto height) {
           constexpr int kRows = decltype(height)::value;
-          with_int<tuning::kSmallVectors>(ceil_div(o.columns, L), [&](auto vectors) {
-            if constexpr (decltype(vectors)::value * kRows <= tuning::kSmallSums) {
-              axpys<kRows, decltype(vectors)::value>(o, t == 0 ? ahead : none);
-            }
-          });
+          Ahead<T>& lines = t == 0 ? ahead : none;
+          o.columns == weight_vectors(kRows) * L ? axpys<kRows, true>(o, lines) : axpys<kRows, false>(o, lines);
         });
       }
     }
@@ -412,9 +418,8 @@ void grad_weight(const Team& team, int64_t M, int64_t N, int64_t K, const T* gra
                             min(kColumns, K - k),
                             grad_weight + n * K + k};
         with_int<kRows>(min(kRows, last - n), [&](auto height) {
-          with_int<tuning::kOuterVectors>(ceil_div(o.columns, L), [&](auto vectors) {
-            outer<decltype(height)::value, decltype(vectors)::value>(o);
-          });
+          constexpr int kHeight = decltype(height)::value;
+          o.columns == kColumns ? outer<kHeight, true>(o) : outer<kHeight, false>(o);
         });
       }
     }

@@ -29,7 +29,7 @@ struct Memory {
 struct Cut {
   const Phase* phase;
   int64_t batch;
-  int vectors;    // of a strip: kWide, kOdd or kNarrow
+  int vectors;    // of a strip: kWide, kOdd or kNarrow; fewer in the last dense one
   int64_t pitch;  // lanes of a row if aligned, else 0
 
   static constexpr int kWide = 8, kOdd = 7, kNarrow = 4;
@@ -73,7 +73,7 @@ class Strip {
     int64_t image, d, h, w;
   };
 
-  Strip(const Cut& cut, int64_t strip) : phase_(*cut.phase), vectors_(cut.vectors) {
+  Strip(const Cut& cut, int64_t strip) : phase_(*cut.phase), pitch_(cut.pitch), vectors_(cut.vectors) {
     const auto& axes = phase_.axes;
     if (cut.pitch) {
       const int64_t plane = strip / cut.strips_of_plane(), h = strip % cut.strips_of_plane() * cut.rows();
@@ -91,7 +91,7 @@ class Strip {
       rows_[row_count_++] = {lane, count, plane / axes[0].count, plane % axes[0].count, line % axes[1].count, w};
       lane += count;
     }
-    if (lanes <= Cut::kNarrow * L) vectors_ = Cut::kNarrow;
+    for (vectors_ = 1; vectors_ * L < lanes;) vectors_ *= 2;
   }
 
   const Phase& phase() const { return phase_; }
@@ -99,6 +99,8 @@ class Strip {
   const Row& row(int64_t i) const { return rows_[i]; }
   int vectors() const { return vectors_; }
   int64_t width() const { return vectors_ * L; }
+  // Lanes of a row, if taps share rows of the source.
+  int64_t pitch() const { return phase_.axes[1].taps > 1 ? pitch_ : 0; }
 
   // Per tap and row, the lanes that lie in the source: body(tap, lane, count, offset of the first); the others follow
   // at step() pixels.
@@ -189,6 +191,7 @@ class Strip {
   }
 
   const Phase& phase_;
+  int64_t pitch_;
   int vectors_;
   int64_t row_count_ = 0;
   Row rows_[kMaxLanes];
@@ -232,12 +235,16 @@ class LinePacker {
       : source_(source), packed_(packed), whole_(static_cast<Piece*>(memory)), others_(whole_ + packed.floats / L) {
     const bool each_lane = gather_overflows(strip);  // then a lane is a piece, and the step does not matter
     step_ = each_lane ? 1 : strip.step();
+    const auto lanes_of = [&](int64_t n, int64_t lane) {
+      const uint32_t bits = ((1u << n) - 1) << lane;
+      return step_ == 2 ? spread(bits) : bits;
+    };
     ahead_ = ceil_div(tuning::kVectorsAhead * L, max<int64_t>(packed.floats, 1)) * source.channel;
     int64_t next = 0;  // vector, of which all before are done
     const auto run = [&](int64_t to, int64_t count, int64_t offset) {
       for (int64_t done = 0; done < count;) {
         const int64_t lane = to % L, n = each_lane ? 1 : min(count - done, L - lane);
-        add(next, to / L, {offset + done * strip.step() - lane * step_, int32_t(to - lane), ((1u << n) - 1) << lane});
+        add(next, to / L, {offset + done * strip.step() - lane * step_, int32_t(to - lane), lanes_of(n, lane)});
         done += n;
         to += n;
       }
@@ -253,14 +260,21 @@ class LinePacker {
     others_[other_count_].to = 0;
   }
 
+  const PackedChannel& packed() const { return packed_; }
+
   // Channels [first, last), one after the other.
   void pack(int64_t first, int64_t last, float* packed) const {
     const float* in = source_.data + first * source_.channel;
     for (int64_t c = first; c < last; ++c, in += source_.channel, packed += packed_.floats) {
-      if (step_ == 1) {
-        pack_channel<false>(in, packed);
-      } else {
-        pack_channel<true>(in, packed);
+      switch (step_) {
+        case 1:
+          pack_channel<1>(in, packed);
+          break;
+        case 2:
+          pack_channel<2>(in, packed);
+          break;
+        default:
+          pack_channel<0>(in, packed);
       }
     }
   }
@@ -269,8 +283,15 @@ class LinePacker {
   struct Piece {
     int64_t offset;  // of what lane 0 would read
     int32_t to;      // of the vector; negative if it adds to the vector of the piece before
-    uint32_t lanes;
+    uint32_t lanes;  // one bit each; with a step of two, of the 2 L floats that it passes
   };
+
+  // Bit i to bit 2 i.
+  static uint32_t spread(uint32_t bits) {
+    uint32_t result = 0;
+    for (int i = 0; i < L; ++i) result |= (bits >> i & 1) << (2 * i);
+    return result;
+  }
 
   static bool gather_overflows(const Strip& strip) { return strip.step() > int64_t{1} << 26; }
 
@@ -307,22 +328,24 @@ class LinePacker {
     } else {
       ++next;
     }
-    if (piece.lanes == (1ull << L) - 1) {
+    if (step_ == 1 && piece.lanes == (1ull << L) - 1) {
       whole_[whole_count_++] = piece;
     } else {
       others_[other_count_++] = piece;
     }
   }
 
-  template <bool kGather>
+  // kStep: 1, 2, or 0 for any.
+  template <int kStep>
   void pack_channel(const float* in, float* out) const {
     const auto load = [&](const Piece& p) __attribute__((always_inline)) {
-      return kGather ? Vec::gather(Vec::Predicate(p.lanes), in + p.offset, int(step_))
-                     : Vec::loadu(Vec::Predicate(p.lanes), in + p.offset);
+      if constexpr (kStep == 1) return Vec::loadu(Vec::Predicate(p.lanes), in + p.offset);
+      if constexpr (kStep == 2) return Vec::load_even(p.lanes, in + p.offset);
+      return Vec::gather(Vec::Predicate(p.lanes), in + p.offset, int(step_));
     };
     for (const Piece* p = whole_; p < whole_ + whole_count_; ++p) {
-      if (!kGather) prefetch(in + p->offset + ahead_);
-      (kGather ? load(*p) : Vec::loadu(in + p->offset)).store(out + p->to);
+      prefetch(in + p->offset + ahead_);
+      Vec::loadu(in + p->offset).store(out + p->to);
     }
     for (const Piece *p = others_, *last = others_ + other_count_; p < last;) {
       const int64_t to = p->to;
@@ -356,6 +379,8 @@ class PixelPacker {
     });
   }
 
+  const PackedChannel& packed() const { return packed_; }
+
   void pack(int64_t first, int64_t last, float* packed) const {
     for (int64_t c = first; c < last; c += L, packed += L * packed_.floats) {
       const int64_t valid = min<int64_t>(L, last - c);
@@ -386,8 +411,8 @@ class PixelPacker {
 
 // Calls body with the packer for the source, which keeps what it finds in the slot.
 template <typename Body>
-MASKED_OPS_INLINE void with_packer(const Strip& strip, const PackedChannel& packed, const Memory<const float>& source,
-                                   Slot slot, const Body& body) {
+MASKED_OPS_INLINE void with_packer(const Strip& strip, const Memory<const float>& source, Slot slot, const Body& body) {
+  const PackedChannel packed(strip.phase(), strip.width(), strip.pitch());
   if (source.channels_last) {
     body(PixelPacker(strip, packed, source, scratch(slot, PixelPacker::bytes(strip, packed))));
   } else {

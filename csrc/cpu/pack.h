@@ -24,6 +24,8 @@ struct Block {
 template <typename T>
 class MaskedRows {
  public:
+  static constexpr bool kMasksB = true;
+
   MaskedRows(const T* weight, int64_t ldw, Bits bits) : weight_(weight), ldw_(ldw), bits_(bits) {}
 
   void start(const Block& block, float* B) {
@@ -107,6 +109,8 @@ class MaskedRows {
 template <typename T, bool kMasked>
 class Columns {
  public:
+  static constexpr bool kMasksB = kMasked;  // else the result of the product is what is masked
+
   Columns(const T* matrix, int64_t rows, int64_t ld, Bits bits) : matrix_(matrix), rows_(rows), ld_(ld), bits_(bits) {}
 
   void start(const Block& block, float* B) {

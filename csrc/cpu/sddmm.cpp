@@ -112,8 +112,8 @@ void sample_tile(const SparseIndex& index, int64_t tile, int vectors, const floa
 
 void sample_tile(const SparseIndex& index, int64_t tile, int vectors, const float* x, const int32_t* table,
                  const float* dy, float* results, bool accumulate) {
-  with_conv_vectors(
-      vectors, [&](auto nv) { sample<decltype(nv)::value, true>(index, tile, x, table, dy, results, accumulate); });
+  vectors == 7 ? sample<7, true>(index, tile, x, table, dy, results, accumulate)
+               : sample<8, true>(index, tile, x, table, dy, results, accumulate);
 }
 
 namespace {

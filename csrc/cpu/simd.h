@@ -90,6 +90,13 @@ struct Vec {
   static MASKED_OPS_INLINE Vec loadu(const float* p) { return {_mm512_loadu_ps(p)}; }
   // Lanes without a bit are zero and their memory is not touched.
   static MASKED_OPS_INLINE Vec loadu(Predicate m, const float* p) { return {_mm512_maskz_loadu_ps(m, p)}; }
+  // Lane i is p[2 * i], where that element has a bit.
+  static MASKED_OPS_INLINE Vec load_even(uint32_t elements, const float* p) {
+    const __m512 low = _mm512_maskz_loadu_ps(__mmask16(elements), p);
+    const __m512 high = _mm512_maskz_loadu_ps(__mmask16(elements >> 16), p + 16);
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return {_mm512_permutex2var_ps(low, even, high)};
+  }
   // Lane i is p[i * step].
   static MASKED_OPS_INLINE Vec gather(Predicate m, const float* p, int step) {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -220,6 +227,12 @@ struct Vec {
   static MASKED_OPS_INLINE Vec load(const float* p) { return {_mm256_load_ps(p)}; }
   static MASKED_OPS_INLINE Vec loadu(const float* p) { return {_mm256_loadu_ps(p)}; }
   static MASKED_OPS_INLINE Vec loadu(Predicate m, const float* p) { return {_mm256_maskload_ps(p, lanes(m))}; }
+  static MASKED_OPS_INLINE Vec load_even(uint32_t elements, const float* p) {
+    const __m256 low = _mm256_maskload_ps(p, lanes(Predicate(elements)));
+    const __m256 high = _mm256_maskload_ps(p + 8, lanes(Predicate(elements >> 8)));
+    const __m256d even = _mm256_castps_pd(_mm256_shuffle_ps(low, high, 0x88));
+    return {_mm256_castpd_ps(_mm256_permute4x64_pd(even, 0xd8))};
+  }
   static MASKED_OPS_INLINE Vec gather(Predicate m, const float* p, int step) {
     const __m256i at = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(step));
     return {_mm256_mask_i32gather_ps(_mm256_setzero_ps(), p, at, _mm256_castsi256_ps(lanes(m)), 4)};
@@ -319,6 +332,9 @@ struct Vec {
   static MASKED_OPS_INLINE Vec loadu(const float* p) { return {*reinterpret_cast<const LooseFloats*>(p)}; }
   static MASKED_OPS_INLINE Vec loadu(Predicate m, const float* p) {
     return {Floats{m & 1 ? p[0] : 0, m & 2 ? p[1] : 0, m & 4 ? p[2] : 0, m & 8 ? p[3] : 0}};
+  }
+  static MASKED_OPS_INLINE Vec load_even(uint32_t e, const float* p) {
+    return {Floats{e & 1 ? p[0] : 0, e & 4 ? p[2] : 0, e & 16 ? p[4] : 0, e & 64 ? p[6] : 0}};
   }
   static MASKED_OPS_INLINE Vec gather(Predicate m, const float* p, int step) {
     const int64_t s = step;

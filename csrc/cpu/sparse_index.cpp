@@ -292,7 +292,7 @@ struct Shape {
         cols(cols),
         nnz(nnz),
         group_rows(group_rows),
-        block_cols(tuning::block_cols(double(nnz) / (double(rows) * double(cols)))) {
+        block_cols(cpu::block_cols(double(nnz) / (double(rows) * double(cols)))) {
     const int64_t step = transposed ? 64 : 16;
     const int64_t limit = transposed ? tuning::transposed_panel_rows(block_cols) : kMaxIndexNnz / max<int64_t>(cols, 1);
     const int64_t most = min(tuning::kPanelRows, limit) / step * step;

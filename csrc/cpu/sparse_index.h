@@ -14,6 +14,10 @@
 
 namespace masked_ops::cpu {
 
+// Columns of a block: at most 256, and so many that a row has a dozen weights or more in one; wider blocks have
+// narrower tiles, which broadcast each value for fewer FMAs.
+inline constexpr int64_t block_cols(double density) { return density >= 0.25 ? 64 : density >= 0.07 ? 128 : 256; }
+
 struct SparseIndex {
   struct Tile {  // where it begins in the arrays below; it ends where the next one begins
     int64_t entry, segment, run;

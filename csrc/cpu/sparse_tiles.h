@@ -27,7 +27,7 @@ struct Tiles {
   }
 };
 
-// Calls body with Int 1, 2, 4 or 8; for convolutions 4, 7 or 8.
+// Calls body with Int 1, 2, 4 or 8.
 template <typename Body>
 MASKED_OPS_INLINE void with_vectors(int vectors, const Body& body) {
   switch (vectors) {
@@ -37,18 +37,6 @@ MASKED_OPS_INLINE void with_vectors(int vectors, const Body& body) {
       return body(Int<2>());
     case 4:
       return body(Int<4>());
-    default:
-      return body(Int<8>());
-  }
-}
-
-template <typename Body>
-MASKED_OPS_INLINE void with_conv_vectors(int vectors, const Body& body) {
-  switch (vectors) {
-    case 4:
-      return body(Int<4>());
-    case 7:
-      return body(Int<7>());
     default:
       return body(Int<8>());
   }
@@ -135,7 +123,7 @@ void start_from_bias(const T* bias, int64_t rows, int64_t lanes, float* c) {
 // spmm.cpp: c[row][lanes] += a tile of the index times its block of input, of 1, 2, 4 or 8 vectors. The segments'
 // values count from `values`; column j of the block is x[j][lanes].
 void multiply_tile(const SparseIndex&, int64_t tile, int vectors, const float* values, const float* x, float* c);
-// The same of 4, 7 or 8 vectors; column j of the block is at x + table[j], a multiple of a vector.
+// The same of 7 or 8 vectors; column j of the block is at x + table[j], a multiple of a vector.
 void multiply_tile(const SparseIndex&, int64_t tile, int vectors, const float* values, const float* x,
                    const int32_t* table, float* c);
 

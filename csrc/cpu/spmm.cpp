@@ -248,7 +248,7 @@ void multiply_tile(const SparseIndex& index, int64_t tile, int vectors, const fl
                    const int32_t* table, float* c) {
   const SparseIndex::Tile begin = index.tiles[tile];
   const Operands operands = {index.columns + begin.entry, index.segments + begin.segment, values, x, table, c};
-  with_conv_vectors(vectors, [&](auto nv) { multiply<decltype(nv)::value, true>(index, tile, operands); });
+  vectors == 7 ? multiply<7, true>(index, tile, operands) : multiply<8, true>(index, tile, operands);
 }
 
 namespace {

@@ -71,9 +71,6 @@ constexpr int kBlockVectors = 4;
 constexpr int kBlockVectors = 2;
 #endif
 
-// Columns of a block: at most 256, and so many that a row has a dozen weights or more in one; wider blocks have
-// narrower tiles, which broadcast each value for fewer FMAs.
-constexpr int64_t block_cols(double density) { return density >= 0.25 ? 64 : density >= 0.07 ? 128 : 256; }
 // With fewer entries in a block than this, on the average, a row's sums are the greater traffic.
 constexpr int64_t kFewEntries = 8;
 
