@@ -270,10 +270,9 @@ void lay_out(const Counts& counts, Run* runs, Segment* segments, uint32_t* start
     const bool single = counts.role[r] == Role::kAlone;
     Place& place = single ? alone[n] : blocks[n];
     for (int i = 0; i < (single ? 1 : kBlockRows); ++i) {
-      segments[place.segment + uint32_t(i) * histogram.blocks[n]] = {uint32_t(r + i), place.entry};
+      segments[place.segment++] = {uint32_t(r + i), place.entry};
       starts[r + i] = place.entry;
     }
-    ++place.segment;
     place.entry += uint32_t(n);
   }
 }

@@ -141,12 +141,12 @@ template <int NV, bool kTable, int J, int N>
 __attribute__((noinline)) void block_run(int64_t blocks, int count, Operands o) {
   constexpr int kRows = SparseIndex::kBlockRows;
   for (int64_t b = 0; b < blocks; ++b, o.columns += count) {
-    float* const c = o.c + int64_t{o.segments[b].row} * (NV * L) + J * L;
+    float* const c = o.c + int64_t{o.segments[b * kRows].row} * (NV * L) + J * L;
     const float* v[kRows];
     Vec sum[kRows][N];
     MASKED_OPS_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      v[r] = o.values + o.segments[b + r * blocks].value;
+      v[r] = o.values + o.segments[b * kRows + r].value;
       MASKED_OPS_UNROLL
       for (int j = 0; j < N; ++j) sum[r][j] = Vec::load(c + r * (NV * L) + j * L);
     }
