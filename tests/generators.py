@@ -156,6 +156,13 @@ def _blocks(rows: int, cols: int) -> Tensor:
     return coarse.repeat_interleave(16, 0)[:rows].repeat_interleave(16, 1)[:, :cols].contiguous()
 
 
+def _rows_of_four(rows: int, cols: int) -> Tensor:
+    """Four rows that follow each other share their columns, from any row on, but for a few that differ."""
+    start = int(torch.randint(4, ()))
+    mask = (torch.rand((rows + 6) // 4 + 1, cols) < 0.3).repeat_interleave(4, 0)[start : start + rows]
+    return mask ^ ((torch.rand(rows, 1) < 0.1) & (torch.rand(rows, cols) < 0.2))
+
+
 def _two_of_four(rows: int, cols: int) -> Tensor:
     scores = torch.rand(rows, -(-cols // 4), 4)
     return (scores.argsort(-1).argsort(-1) < 2).view(rows, -1)[:, :cols].contiguous()
@@ -176,6 +183,7 @@ PATTERNS: dict[str, Callable[[int, int], Tensor]] = {
     "one column": _one_column,
     "diagonal": lambda rows, cols: torch.arange(rows)[:, None] == torch.arange(cols),
     "blocks": _blocks,
+    "rows of four": _rows_of_four,
     "two of four": _two_of_four,
 }
 

@@ -86,7 +86,7 @@ bool has_entries(const SparseIndex& index, int64_t block, int64_t first_panel, i
 
 // The values in the order of a transposed index's entries.
 const float* in_order(const Team& team, const SparseIndex& index, const float* values) {
-  const int64_t tiles = index.panels * index.blocks, n = index.tiles[tiles].entry;
+  const int64_t n = index.nnz;
   float* const ordered = static_cast<float*>(scratch(Slot::kValues, size_t(n) * sizeof(float)));
   team.for_each(ceil_div(n, tuning::kPassGrain), [&](int64_t task) {
     const int64_t last = min(n, (task + 1) * tuning::kPassGrain);
@@ -226,7 +226,7 @@ void conv_sddmm(const Team& team, const Convolution& c, const SparseIndex& index
 
   // Ranges of positions have results of their own, which are added up in their order: the sums do not depend on who
   // computed what.
-  const int64_t nnz = index.tiles[index.panels * index.blocks].entry;
+  const int64_t nnz = index.nnz;
   const int64_t strips = cut.strips();
   const int64_t most = max<int64_t>(tuning::kPartialBytes / int64_t{sizeof(float)} / max<int64_t>(nnz, 1), 1);
   const int64_t parts = min(min<int64_t>(strips, 2 * team.threads), most);

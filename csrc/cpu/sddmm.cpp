@@ -15,6 +15,7 @@ constexpr int L = Vec::kLanes;
 struct Operands {
   const uint8_t* columns;  // of the first segment's first entry that is wanted
   int64_t stride;          // entries from segment to segment
+  int64_t further;         // rows of a block beside the first, which share its columns: 0 or 3
   const SparseIndex::Segment* segments;
   const float* x;        // the block's [block_cols][lanes]
   const int32_t* table;  // or where its columns are
@@ -47,7 +48,7 @@ __attribute__((noinline)) void dots(int64_t segments, Operands o) {
     Vec dy[NV];
     MASKED_OPS_UNROLL
     for (int j = 0; j < NV; ++j) dy[j] = Vec::load(row + j * L);
-    o.columns += o.stride;
+    if ((s & o.further) == o.further) o.columns += o.stride;
     Vec quads[L / 4];
     uint64_t word = 0;
     MASKED_OPS_UNROLL
@@ -92,12 +93,13 @@ void sample(const SparseIndex& index, int64_t tile, const float* x, const int32_
   const SparseIndex::Segment* segments = index.segments + index.tiles[tile].segment;
   for (int64_t r = index.tiles[tile].run; r < index.tiles[tile + 1].run; ++r) {
     const int64_t count = index.runs[r].count, n = index.runs[r].segments;
+    const int64_t rows = index.runs[r].rows;
     for (int64_t first = 0; first < count; first += L) {
       table.dots_of[min<int64_t>(L, count - first)](
-          n, {columns + first, count, segments, x, places, dy, results + first, accumulate});
+          n * rows, {columns + first, count, rows - 1, segments, x, places, dy, results + first, accumulate});
     }
     columns += count * n;
-    segments += n;
+    segments += n * rows;
   }
 }
 
@@ -120,7 +122,7 @@ namespace {
 template <typename T>
 void sample_all(const Team& team, const SparseIndex& index, int64_t M, const T* grad_output, const T* input,
                 T* grad_values) {
-  const int64_t nnz = index.tiles[index.panels * index.blocks].entry;
+  const int64_t nnz = index.nnz;
   float* sums;
   if constexpr (kIsFloat<T>) {
     sums = grad_values;

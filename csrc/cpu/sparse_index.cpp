@@ -55,6 +55,17 @@ struct Plain {
     }
   }
 
+  bool same_columns(int64_t row, int64_t other, Block cols) const {
+    uint64_t differ = 0;
+    for_words(row, cols, [&](uint64_t word, int64_t column) {
+      uint64_t others = bits.row(other)[column / 64];
+      if (column < cols.first) others &= ~uint64_t{0} << (cols.first - column);
+      if (column + 64 > cols.last) others &= ~uint64_t{0} >> (column + 64 - cols.last);
+      differ |= word ^ others;
+    });
+    return differ == 0;
+  }
+
   // Entries of row r go to starts[r] and on.
   void fill(Range rows, Block cols, uint32_t* starts, uint8_t* columns, uint32_t*) const {
     for (int64_t r = rows.first; r < rows.last; ++r) {
@@ -183,50 +194,92 @@ class Flipped {
   int64_t into_, out_, taps_;
 };
 
-// Rows of a tile by their number of weights.
-struct Histogram {
-  uint32_t rows[kMaxCount + 1] = {};
+// What becomes of a row of a tile: a segment of its own, or, beside the rows that follow, one of a block's.
+enum class Role : uint8_t { kAlone, kFirst, kFurther };
 
-  Histogram(const uint16_t* counts, int64_t n) {
-    for (int64_t r = 0; r < n; ++r) ++rows[counts[r]];
+// The number of weights of each row of a tile, and its role.
+struct Counts {
+  static constexpr int kBlockRows = SparseIndex::kBlockRows;
+  int64_t rows;
+  uint16_t of[kPanelRows];
+  Role role[kPanelRows];
+
+  template <typename Matrix>
+  Counts(const Matrix& matrix, Range range, Block cols) : rows(range.last - range.first), role{} {
+    matrix.count(range, cols, of);
+    if constexpr (requires { matrix.same_columns(0, 0, cols); }) {
+      for (int64_t r = 0; r + kBlockRows <= rows; ++r) {
+        int same = 1;
+        while (same < kBlockRows && of[r] > 0 && of[r + same] == of[r] &&
+               matrix.same_columns(range.first + r, range.first + r + same, cols)) {
+          ++same;
+        }
+        if (same < kBlockRows) continue;
+        role[r] = Role::kFirst;
+        for (int i = 1; i < kBlockRows; ++i) role[r + i] = Role::kFurther;
+        r += kBlockRows - 1;
+      }
+    }
+  }
+};
+
+// Rows alone and blocks of rows, by their number of weights.
+struct Histogram {
+  uint32_t alone[kMaxCount + 1] = {}, blocks[kMaxCount + 1] = {};
+
+  explicit Histogram(const Counts& counts) {
+    for (int64_t r = 0; r < counts.rows; ++r) {
+      alone[counts.of[r]] += counts.role[r] == Role::kAlone;
+      blocks[counts.of[r]] += counts.role[r] == Role::kFirst;
+    }
   }
 
   Tile sizes() const {
     Tile sizes = {};
     for (int n = 1; n <= kMaxCount; ++n) {
-      sizes.entry += int64_t{n} * rows[n];
-      sizes.segment += rows[n];
-      sizes.run += rows[n] > 0;
+      sizes.entry += int64_t{n} * (alone[n] + blocks[n]);
+      sizes.segment += alone[n] + Counts::kBlockRows * blocks[n];
+      sizes.run += (alone[n] > 0) + (blocks[n] > 0);
     }
     return sizes;
   }
 };
 
 // Runs and segments of a tile, shortest first; starts[r] is where the entries of row r begin.
-void lay_out(const uint16_t* counts, int64_t n, Run* runs, Segment* segments, uint32_t* starts) {
-  const Histogram histogram(counts, n);
-  uint32_t segment[kMaxCount + 1], entry[kMaxCount + 1];
-  uint32_t next_segment = 0, next_entry = 0;
-  for (int count = 1; count <= kMaxCount; ++count) {
-    const uint32_t rows = histogram.rows[count];
-    if (rows) *runs++ = {uint16_t(count), uint16_t(rows)};
-    segment[count] = next_segment;
-    entry[count] = next_entry;
-    next_segment += rows;
-    next_entry += rows * uint32_t(count);
+void lay_out(const Counts& counts, Run* runs, Segment* segments, uint32_t* starts) {
+  constexpr int kBlockRows = Counts::kBlockRows;
+  struct Place {
+    uint32_t segment, entry;
+  };
+  const Histogram histogram(counts);
+  Place alone[kMaxCount + 1], blocks[kMaxCount + 1], next = {};
+  for (int n = 1; n <= kMaxCount; ++n) {
+    const auto take = [&](uint32_t segments_of_run, int rows) {
+      if (segments_of_run) *runs++ = {uint16_t(n), uint16_t(segments_of_run), uint16_t(rows)};
+      const Place place = next;
+      next.segment += segments_of_run * uint32_t(rows);
+      next.entry += segments_of_run * uint32_t(n);
+      return place;
+    };
+    alone[n] = take(histogram.alone[n], 1);
+    blocks[n] = take(histogram.blocks[n], kBlockRows);
   }
-  for (int64_t r = 0; r < n; ++r) {
-    const int count = counts[r];
-    if (count == 0) continue;
-    segments[segment[count]++] = {uint32_t(r), entry[count]};
-    starts[r] = entry[count];
-    entry[count] += uint32_t(count);
+  for (int64_t r = 0; r < counts.rows; ++r) {
+    const int n = counts.of[r];
+    if (n == 0 || counts.role[r] == Role::kFurther) continue;
+    const bool single = counts.role[r] == Role::kAlone;
+    Place& place = single ? alone[n] : blocks[n];
+    for (int i = 0; i < (single ? 1 : kBlockRows); ++i) {
+      segments[place.segment++] = {uint32_t(r + i), place.entry};
+      starts[r + i] = place.entry;
+    }
+    place.entry += uint32_t(n);
   }
 }
 
 // How the matrix is cut.
 struct Shape {
-  int64_t rows, cols, group_rows, panel_rows, panels, block_cols, blocks;
+  int64_t rows, cols, nnz, group_rows, panel_rows, panels, block_cols, blocks;
 
   // Panels end at words of bits if they are columns of the weight, and their values can be numbered with 32 bits if
   // they are rows.
@@ -236,6 +289,7 @@ struct Shape {
   Shape(int64_t rows, int64_t group_rows, int64_t cols, int64_t nnz, bool transposed, int threads)
       : rows(rows),
         cols(cols),
+        nnz(nnz),
         group_rows(group_rows),
         block_cols(cpu::block_cols(double(nnz) / (double(rows) * double(cols)))) {
     const int64_t step = transposed ? 64 : 16;
@@ -292,11 +346,10 @@ struct Arrays {
     columns = reinterpret_cast<uint8_t*>(memory + at[5]);
     segments[total.segment] = {};
     std::memset(columns + total.entry, 0, SparseIndex::kLookahead);
-    index = new (memory) SparseIndex{shape.rows,       shape.cols,   shape.group_rows,
-                                     shape.panel_rows, shape.panels, shape.block_cols,
-                                     shape.blocks,     transposed,   bytes,
-                                     panel_values,     tiles,        segments,
-                                     positions,        runs,         columns};
+    index = new (memory) SparseIndex{shape.rows,       shape.cols,   shape.group_rows, shape.panel_rows, shape.panels,
+                                     shape.block_cols, shape.blocks, shape.nnz,        transposed,       bytes,
+                                     panel_values,     tiles,        segments,         positions,        runs,
+                                     columns};
   }
 };
 
@@ -306,10 +359,9 @@ SparseIndex* build(const Team& team, const Shape& shape, const Matrix& matrix, b
   Tile* const starts = static_cast<Tile*>(scratch(Slot::kPanelA, size_t(tiles + 1) * sizeof(Tile)));
   team.for_each(shape.panels, [&](int64_t panel) {
     const Range rows = shape.rows_of(panel);
-    uint16_t counts[kPanelRows];
     for (int64_t block = 0; block < shape.blocks; ++block) {
-      matrix.count(rows, shape.cols_of(block), counts);
-      starts[panel * shape.blocks + block] = Histogram(counts, rows.last - rows.first).sizes();
+      const Counts counts(matrix, rows, shape.cols_of(block));
+      starts[panel * shape.blocks + block] = Histogram(counts).sizes();
     }
   });
   Tile total = {};
@@ -326,21 +378,20 @@ SparseIndex* build(const Team& team, const Shape& shape, const Matrix& matrix, b
     const int64_t n = rows.last - rows.first;
     const int64_t panel_value = transposed ? 0 : matrix.offsets[rows.first];
     arrays.panel_values[panel] = panel_value;
-    uint16_t counts[kPanelRows];
     uint32_t entries[kPanelRows], values[kPanelRows];
     for (int64_t r = 0; r < n && !transposed; ++r) values[r] = uint32_t(matrix.offsets[rows.first + r] - panel_value);
     for (int64_t block = 0; block < shape.blocks; ++block) {
       const Block cols = shape.cols_of(block);
       const Tile* const tile = arrays.tiles + panel * shape.blocks + block;
       if (tile[0].entry == tile[1].entry) continue;
-      matrix.count(rows, cols, counts);
-      lay_out(counts, n, arrays.runs + tile->run, arrays.segments + tile->segment, entries);
+      const Counts counts(matrix, rows, cols);
+      lay_out(counts, arrays.runs + tile->run, arrays.segments + tile->segment, entries);
       matrix.fill(rows, cols, entries, arrays.columns + tile->entry, arrays.positions + tile->entry);
       if (transposed) continue;
       for (int64_t s = tile[0].segment; s < tile[1].segment; ++s) {
         Segment& segment = arrays.segments[s];
         segment.value = values[segment.row];
-        values[segment.row] += counts[segment.row];
+        values[segment.row] += counts.of[segment.row];
       }
     }
   });

@@ -2,6 +2,9 @@
 // rows by their number of weights. Panel and block make a tile; its rows that have weights are segments; equal ones, a
 // run.
 //
+// Rows that follow each other and share their columns in a block are taken kBlockRows at a time: their columns stand
+// once, and a run of such has the segments of all first rows, then those of all second rows, and so on.
+//
 // A block of columns is as wide as a block of packed input fits into L1, and a column's number in it fits into a byte.
 // A run's loops all have one length. The values stay in row-major order, and a segment knows where its own begin. This
 // file is the same for all capabilities.
@@ -22,6 +25,7 @@ struct SparseIndex {
   struct Run {
     uint16_t count;  // weights of each segment, 1 to 256
     uint16_t segments;
+    uint16_t rows;  // that share them, 1 or kBlockRows: times as many segments
   };
   struct Segment {
     uint32_t row;    // in the panel
@@ -32,6 +36,7 @@ struct SparseIndex {
   int64_t group_rows;  // no panel has rows of two groups; all rows, but for grouped convolutions
   int64_t panel_rows, panels;
   int64_t block_cols, blocks;
+  int64_t nnz;
   bool transposed;
   size_t bytes;
 
@@ -44,6 +49,7 @@ struct SparseIndex {
 
   // Loops look a segment ahead; sddmm, which takes segments in pieces, from the middle of one.
   static constexpr int64_t kLookahead = 256;
+  static constexpr int kBlockRows = 4;
 
   int64_t panels_of_group() const { return (group_rows + panel_rows - 1) / panel_rows; }
   // The first row of a panel; of panel = panels, the end of the last.

@@ -52,7 +52,7 @@ MASKED_OPS_INLINE const float* row_of(const float* x, const int32_t* table, uint
 // that its sums come and go more often than the input.
 inline int tile_vectors(const SparseIndex& index) {
   const int64_t segments = max<int64_t>(index.rows * index.blocks, 1);
-  if (index.tiles[index.panels * index.blocks].entry < tuning::kFewEntries * segments) return tuning::kMaxVectors;
+  if (index.nnz < tuning::kFewEntries * segments) return tuning::kMaxVectors;
   const int64_t depth = max<int64_t>(min(index.block_cols, index.cols), 1);
   int vectors = tuning::kMaxVectors;
   while (vectors > 1 && depth * vectors * Vec::kLanes > tuning::kBlockFloats) vectors /= 2;

@@ -136,6 +136,68 @@ __attribute__((noinline)) void long_run(int64_t segments, int count, Operands o)
   }
 }
 
+// A run of blocks of rows that share their columns: of a tile's vectors N from J on, each loaded once for all rows.
+template <int NV, bool kTable, int J, int N>
+__attribute__((noinline)) void block_run(int64_t blocks, int count, Operands o) {
+  constexpr int kRows = SparseIndex::kBlockRows;
+  for (int64_t b = 0; b < blocks; ++b, o.columns += count) {
+    float* const c = o.c + int64_t{o.segments[b * kRows].row} * (NV * L) + J * L;
+    const float* v[kRows];
+    Vec sum[kRows][N];
+    MASKED_OPS_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      v[r] = o.values + o.segments[b * kRows + r].value;
+      MASKED_OPS_UNROLL
+      for (int j = 0; j < N; ++j) sum[r][j] = Vec::load(c + r * (NV * L) + j * L);
+    }
+    const auto add = [&](uint8_t column, auto value_of) __attribute__((always_inline)) {
+      const float* const row = row_of<NV, kTable>(o.x, o.table, column) + J * L;
+      Vec x[N];
+      MASKED_OPS_UNROLL
+      for (int j = 0; j < N; ++j) x[j] = Vec::load(row + j * L);
+      MASKED_OPS_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        const Vec value = value_of(r);
+        MASKED_OPS_UNROLL
+        for (int j = 0; j < N; ++j) sum[r][j] = fmadd(value, x[j], sum[r][j]);
+      }
+    };
+    int i = 0;
+    for (; i + 4 <= count; i += 4) {
+      uint32_t word;
+      std::memcpy(&word, o.columns + i, sizeof(word));
+      Vec quad[kRows];
+      MASKED_OPS_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        quad[r] = Vec::quad(v[r] + i);
+        prefetch_l2(v[r] + count + i + 12);
+      }
+      MASKED_OPS_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        add(uint8_t(word >> (8 * e)), [&](int r) __attribute__((always_inline)) { return broadcast(quad[r], e); });
+      }
+    }
+    for (; i < count; ++i) {
+      add(o.columns[i], [&](int r) __attribute__((always_inline)) { return Vec::set1(v[r][i]); });
+    }
+    MASKED_OPS_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      MASKED_OPS_UNROLL
+      for (int j = 0; j < N; ++j) sum[r][j].store(c + r * (NV * L) + j * L);
+    }
+  }
+}
+
+// All vectors, as many at a time as leave their sums in registers.
+template <int NV, bool kTable, int J = 0>
+void block_runs(int64_t blocks, int count, const Operands& o) {
+  if constexpr (J < NV) {
+    constexpr int N = min(tuning::kBlockVectors, NV - J);
+    block_run<NV, kTable, J, N>(blocks, count, o);
+    block_runs<NV, kTable, J + N>(blocks, count, o);
+  }
+}
+
 using ShortRun = void (*)(int64_t segments, Operands);
 using LongRun = void (*)(int64_t segments, int count, Operands);
 
@@ -162,13 +224,15 @@ void multiply(const SparseIndex& index, int64_t tile, Operands o) {
   static constexpr RunTable<NV, kTable> table;
   for (int64_t r = index.tiles[tile].run; r < index.tiles[tile + 1].run; ++r) {
     const int count = index.runs[r].count, segments = index.runs[r].segments;
-    if (count <= kShort) {
+    if (index.runs[r].rows > 1) {
+      block_runs<NV, kTable>(segments, count, o);
+    } else if (count <= kShort) {
       table.short_runs[count](segments, o);
     } else {
       table.long_runs[count % 8](segments, count, o);
     }
     o.columns += int64_t{count} * segments;
-    o.segments += segments;
+    o.segments += segments * index.runs[r].rows;
   }
 }
 
@@ -261,8 +325,7 @@ void multiply_panel(const SparseIndex& index, const float* values, int64_t panel
 template <typename T>
 void multiply_all(const Team& team, const SparseIndex& index, const T* all_values, int64_t M, const T* input,
                   const T* bias, T* output) {
-  const float* const values =
-      as_floats(team, Slot::kPanelB, all_values, index.tiles[index.panels * index.blocks].entry);
+  const float* const values = as_floats(team, Slot::kPanelB, all_values, index.nnz);
   const int vectors = tile_vectors(index);
   const int64_t width = vectors * L;
   const int64_t chunk =

@@ -64,6 +64,13 @@ constexpr int64_t kStreamAhead = 8192;
 constexpr int64_t kBlockFloats = 8192;
 constexpr int kMaxVectors = 8;  // of a tile
 
+// Vectors of a tile that are taken at a time for a block of four rows: their sums stay in registers.
+#if defined(__AVX512F__)
+constexpr int kBlockVectors = 4;
+#else
+constexpr int kBlockVectors = 2;
+#endif
+
 // With fewer entries in a block than this, on the average, a row's sums are the greater traffic.
 constexpr int64_t kFewEntries = 8;
 
