@@ -95,12 +95,6 @@ def contenders(name: str, sparsity: float, batch: int, step: bool) -> dict[str, 
     build, shape = MODELS[name]
     dense = build().train(step)
     x = torch.randn(batch, *shape)
-    hooked, live = copy.deepcopy(dense), copy.deepcopy(dense)
-    for module, parameter in prunable(hooked):
-        torch_prune.random_unstructured(module, parameter, amount=sparsity)
-    for (module, parameter), (like, _) in zip(prunable(live), prunable(hooked), strict=True):
-        prune.custom_from_mask(module, parameter, like.weight_mask)
-    models = {"hook": hooked, "dense": dense, "live": live}
 
     def call(model: nn.Module, x: Tensor) -> Callable[[], object]:
         def infer() -> None:
@@ -114,13 +108,18 @@ def contenders(name: str, sparsity: float, batch: int, step: bool) -> dict[str, 
 
         return train if step else infer
 
-    calls = {kind: call(model, x) for kind, model in models.items()}
+    formats = {"": torch.contiguous_format}
     if len(shape) == 3:
-        last = x.contiguous(memory_format=torch.channels_last)
-        calls |= {
-            f"{kind}_last": call(copy.deepcopy(model).to(memory_format=torch.channels_last), last)
-            for kind, model in models.items()
-        }
+        formats["_last"] = torch.channels_last
+    calls = {}
+    for suffix, memory_format in formats.items():
+        # A model that torch has pruned cannot be copied.
+        models = {kind: copy.deepcopy(dense).to(memory_format=memory_format) for kind in ("hook", "dense", "live")}
+        for (hooked, parameter), (live, _) in zip(prunable(models["hook"]), prunable(models["live"]), strict=True):
+            torch_prune.random_unstructured(hooked, parameter, amount=sparsity)
+            prune.custom_from_mask(live, parameter, hooked.weight_mask)
+        input = x.contiguous(memory_format=memory_format)
+        calls |= {f"{kind}{suffix}": call(model, input) for kind, model in models.items()}
     return calls
 
 
