@@ -113,13 +113,14 @@ def contenders(name: str, sparsity: float, batch: int, step: bool) -> dict[str, 
         formats["_last"] = torch.channels_last
     calls = {}
     for suffix, memory_format in formats.items():
-        # A model that torch has pruned cannot be copied.
-        models = {kind: copy.deepcopy(dense).to(memory_format=memory_format) for kind in ("hook", "dense", "live")}
+        # Torch prunes no tensor in channels_last, and lets no model be copied that it has pruned.
+        models = {kind: copy.deepcopy(dense) for kind in ("hook", "dense", "live")}
         for (hooked, parameter), (live, _) in zip(prunable(models["hook"]), prunable(models["live"]), strict=True):
             torch_prune.random_unstructured(hooked, parameter, amount=sparsity)
             prune.custom_from_mask(live, parameter, hooked.weight_mask)
         input = x.contiguous(memory_format=memory_format)
-        calls |= {f"{kind}{suffix}": call(model, input) for kind, model in models.items()}
+        for kind, model in models.items():
+            calls[f"{kind}{suffix}"] = call(model.to(memory_format=memory_format), input)
     return calls
 
 
