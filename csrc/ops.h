@@ -49,4 +49,22 @@ at::Tensor convolution_grad_weight(const at::Tensor& grad_output, const at::Tens
 std::tuple<std::string, std::string> explain_convolution(const at::Tensor& weight, const at::Tensor& mask,
                                                          int64_t batch);
 
+// The packed convolutions: as packed_linear over the weight of size weight_size flattened to [weight_size[0]][the
+// rest].
+at::Tensor packed_convolution(const at::Tensor& input, const at::Tensor& values, const at::Tensor& bits,
+                              at::IntArrayRef weight_size, const std::optional<at::Tensor>& bias,
+                              at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                              bool transposed, at::IntArrayRef output_padding, int64_t groups);
+at::Tensor packed_convolution_grad_input(const at::Tensor& grad_output, const at::Tensor& values,
+                                         const at::Tensor& bits, at::IntArrayRef weight_size,
+                                         at::IntArrayRef input_size, at::IntArrayRef stride, at::IntArrayRef padding,
+                                         at::IntArrayRef dilation, bool transposed, at::IntArrayRef output_padding,
+                                         int64_t groups);
+at::Tensor packed_convolution_grad_values(const at::Tensor& grad_output, const at::Tensor& input,
+                                          const at::Tensor& bits, at::IntArrayRef weight_size, int64_t nnz,
+                                          at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                                          bool transposed, at::IntArrayRef output_padding, int64_t groups);
+std::tuple<std::string, std::string> explain_packed_convolution(const at::Tensor& values, const at::Tensor& bits,
+                                                                at::IntArrayRef weight_size, int64_t batch);
+
 }  // namespace masked_ops

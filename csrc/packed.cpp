@@ -1,4 +1,5 @@
-// The packed linear family: the weight is its remaining values and their bits, and no dense weight exists.
+// The packed linear family: the weight is its remaining values and their bits, and no dense weight exists. And what the
+// packed convolutions share with it.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
@@ -6,20 +7,34 @@
 #include "checks.h"
 #include "masking.h"
 #include "ops.h"
+#include "packed.h"
 #include "parallel.h"
 #include "path.h"
-#include "pattern.h"
 
 namespace masked_ops {
 namespace {
 
-PatternPtr checked_pattern(const at::Tensor& bits, int64_t in_features, int64_t nnz) {
+PatternPtr checked_weight(const at::Tensor& values, const at::Tensor& bits, int64_t in_features) {
+  check_values(values);
   TORCH_CHECK(in_features >= 0, "in_features must not be negative, got ", in_features);
+  return checked_pattern(bits, std::nullopt, in_features, values.numel());
+}
+
+bool takes_sparse(Pass pass, int64_t M, const at::Tensor& values, const Pattern& pattern) {
+  const Path path = choose_packed_linear(pass, M, values, pattern).path;
+  return path == Path::kSparse && M > 0 && pattern.rows() > 0 && pattern.cols() > 0;
+}
+
+}  // namespace
+
+PatternPtr checked_pattern(const at::Tensor& bits, std::optional<int64_t> rows, int64_t cols, int64_t nnz) {
   TORCH_CHECK(bits.is_cpu(), "weight_bits must be on the CPU, got ", bits.device());
-  TORCH_CHECK(bits.scalar_type() == at::kByte && bits.dim() == 2 && bits.size(1) == (in_features + 7) / 8,
-              "weight_bits must be uint8 of shape [out_features, ", (in_features + 7) / 8, "], got ",
-              bits.scalar_type(), " of shape ", bits.sizes());
-  PatternPtr pattern = pattern_of_bits(bits, in_features);
+  const int64_t bytes = cols / 8 + (cols % 8 != 0);
+  TORCH_CHECK(bits.scalar_type() == at::kByte && bits.dim() == 2 && bits.size(0) == rows.value_or(bits.size(0)) &&
+                  bits.size(1) == bytes,
+              "weight_bits must be uint8 of shape [", rows ? std::to_string(*rows) : "out_features", ", ", bytes,
+              "], got ", bits.scalar_type(), " of shape ", bits.sizes());
+  PatternPtr pattern = pattern_of_bits(bits, cols);
   TORCH_CHECK(pattern->nnz() == nnz, "weight_values must hold one value for each of the ", pattern->nnz(),
               " bits set in weight_bits, got ", nnz);
   return pattern;
@@ -37,17 +52,9 @@ at::Tensor expand(const at::Tensor& values, const Pattern& pattern) {
   return weight;
 }
 
-bool takes_sparse(Pass pass, int64_t M, const at::Tensor& values, const Pattern& pattern) {
-  const Path path = choose_packed_linear(pass, M, values, pattern).path;
-  return path == Path::kSparse && M > 0 && pattern.rows() > 0 && pattern.cols() > 0;
-}
-
-}  // namespace
-
 at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& values, const at::Tensor& bits, int64_t in_features,
                          const std::optional<at::Tensor>& bias) {
-  check_values(values);
-  const PatternPtr pattern = checked_pattern(bits, in_features, values.numel());
+  const PatternPtr pattern = checked_weight(values, bits, in_features);
   check_same_kind("input", input, "weight_values", values);
   check_last_dim("input", input, "weight_bits", in_features);
   const bool has_bias = bias && bias->defined();
@@ -70,8 +77,7 @@ at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& values, cons
 
 at::Tensor packed_linear_grad_input(const at::Tensor& grad_output, const at::Tensor& values, const at::Tensor& bits,
                                     int64_t in_features) {
-  check_values(values);
-  const PatternPtr pattern = checked_pattern(bits, in_features, values.numel());
+  const PatternPtr pattern = checked_weight(values, bits, in_features);
   check_same_kind("grad_output", grad_output, "weight_values", values);
   check_last_dim("grad_output", grad_output, "weight_bits", pattern->rows());
   const int64_t M = rows_of(grad_output);
@@ -91,7 +97,7 @@ at::Tensor packed_linear_grad_input(const at::Tensor& grad_output, const at::Ten
 at::Tensor packed_linear_grad_values(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& bits,
                                      int64_t nnz) {
   TORCH_CHECK(input.dim() > 0, "input must have at least one dimension");
-  const PatternPtr pattern = checked_pattern(bits, input.size(-1), nnz);
+  const PatternPtr pattern = checked_pattern(bits, std::nullopt, input.size(-1), nnz);
   check_same_kind("input", input, "grad_output", grad_output);
   check_last_dim("grad_output", grad_output, "weight_bits", pattern->rows());
   check_same_rows(grad_output, input);
@@ -108,22 +114,18 @@ at::Tensor packed_linear_grad_values(const at::Tensor& grad_output, const at::Te
 }
 
 at::Tensor unpack_values(const at::Tensor& values, const at::Tensor& bits, int64_t in_features) {
-  check_values(values);
-  return expand(values, *checked_pattern(bits, in_features, values.numel()));
+  return expand(values, *checked_weight(values, bits, in_features));
 }
 
 at::Tensor pack_values(const at::Tensor& weight, const at::Tensor& bits, int64_t nnz) {
   TORCH_CHECK(weight.dim() == 2 && weight.is_floating_point(), "weight must be a floating-point matrix, got ",
               weight.scalar_type(), " of shape ", weight.sizes());
-  TORCH_CHECK(bits.dim() == 2 && bits.size(0) == weight.size(0), "weight_bits must have the ", weight.size(0),
-              " rows of weight, got shape ", bits.sizes());
-  return compress(weight, *checked_pattern(bits, weight.size(1), nnz));
+  return compress(weight, *checked_pattern(bits, weight.size(0), weight.size(1), nnz));
 }
 
 std::tuple<std::string, std::string> explain_packed_linear(const at::Tensor& values, const at::Tensor& bits,
                                                            int64_t in_features, int64_t batch) {
-  check_values(values);
-  const PatternPtr pattern = checked_pattern(bits, in_features, values.numel());
+  const PatternPtr pattern = checked_weight(values, bits, in_features);
   const Choice choice = choose_packed_linear(Pass::kForward, batch, values, *pattern);
   return {path_name(choice.path), choice.reason};
 }

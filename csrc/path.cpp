@@ -136,4 +136,10 @@ Choice choose_convolution(const at::Tensor&, const Pattern*) {
               {Path::kCopy, "torch's convolution over the masked weight"});
 }
 
+Choice choose_packed_convolution() {
+  const char* obstacle = "it has no convolution kernel";
+  return obey("packed convolution", {nullptr, obstacle, obstacle, obstacle},
+              {Path::kCopy, "torch's convolution over the unpacked weight"});
+}
+
 }  // namespace masked_ops

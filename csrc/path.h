@@ -42,5 +42,6 @@ Choice choose_linear(Pass pass, int64_t rows, const at::Tensor& weight, const Pa
 // For the packed family, whose weight is its values alone; the copy path expands them.
 Choice choose_packed_linear(Pass pass, int64_t rows, const at::Tensor& values, const Pattern& pattern);
 Choice choose_convolution(const at::Tensor& weight, const Pattern* pattern);
+Choice choose_packed_convolution();
 
 }  // namespace masked_ops

@@ -253,13 +253,16 @@ def _describe_packed(label: str, module: Any, position: tuple[int, int | None] |
     if is_sharded(values):
         reason = "sharded: chosen within forward, where the values are whole"
     elif batch is not None:
-        path, reason = _ops.explain_packed_linear(values, bits, shape[1], batch)
+        if isinstance(module, Linear):
+            path, reason = _ops.explain_packed_linear(values, bits, shape[1], batch)
+        else:
+            path, reason = _ops.explain_packed_convolution(values, bits, shape, batch)
     report = LayerReport(
         name=label,
         kind=_kind(module),
         shape=shape,
         nnz=values.numel(),
-        sparsity=sparsity_of(values.numel(), entries),
+        sparsity=sparsity_of(values.numel(), shape),
         parameter_bytes=0 if id(values) in seen else values.numel() * values.element_size(),
         mask_bytes=bits.numel(),
         path=path,

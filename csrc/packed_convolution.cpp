@@ -1,0 +1,84 @@
+// The packed convolution family: as packed.cpp, over a weight [O][C/g][kernel] that is flattened to a matrix.
+#include "checks.h"
+#include "geometry.h"
+#include "masking.h"
+#include "ops.h"
+#include "packed.h"
+#include "path.h"
+
+namespace masked_ops {
+namespace {
+
+// The columns of the weight as a matrix; throws unless the sizes can be those of one.
+int64_t columns_of(at::IntArrayRef weight_size) {
+  TORCH_CHECK(weight_size.size() >= 3, "weight_size must have at least 3 numbers, got ", weight_size);
+  int64_t cols = 1, entries;
+  for (const int64_t n : weight_size) TORCH_CHECK(n >= 0, "weight_size must not be negative, got ", weight_size);
+  bool overflows = false;
+  for (const int64_t n : weight_size.slice(1)) overflows |= __builtin_mul_overflow(cols, n, &cols);
+  overflows |= __builtin_mul_overflow(cols, weight_size[0], &entries);
+  TORCH_CHECK(!overflows, "weight_size must be that of a tensor, got ", weight_size);
+  return cols;
+}
+
+struct PackedWeight {
+  PatternPtr pattern;
+  at::IntArrayRef size;
+
+  PackedWeight(const at::Tensor& bits, at::IntArrayRef size, int64_t nnz)
+      : pattern(checked_pattern(bits, size.empty() ? 0 : size[0], columns_of(size), nnz)), size(size) {}
+  at::Tensor dense(const at::Tensor& values) const { return expand(values, *pattern).view(size); }
+};
+
+}  // namespace
+
+at::Tensor packed_convolution(const at::Tensor& input, const at::Tensor& values, const at::Tensor& bits,
+                              at::IntArrayRef weight_size, const std::optional<at::Tensor>& bias,
+                              at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                              bool transposed, at::IntArrayRef output_padding, int64_t groups) {
+  check_values(values);
+  const PackedWeight weight(bits, weight_size, values.numel());
+  check_same_kind("input", input, "weight_values", values);
+  if (bias && bias->defined()) check_same_kind("bias", *bias, "weight_values", values);
+  const Geometry geometry{weight_size, stride, padding, dilation, transposed, output_padding, groups};
+  geometry.check(input.sizes());
+  choose_packed_convolution();
+  return geometry.forward(input, weight.dense(values), bias);
+}
+
+at::Tensor packed_convolution_grad_input(const at::Tensor& grad_output, const at::Tensor& values,
+                                         const at::Tensor& bits, at::IntArrayRef weight_size,
+                                         at::IntArrayRef input_size, at::IntArrayRef stride, at::IntArrayRef padding,
+                                         at::IntArrayRef dilation, bool transposed, at::IntArrayRef output_padding,
+                                         int64_t groups) {
+  check_values(values);
+  const PackedWeight weight(bits, weight_size, values.numel());
+  check_same_kind("grad_output", grad_output, "weight_values", values);
+  const Geometry geometry{weight_size, stride, padding, dilation, transposed, output_padding, groups};
+  geometry.check(input_size, grad_output.sizes());
+  choose_packed_convolution();
+  return geometry.grad_input(grad_output, weight.dense(values), input_size);
+}
+
+at::Tensor packed_convolution_grad_values(const at::Tensor& grad_output, const at::Tensor& input,
+                                          const at::Tensor& bits, at::IntArrayRef weight_size, int64_t nnz,
+                                          at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                                          bool transposed, at::IntArrayRef output_padding, int64_t groups) {
+  const PackedWeight weight(bits, weight_size, nnz);
+  check_same_kind("input", input, "grad_output", grad_output);
+  const Geometry geometry{weight_size, stride, padding, dilation, transposed, output_padding, groups};
+  geometry.check(input.sizes(), grad_output.sizes());
+  choose_packed_convolution();
+  const at::Tensor like = at::empty(weight_size, grad_output.options());
+  return compress(geometry.grad_weight(grad_output, input, like), *weight.pattern);
+}
+
+std::tuple<std::string, std::string> explain_packed_convolution(const at::Tensor& values, const at::Tensor& bits,
+                                                                at::IntArrayRef weight_size, int64_t /*batch*/) {
+  check_values(values);
+  const PackedWeight weight(bits, weight_size, values.numel());
+  const Choice choice = choose_packed_convolution();
+  return {path_name(choice.path), choice.reason};
+}
+
+}  // namespace masked_ops
