@@ -8,7 +8,7 @@
 #   make bench       linear layers against torch, in five minutes; rewrites bench/results and the README's figures
 #   make lint        formatting, lint and types
 #   make format      put the formatting right
-#   make sanitize    the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
+#   make sanitize    the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer, on all capabilities
 #   make clean       remove everything that make has made
 
 SHELL := /bin/bash
@@ -24,7 +24,8 @@ INSTALL := $(PIP) install --quiet --constraint requirements/torch.txt
 
 SOURCES := $(shell find masked_ops csrc -type f -not -path '*/__pycache__/*' -not -name '.*') \
     $(wildcard README.md) LICENSE MANIFEST.in pyproject.toml setup.py
-KERNEL_TESTS := $(foreach name,linear convolution apply_mask pattern packed,$(wildcard tests/test_$(name).py))
+KERNEL_TESTS := $(sort $(foreach name,linear convolution packed apply_mask pattern autograd errors,\
+    $(wildcard tests/test_$(name)*.py)))
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 export MASKED_OPS_CACHE_DIR ?= $(CURDIR)/.cache/masked_ops
@@ -60,15 +61,18 @@ format: .venv/.test
 	$(BIN)/clang-format -i $(CPP)
 
 # The library is instrumented, Python is not: the sanitizer's runtime has to be there before it, and with it libstdc++,
-# whose exceptions it intercepts. Python and torch free less than they allocate, so that leaks say nothing here.
+# whose exceptions it intercepts. Python and torch free less than they allocate, so that leaks say nothing here. The
+# tests ask for more memory than there is: as elsewhere, that has to be torch's error. A fault ends the process: abort,
+# for then pytest prints where in Python it was, and leave stderr alone, where the report goes.
 sanitize: export MASKED_OPS_SANITIZE := 1
 sanitize: export MASKED_OPS_BUILD_CAPABILITIES := all
 sanitize: export MASKED_OPS_REQUIRE_BUILD := 1
 sanitize: .venv/.test
 	@cd .venv && bin/python -c "from masked_ops import _build; _build.build()"
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:abort_on_error=1 \
+	UBSAN_OPTIONS=print_stacktrace=1:abort_on_error=1 \
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
-	$(BIN)/pytest -p no:cacheprovider $(or $(ARGS),$(KERNEL_TESTS))
+	$(BIN)/pytest -p no:cacheprovider --capture=sys $(or $(ARGS),$(KERNEL_TESTS))
 
 clean:
 	rm -rf .venv .cache build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -3,10 +3,11 @@
     python bench/fit_cost_model.py --minutes 6              # measure, fit, say how well the constants choose
     python bench/fit_cost_model.py --minutes 6 --write      # the same, and rewrite csrc/cpu/costs.h
     python bench/fit_cost_model.py --check --minutes 6      # only check the constants that are built in
+    python bench/fit_cost_model.py --dtype bfloat16         # one dtype only
 
 Cells are drawn at random, from the same seed, from a grid of M 1..2048, N and K 64..4096, sparsity 0..0.99 and one and
-all threads, until the time is up. In each cell every path that can serve is timed against the others and against dense
-torch, interleaved, and the minimum of each counts.
+all threads, for each dtype until its share of the time is up. In each cell every path that can serve is timed against
+the others and against dense torch, interleaved, and the minimum of each counts.
 
 The model of a path and pass is a sum of non-negative terms, in nanoseconds:
 
@@ -48,19 +49,22 @@ PATH_TERMS = {
     "fused": ("call", "dense", "weight", "io"),
     "sparse": ("call", "mac", "weight", "value", "io", "block"),
 }
+DTYPES = ("float32", "bfloat16", "float16")
 COSTS_H = Path(__file__).resolve().parent.parent / "csrc" / "cpu" / "costs.h"
 
 Cell = tuple[int, int, int, float, int]  # M, N, K, sparsity, threads
+Samples = dict[Cell, dict[str, dict[str, float]]]  # nanoseconds by pass and contender
 
 
-def grid(threads: list[int]) -> list[Cell]:
+def grid(dtype: str, threads: list[int]) -> list[Cell]:
+    most = 512 * 4096 * 4096 if dtype != "float16" else 16 * 1024 * 1024  # torch's own float16 takes seconds beyond
     rows = (1, 2, 4, 8, 12, 16, 24, 32, 64, 128, 256, 512, 1024, 2048)
     features = (64, 128, 256, 512, 768, 1024, 2048, 3072, 4096)
     sparsities = (0.0, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
     cells = [
         cell
         for cell in itertools.product(rows, features, features, sparsities, threads)
-        if cell[0] * cell[1] * cell[2] <= 512 * 4096 * 4096
+        if cell[0] * cell[1] * cell[2] <= most
     ]
     random.Random(0).shuffle(cells)
     return cells
@@ -81,12 +85,13 @@ def interleaved_minima(contenders: dict[str, Callable[[], Any]], seconds: float)
     return best
 
 
-def measure(cell: Cell, seconds: float) -> dict[str, dict[str, float]]:
+def measure(name: str, cell: Cell, seconds: float) -> dict[str, dict[str, float]]:
     """Per pass, nanoseconds of each path and of dense torch."""
     M, N, K, sparsity, threads = cell
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    x, w, dy = torch.randn(M, K), torch.randn(N, K), torch.randn(M, N)
+    dtype = getattr(torch, name)
+    x, w, dy = (torch.randn(shape).to(dtype) for shape in ((M, K), (N, K), (M, N)))
     mask = (torch.rand(N, K) >= sparsity).float()
 
     def forced(path: str, call: Callable[[], Any]) -> Callable[[], Any]:
@@ -103,12 +108,12 @@ def measure(cell: Cell, seconds: float) -> dict[str, dict[str, float]]:
         "grad_weight": (lambda: _ops.linear_grad_weight(dy, x, mask), lambda: dy.t() @ x),
     }
     results = {}
-    for name, (ours, dense) in calls.items():
+    for operation, (ours, dense) in calls.items():
         contenders: dict[str, Callable[[], Any]] = {"dense": dense, "auto": ours}
         contenders |= {path: forced(path, ours) for path in PATH_TERMS}
         ours()  # from the second use on, a mask has its index
         best = interleaved_minima(contenders, seconds / len(PASSES))
-        results[name] = {contender: value * 1e9 for contender, value in best.items()}
+        results[operation] = {contender: value * 1e9 for contender, value in best.items()}
     return results
 
 
@@ -130,7 +135,7 @@ def features(cell: Cell, terms: tuple[str, ...]) -> list[float]:
 Costs = dict[tuple[str, str, bool], dict[str, float]]
 
 
-def fit(samples: dict[Cell, dict[str, dict[str, float]]]) -> Costs:
+def fit(samples: Samples) -> Costs:
     """Non-negative least squares on relative errors."""
     costs: Costs = {}
     for path, terms in PATH_TERMS.items():
@@ -151,7 +156,7 @@ def predict(costs: Costs, cell: Cell, name: str, path: str) -> float:
     return sum(c * f for c, f in zip(constants.values(), features(cell, PATH_TERMS[path]), strict=True))
 
 
-def assess(samples: dict[Cell, dict[str, dict[str, float]]], chosen: Callable[[Cell, str], str]) -> None:
+def assess(samples: Samples, chosen: Callable[[Cell, str], str]) -> None:
     """How often the chosen path is within 10% of the best, and how it stands to dense torch."""
     for name in PASSES:
         near = below = 0
@@ -172,9 +177,9 @@ def assess(samples: dict[Cell, dict[str, dict[str, float]]], chosen: Callable[[C
         )
 
 
-def write(costs: Costs) -> None:
+def write(dtype: str, costs: Costs) -> None:
     source = COSTS_H.read_text()
-    begin, end = "// fitted: begin\n", "// fitted: end\n"
+    begin, end = f"// {dtype}: begin\n", f"    // {dtype}: end\n"
     lines = []
     for path in PATH_TERMS:
         lines.append(f"    {{  // {path}")
@@ -187,11 +192,12 @@ def write(costs: Costs) -> None:
         lines.append("    },")
     body = "\n".join(lines) + "\n"
     COSTS_H.write_text(re.sub(f"{begin}.*{end}", begin + body + end, source, flags=re.DOTALL))
-    print(f"wrote {COSTS_H}")
+    print(f"wrote {COSTS_H}, {dtype}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", nargs="+", default=DTYPES, choices=DTYPES)
     parser.add_argument("--minutes", type=float, default=6)
     parser.add_argument("--write", action="store_true", help="rewrite csrc/cpu/costs.h")
     parser.add_argument("--check", action="store_true", help="assess the constants that are built in, fit nothing")
@@ -201,28 +207,42 @@ def main() -> None:
     if not masked_ops.is_available():
         sys.exit("the compiled kernels are not available; python -m masked_ops says why")
 
-    samples: dict[Cell, dict[str, dict[str, float]]] = {}
-    if args.samples:
-        samples = {tuple(cell): results for cell, results in json.loads(args.samples.read_text())}
-    else:
-        most = torch.get_num_threads()
-        deadline = time.perf_counter() + 60 * args.minutes
-        with tqdm(total=round(60 * args.minutes), unit="s", disable=not sys.stderr.isatty()) as bar:
-            for cell in grid(sorted({1, most})):
-                started = time.perf_counter()
-                if started > deadline:
-                    break
-                samples[cell] = measure(cell, seconds=0.15)
-                bar.set_postfix(cells=len(samples))
-                bar.update(round(time.perf_counter() - started, 2))
-        torch.set_num_threads(most)
+    kept = json.loads(args.samples.read_text()) if args.samples else {}
+    for dtype in args.dtype:
+        if args.samples:
+            samples = {tuple(cell): results for cell, results in kept[dtype]}
+        else:
+            samples = sample(dtype, 60 * args.minutes / len(args.dtype))
+            kept[dtype] = [[cell, results] for cell, results in samples.items()]
+        print(f"\n{dtype}: {len(samples)} cells")
+        if args.check:
+            assess(samples, lambda cell, name: "auto")
+            continue
+        costs = fit_and_assess(samples)
+        if args.write:
+            write(dtype, costs)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps([[cell, results] for cell, results in samples.items()]))
+        args.json.write_text(json.dumps(kept))
 
-    if args.check:
-        assess(samples, lambda cell, name: "auto")
-        return
+
+def sample(dtype: str, seconds: float) -> Samples:
+    samples: Samples = {}
+    most = torch.get_num_threads()
+    deadline = time.perf_counter() + seconds
+    with tqdm(desc=dtype, total=round(seconds), unit="s", disable=not sys.stderr.isatty()) as bar:
+        for cell in grid(dtype, sorted({1, most})):
+            started = time.perf_counter()
+            if started > deadline:
+                break
+            samples[cell] = measure(dtype, cell, seconds=0.15)
+            bar.set_postfix(cells=len(samples))
+            bar.update(round(time.perf_counter() - started, 2))
+    torch.set_num_threads(most)
+    return samples
+
+
+def fit_and_assess(samples: Samples) -> Costs:
     by_cell = list(samples)
     held_out = {cell: samples[cell] for cell in by_cell[::4]}
     fitted = fit({cell: samples[cell] for cell in by_cell if cell not in held_out})
@@ -240,8 +260,7 @@ def main() -> None:
         print(
             f"{path:7} {name:12} {'M<=16' if small else 'M>16 '} ", {k: float(f"{v:.3g}") for k, v in constants.items()}
         )
-    if args.write:
-        write(costs)
+    return costs
 
 
 if __name__ == "__main__":

@@ -53,14 +53,14 @@ def packed_bits(mask: Tensor) -> Tensor:
     return torch.from_numpy(np.packbits(mask.bool().numpy(), axis=1, bitorder="little"))
 
 
-def limits() -> dict[str, float]:
-    """The FMA peak in GF/s and the read bandwidth in GB/s, with all of torch's threads."""
+def limits(dtype: str) -> dict[str, float]:
+    """The peak of the dtype's multiply-adds in GF/s and the read bandwidth in GB/s, with all of torch's threads."""
     module = _ops._module
     if module is None:
         return {"peak_gflops": float("nan"), "read_gb_per_s": float("nan")}
-    module.peak_flops(0.05)
+    module.peak_flops(0.05, dtype)
     return {
-        "peak_gflops": max(module.peak_flops(0.1) for _ in range(5)) / 1e9,
+        "peak_gflops": max(module.peak_flops(0.1, dtype) for _ in range(5)) / 1e9,
         "read_gb_per_s": max(module.read_bandwidth(512 << 20) for _ in range(3)) / 1e9,
     }
 
@@ -166,11 +166,12 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     shapes = list(read_shapes(args.shapes))
     for threads in args.thread_counts or [most]:
         torch.set_num_threads(threads)
-        bounds = limits()
-        peaks = f"FMA peak {bounds['peak_gflops']:.0f} GF/s, read {bounds['read_gb_per_s']:.0f} GB/s"
-        print(f"\n{threads} threads: {peaks}")
+        bounds_of = {dtype: limits(dtype) for dtype in args.dtype}
+        for dtype, bounds in bounds_of.items():
+            peaks = f"FMA peak {bounds['peak_gflops']:.0f} GF/s, read {bounds['read_gb_per_s']:.0f} GB/s"
+            print(f"\n{threads} threads, {dtype}: {peaks}")
         for dtype, (M, N, K), step in itertools.product(args.dtype, shapes, steps):
-            rows = []
+            rows, bounds = [], bounds_of[dtype]
             for sparsity in args.sparsity:
                 rows += Case(M, N, K, sparsity, dtype, step).measure(args.seconds, bounds)
             results += [{**row, "threads": threads, **bounds} for row in rows]
@@ -183,7 +184,9 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--shapes", type=Path, default=HERE / "shapes" / "linear.txt")
     options.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.8, 0.9, 0.95, 0.99])
-    options.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16", "float64"])
+    options.add_argument(
+        "--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16", "float16", "float64"]
+    )
     options.add_argument("--passes", choices=["forward", "step", "both"], default="both")
     options.add_argument("--thread-counts", type=int, nargs="+", help="measure with each of these")
     args = options.parse_args()

@@ -29,6 +29,17 @@ MASKED_OPS_HANDLE(convolution_grad_weight)
 // way; traced and intercepted calls go through the dispatcher.
 bool is_eager(const Tensor& t) { return t.is_cpu() && !t.key_set().has(c10::DispatchKey::Python); }
 
+bool computes_here(const Tensor& input, const Tensor& weight, const Tensor& mask) {
+  return is_eager(input) && is_eager(weight) && is_eager(mask) && !c10::impl::dispatch_mode_enabled();
+}
+
+// Whether backward may use the values that forward kept. They are no function of the weight that autograd knows: only
+// where nothing is recorded.
+bool reusable(const Tensor& values, const Tensor& dy) {
+  return values.defined() && !c10::GradMode::is_enabled() && is_eager(dy) && is_eager(values) &&
+         !c10::impl::dispatch_mode_enabled();
+}
+
 struct ApplyMask : torch::autograd::Function<ApplyMask> {
   static Tensor forward(AutogradContext* ctx, const Tensor& weight, const Tensor& mask) {
     at::AutoDispatchBelowADInplaceOrView below;
@@ -45,7 +56,7 @@ struct Linear : torch::autograd::Function<Linear> {
                         const OptionalTensor& bias) {
     at::AutoDispatchBelowADInplaceOrView below;
     Tensor output, values;
-    if (is_eager(input) && is_eager(weight) && is_eager(mask) && !c10::impl::dispatch_mode_enabled()) {
+    if (computes_here(input, weight, mask)) {
       std::tie(output, values) = linear_with_values(input, weight, mask, bias);
     } else {
       output = linear_op().call(input, weight, mask, bias);
@@ -59,11 +70,8 @@ struct Linear : torch::autograd::Function<Linear> {
     const Tensor &dy = grads[0], &input = saved[0], &weight = saved[1], &mask = saved[2], &values = saved[3];
     variable_list result(4);
     if (ctx->needs_input_grad(0)) {
-      // The values are no function of the weight that autograd knows: only where nothing is recorded.
-      const bool reuse = values.defined() && !c10::GradMode::is_enabled() && is_eager(dy) && is_eager(values) &&
-                         !c10::impl::dispatch_mode_enabled();
-      result[0] = reuse ? linear_grad_input_with_values(dy, weight, mask, values)
-                        : linear_grad_input_op().call(dy, weight, mask);
+      result[0] = reusable(values, dy) ? linear_grad_input_with_values(dy, weight, mask, values)
+                                       : linear_grad_input_op().call(dy, weight, mask);
     }
     if (ctx->needs_input_grad(1)) result[1] = linear_grad_weight_op().call(dy, input, mask);
     // Without a bias the node has no fourth input to ask about.
@@ -107,6 +115,13 @@ struct LinearGradWeight : torch::autograd::Function<LinearGradWeight> {
 // The three operations of the family.
 struct Geometry : SymGeometry {
   static Geometry load(AutogradContext* ctx) { return {SymGeometry::load(ctx)}; }
+  // Of an eager call.
+  static at::DimVector ints(const std::vector<c10::SymInt>& numbers) {
+    at::DimVector result;
+    for (const c10::SymInt& n : numbers) result.push_back(n.expect_int());
+    return result;
+  }
+
   Tensor forward(const Tensor& input, const Tensor& weight, const Tensor& mask, const OptionalTensor& bias) const {
     return call(convolution_op(), input, weight, mask, bias);
   }
@@ -123,17 +138,33 @@ struct Convolution : torch::autograd::Function<Convolution> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight, const Tensor& mask,
                         const OptionalTensor& bias, const Geometry& geometry) {
     at::AutoDispatchBelowADInplaceOrView below;
-    ctx->save_for_backward({input, weight, mask});
+    Tensor output, values;
+    if (computes_here(input, weight, mask)) {
+      std::tie(output, values) = convolution_with_values(
+          input, weight, mask, bias, geometry.ints(geometry.stride), geometry.ints(geometry.padding),
+          geometry.ints(geometry.dilation), geometry.transposed, geometry.ints(geometry.output_padding),
+          geometry.groups.expect_int());
+    } else {
+      output = geometry.forward(input, weight, mask, bias);
+    }
+    ctx->save_for_backward({input, weight, mask, values});
     ctx->saved_data["has_bias"] = bias && bias->defined();
     geometry.save(ctx);
-    return geometry.forward(input, weight, mask, bias);
+    return output;
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
     const Geometry geometry = Geometry::load(ctx);
-    const Tensor &dy = grads[0], &input = saved[0], &weight = saved[1], &mask = saved[2];
+    const Tensor &dy = grads[0], &input = saved[0], &weight = saved[1], &mask = saved[2], &values = saved[3];
     variable_list result(5);
-    if (ctx->needs_input_grad(0)) result[0] = geometry.grad_input(dy, weight, mask, input.sym_sizes());
+    if (ctx->needs_input_grad(0)) {
+      result[0] = reusable(values, dy)
+                      ? convolution_grad_input_with_values(
+                            dy, weight, mask, values, input.sizes(), geometry.ints(geometry.stride),
+                            geometry.ints(geometry.padding), geometry.ints(geometry.dilation), geometry.transposed,
+                            geometry.ints(geometry.output_padding), geometry.groups.expect_int())
+                      : geometry.grad_input(dy, weight, mask, input.sym_sizes());
+    }
     if (ctx->needs_input_grad(1)) result[1] = geometry.grad_weight(dy, input, mask);
     if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(3)) {
       const c10::SymInt channels = geometry.transposed ? weight.sym_size(1) * geometry.groups : weight.sym_size(0);

@@ -2,35 +2,63 @@
 #include <ATen/ops/empty.h>
 
 #include "checks.h"
-#include "geometry.h"
+#include "convolution_plan.h"
 #include "masking.h"
 #include "ops.h"
-#include "path.h"
 
 namespace masked_ops {
+
+std::tuple<at::Tensor, at::Tensor> convolution_with_values(const at::Tensor& input, const at::Tensor& weight,
+                                                           const at::Tensor& mask,
+                                                           const std::optional<at::Tensor>& bias,
+                                                           at::IntArrayRef stride, at::IntArrayRef padding,
+                                                           at::IntArrayRef dilation, bool transposed,
+                                                           at::IntArrayRef output_padding, int64_t groups) {
+  check_mask(weight, mask);
+  check_same_kind("input", input, "weight", weight);
+  const bool has_bias = bias && bias->defined();
+  if (has_bias) check_same_kind("bias", *bias, "weight", weight);
+  const Geometry geometry{weight.sizes(), stride, padding, dilation, transposed, output_padding, groups};
+  geometry.check(input.sizes());
+  const bool channels_last = result_is_channels_last(input, weight);
+  const ConvolutionPlan plan(Pass::kForward, geometry, input.sizes(), channels_last, weight, try_pattern_of(mask));
+  if (plan.path == Path::kCopy || (has_bias && !geometry.fits(*bias))) {
+    return {geometry.forward(input, masked_weight(weight, mask), bias), at::Tensor()};
+  }
+  const at::Tensor values = compress(weight, *plan.pattern);
+  return {plan.forward(input, values, has_bias ? bias->contiguous() : at::Tensor(), channels_last), values};
+}
 
 at::Tensor convolution(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask,
                        const std::optional<at::Tensor>& bias, at::IntArrayRef stride, at::IntArrayRef padding,
                        at::IntArrayRef dilation, bool transposed, at::IntArrayRef output_padding, int64_t groups) {
+  return std::get<0>(convolution_with_values(input, weight, mask, bias, stride, padding, dilation, transposed,
+                                             output_padding, groups));
+}
+
+at::Tensor convolution_grad_input_with_values(const at::Tensor& grad_output, const at::Tensor& weight,
+                                              const at::Tensor& mask, const at::Tensor& values,
+                                              at::IntArrayRef input_size, at::IntArrayRef stride,
+                                              at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
+                                              at::IntArrayRef output_padding, int64_t groups) {
   check_mask(weight, mask);
-  check_same_kind("input", input, "weight", weight);
-  if (bias && bias->defined()) check_same_kind("bias", *bias, "weight", weight);
+  check_same_kind("grad_output", grad_output, "weight", weight);
   const Geometry geometry{weight.sizes(), stride, padding, dilation, transposed, output_padding, groups};
-  geometry.check(input.sizes());
-  choose_convolution(weight, nullptr);
-  return geometry.forward(input, masked_weight(weight, mask), bias);
+  geometry.check(input_size, grad_output.sizes());
+  const bool channels_last = result_is_channels_last(grad_output, weight);
+  const ConvolutionPlan plan(Pass::kGradInput, geometry, input_size, channels_last, weight, try_pattern_of(mask),
+                             values.defined());
+  if (plan.path == Path::kCopy) return geometry.grad_input(grad_output, masked_weight(weight, mask), input_size);
+  return plan.grad_input(grad_output, values.defined() ? values : compress(weight, *plan.pattern), input_size,
+                         channels_last);
 }
 
 at::Tensor convolution_grad_input(const at::Tensor& grad_output, const at::Tensor& weight, const at::Tensor& mask,
                                   at::IntArrayRef input_size, at::IntArrayRef stride, at::IntArrayRef padding,
                                   at::IntArrayRef dilation, bool transposed, at::IntArrayRef output_padding,
                                   int64_t groups) {
-  check_mask(weight, mask);
-  check_same_kind("grad_output", grad_output, "weight", weight);
-  const Geometry geometry{weight.sizes(), stride, padding, dilation, transposed, output_padding, groups};
-  geometry.check(input_size, grad_output.sizes());
-  choose_convolution(weight, nullptr);
-  return geometry.grad_input(grad_output, masked_weight(weight, mask), input_size);
+  return convolution_grad_input_with_values(grad_output, weight, mask, at::Tensor(), input_size, stride, padding,
+                                            dilation, transposed, output_padding, groups);
 }
 
 at::Tensor convolution_grad_weight(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mask,
@@ -41,16 +69,25 @@ at::Tensor convolution_grad_weight(const at::Tensor& grad_output, const at::Tens
   check_same_kind("input", input, "grad_output", grad_output);
   const Geometry geometry{mask.sizes(), stride, padding, dilation, transposed, output_padding, groups};
   geometry.check(input.sizes(), grad_output.sizes());
-  choose_convolution(weight, nullptr);
-  return masked_weight(geometry.grad_weight(grad_output, input, weight), mask);
+  const ConvolutionPlan plan(Pass::kGradWeight, geometry, input.sizes(), result_is_channels_last(input, weight), weight,
+                             try_pattern_of(mask));
+  if (plan.path == Path::kCopy) return masked_weight(geometry.grad_weight(grad_output, input, weight), mask);
+  const at::Tensor grad_weight = at::empty(mask.sizes(), grad_output.options());
+  expand_into(grad_weight, plan.grad_values(grad_output, input), *plan.pattern);
+  return grad_weight;
 }
 
 std::tuple<std::string, std::string> explain_convolution(const at::Tensor& weight, const at::Tensor& mask,
-                                                         int64_t /*batch*/) {
+                                                         at::IntArrayRef input_size, bool channels_last,
+                                                         at::IntArrayRef stride, at::IntArrayRef padding,
+                                                         at::IntArrayRef dilation, bool transposed,
+                                                         at::IntArrayRef output_padding, int64_t groups) {
   check_mask(weight, mask);
-  const PatternPtr pattern = try_pattern_of(mask);
-  const Choice choice = choose_convolution(weight, pattern.get());
-  return {path_name(choice.path), choice.reason};
+  if (const PatternPtr pattern = try_pattern_of(mask)) pattern->mark_reused();  // as explain_linear
+  const Geometry geometry{weight.sizes(), stride, padding, dilation, transposed, output_padding, groups};
+  geometry.check(input_size);
+  const ConvolutionPlan plan(Pass::kForward, geometry, input_size, channels_last, weight, try_pattern_of(mask));
+  return {path_name(plan.path), plan.reason};
 }
 
 }  // namespace masked_ops

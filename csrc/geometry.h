@@ -10,6 +10,8 @@
 #include <algorithm>
 #include <limits>
 
+#include "cpu/api.h"
+
 namespace masked_ops {
 
 // Torch's backends differ in what they check: some cut numbers to 32 bits, and the backward operations of some read
@@ -36,13 +38,42 @@ struct Geometry {
     }
   }
 
-  void check(at::IntArrayRef input, at::IntArrayRef grad_output) const {
-    check(input);
+  at::DimVector output_sizes(at::IntArrayRef input) const {
     at::DimVector output = {input[0], transposed ? weight[1] * groups : weight[0]};
     for (size_t d = 2; d < weight.size(); ++d) output.push_back(output_size(input, d));
+    return output;
+  }
+
+  void check(at::IntArrayRef input, at::IntArrayRef grad_output) const {
+    check(input);
+    const at::DimVector output = output_sizes(input);
     const bool empty = std::find(input.begin(), input.end(), 0) != input.end();
     TORCH_CHECK(empty || grad_output == output, "grad_output must have the shape of the output, ",
                 at::IntArrayRef(output), ", got ", grad_output);
+  }
+
+  // Whether channels and groups fit each other.
+  bool consistent(at::IntArrayRef input) const {
+    return weight[0] % groups == 0 && input[1] == (transposed ? weight[0] : weight[1] * groups);
+  }
+  bool fits(const at::Tensor& bias) const {
+    return bias.dim() == 1 && bias.size(0) == (transposed ? weight[1] * groups : weight[0]);
+  }
+
+  // As the kernels see it, the transposed one as the gradient that it is. For up to three dimensions.
+  cpu::Convolution for_kernels(at::IntArrayRef input) const {
+    const at::DimVector output = output_sizes(input);
+    const at::IntArrayRef from = transposed ? at::IntArrayRef(output) : input, to = transposed ? input : output;
+    cpu::Convolution c = {from[0], groups, from[1], to[1], {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {}, {1, 1, 1}};
+    for (size_t d = 2, i = 5 - weight.size(); d < weight.size(); ++d, ++i) {
+      c.input[i] = from[d];
+      c.output[i] = to[d];
+      c.kernel[i] = weight[d];
+      c.stride[i] = static_cast<int64_t>(nth(stride, d));
+      c.padding[i] = static_cast<int64_t>(nth(padding, d));
+      c.dilation[i] = static_cast<int64_t>(nth(dilation, d));
+    }
+    return c;
   }
 
   // Torch's own operations over a dense weight.
@@ -94,5 +125,13 @@ struct Geometry {
     return static_cast<int64_t>(size);
   }
 };
+
+inline at::MemoryFormat channels_last_of(int64_t dim) {
+  return dim == 5 ? at::MemoryFormat::ChannelsLast3d : at::MemoryFormat::ChannelsLast;
+}
+
+inline bool suggests_channels_last(const at::Tensor& t) {
+  return (t.dim() == 4 || t.dim() == 5) && t.suggest_memory_format() == channels_last_of(t.dim());
+}
 
 }  // namespace masked_ops

@@ -7,9 +7,11 @@
 
 #include "checks.h"
 #include "masking.h"
+#include "memory.h"
 #include "ops.h"
 #include "parallel.h"
 #include "path.h"
+#include "sparse.h"
 
 namespace masked_ops {
 namespace {
@@ -19,13 +21,15 @@ struct Plan {
   int64_t M, N, K;
   PatternPtr pattern;
   Path path;
+  cpu::Dtype dtype = {};  // of the kernels, where the path has any
 
   Plan(Pass pass, int64_t rows, const at::Tensor& weight, const at::Tensor& mask, bool have_values = false)
       : M(rows), N(weight.size(0)), K(weight.size(1)), pattern(try_pattern_of(mask)) {
     path = choose_linear(pass, M, weight, pattern.get(), have_values).path;
     if (M == 0 || N == 0 || K == 0) path = Path::kCopy;  // nothing to compute; torch knows the shapes
+    if (path != Path::kCopy) dtype = dtype_of(weight.scalar_type());
   }
-  cpu::Team team() const { return team_for(M * (path == Path::kSparse ? pattern->nnz() : N * K)); }
+  cpu::Team team() const { return team_for(M * N * K); }
 };
 
 // The compact path: each operation on what is left of its operands without the empty rows and columns of the mask. What
@@ -33,6 +37,7 @@ struct Plan {
 struct CompactPlan {
   const Compact& compact;
   int64_t M;
+  cpu::Dtype dtype;
 
   int64_t N() const { return compact.pattern->rows(); }
   int64_t K() const { return compact.pattern->cols(); }
@@ -53,9 +58,9 @@ struct CompactPlan {
     if (N() == 0) return;
     const at::Tensor live_x = live_in(x), live_weight = live(weight), live_y = at::empty({M, N()}, y.options());
     const at::Tensor live_bias = bias.defined() ? bias.index_select(0, compact.rows) : bias;
-    cpu::kernels().linear(team(), M, N(), K(), live_x.const_data_ptr<float>(), live_weight.const_data_ptr<float>(),
-                          compact.pattern->bits(), bias.defined() ? live_bias.const_data_ptr<float>() : nullptr,
-                          live_y.mutable_data_ptr<float>());
+    cpu::kernels().linear(team(), dtype, M, N(), K(), live_x.const_data_ptr(), live_weight.const_data_ptr(),
+                          compact.pattern->bits(), bias.defined() ? live_bias.const_data_ptr() : nullptr,
+                          live_y.mutable_data_ptr());
     y.index_copy_(1, compact.rows, live_y);
   }
 
@@ -63,9 +68,8 @@ struct CompactPlan {
     dx.zero_();
     if (N() == 0) return;
     const at::Tensor live_dy = live_out(dy), live_weight = live(weight), live_dx = at::empty({M, K()}, dx.options());
-    cpu::kernels().linear_grad_input(team(), M, N(), K(), live_dy.const_data_ptr<float>(),
-                                     live_weight.const_data_ptr<float>(), compact.pattern->bits(),
-                                     live_dx.mutable_data_ptr<float>());
+    cpu::kernels().linear_grad_input(team(), dtype, M, N(), K(), live_dy.const_data_ptr(), live_weight.const_data_ptr(),
+                                     compact.pattern->bits(), live_dx.mutable_data_ptr());
     dx.index_copy_(1, compact.cols, live_dx);
   }
 
@@ -73,9 +77,8 @@ struct CompactPlan {
     dw.zero_();
     if (N() == 0) return;
     const at::Tensor live_dy = live_out(dy), live_x = live_in(x), live_dw = at::empty({N(), K()}, dw.options());
-    cpu::kernels().linear_grad_weight(team(), M, N(), K(), live_dy.const_data_ptr<float>(),
-                                      live_x.const_data_ptr<float>(), compact.pattern->bits(),
-                                      live_dw.mutable_data_ptr<float>());
+    cpu::kernels().linear_grad_weight(team(), dtype, M, N(), K(), live_dy.const_data_ptr(), live_x.const_data_ptr(),
+                                      compact.pattern->bits(), live_dw.mutable_data_ptr());
     dw.index_put_({compact.rows.unsqueeze(1), compact.cols}, live_dw);
   }
 };
@@ -85,7 +88,7 @@ struct CompactPlan {
 at::Tensor empty_with_last_dim(const at::Tensor& like, int64_t size) {
   at::DimVector sizes(like.sizes());
   sizes.back() = size;
-  return at::empty(sizes, like.options());
+  return on_huge_pages(at::empty(sizes, like.options()));
 }
 
 void check_linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask,
@@ -122,19 +125,15 @@ std::tuple<at::Tensor, at::Tensor> linear_with_values(const at::Tensor& input, c
   at::Tensor output = empty_with_last_dim(input, plan.N), values;
   const at::Tensor x = input.contiguous();
   const at::Tensor b = has_bias ? bias->contiguous() : at::Tensor();
-  const float* bias_data = has_bias ? b.const_data_ptr<float>() : nullptr;
   if (plan.path == Path::kCompact) {
     const auto compact = plan.pattern->compact();
-    CompactPlan{*compact, plan.M}.forward(as_matrix(x, plan.K), weight, b, output.view({plan.M, plan.N}));
+    CompactPlan{*compact, plan.M, plan.dtype}.forward(as_matrix(x, plan.K), weight, b, output.view({plan.M, plan.N}));
   } else if (plan.path == Path::kSparse) {
     values = compress(weight, *plan.pattern);
-    const auto index = plan.pattern->index(/*transposed=*/false);
-    index->kernels().spmm(plan.team(), index->get(), values.const_data_ptr<float>(), plan.M, x.const_data_ptr<float>(),
-                          bias_data, output.mutable_data_ptr<float>());
+    sparse_linear(*plan.pattern, values, plan.M, x, b, output);
   } else {
-    cpu::kernels().linear(plan.team(), plan.M, plan.N, plan.K, x.const_data_ptr<float>(),
-                          weight.const_data_ptr<float>(), plan.pattern->bits(), bias_data,
-                          output.mutable_data_ptr<float>());
+    cpu::kernels().linear(plan.team(), plan.dtype, plan.M, plan.N, plan.K, x.const_data_ptr(), weight.const_data_ptr(),
+                          plan.pattern->bits(), has_bias ? b.const_data_ptr() : nullptr, output.mutable_data_ptr());
   }
   return {output, values};
 }
@@ -161,16 +160,14 @@ at::Tensor linear_grad_input_with_values(const at::Tensor& grad_output, const at
   const at::Tensor dy = grad_output.contiguous();
   if (plan.path == Path::kCompact) {
     const auto compact = plan.pattern->compact();
-    CompactPlan{*compact, plan.M}.grad_input(as_matrix(dy, plan.N), weight, grad_input.view({plan.M, plan.K}));
+    CompactPlan{*compact, plan.M, plan.dtype}.grad_input(as_matrix(dy, plan.N), weight,
+                                                         grad_input.view({plan.M, plan.K}));
   } else if (plan.path == Path::kSparse) {
     const at::Tensor v = values.defined() ? values : compress(weight, *plan.pattern);
-    const auto index = plan.pattern->index(/*transposed=*/true);
-    index->kernels().spmm(plan.team(), index->get(), v.const_data_ptr<float>(), plan.M, dy.const_data_ptr<float>(),
-                          nullptr, grad_input.mutable_data_ptr<float>());
+    sparse_grad_input(*plan.pattern, v, plan.M, dy, grad_input);
   } else {
-    cpu::kernels().linear_grad_input(plan.team(), plan.M, plan.N, plan.K, dy.const_data_ptr<float>(),
-                                     weight.const_data_ptr<float>(), plan.pattern->bits(),
-                                     grad_input.mutable_data_ptr<float>());
+    cpu::kernels().linear_grad_input(plan.team(), plan.dtype, plan.M, plan.N, plan.K, dy.const_data_ptr(),
+                                     weight.const_data_ptr(), plan.pattern->bits(), grad_input.mutable_data_ptr());
   }
   return grad_input;
 }
@@ -186,7 +183,7 @@ at::Tensor linear_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
   check_last_dim("input", input, "mask", mask.size(1));
   check_same_rows(grad_output, input);
 
-  at::Tensor grad_weight = at::empty(mask.sizes(), grad_output.options());
+  at::Tensor grad_weight = on_huge_pages(at::empty(mask.sizes(), grad_output.options()));
   check_mask(grad_weight, mask);
   const Plan plan(Pass::kGradWeight, rows_of(grad_output), grad_weight, mask);
   if (plan.path == Path::kCopy) {
@@ -196,17 +193,14 @@ at::Tensor linear_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
   const at::Tensor dy = grad_output.contiguous(), x = input.contiguous();
   if (plan.path == Path::kCompact) {
     const auto compact = plan.pattern->compact();
-    CompactPlan{*compact, plan.M}.grad_weight(as_matrix(dy, plan.N), as_matrix(x, plan.K), grad_weight);
+    CompactPlan{*compact, plan.M, plan.dtype}.grad_weight(as_matrix(dy, plan.N), as_matrix(x, plan.K), grad_weight);
   } else if (plan.path == Path::kSparse) {
-    const at::Tensor values = at::empty({plan.pattern->nnz()}, grad_output.options());
-    const auto index = plan.pattern->index(/*transposed=*/false);
-    index->kernels().sddmm(plan.team(), index->get(), plan.M, dy.const_data_ptr<float>(), x.const_data_ptr<float>(),
-                           values.mutable_data_ptr<float>());
+    const at::Tensor values = on_huge_pages(at::empty({plan.pattern->nnz()}, grad_output.options()));
+    sparse_grad_values(*plan.pattern, plan.M, dy, x, values);
     expand_into(grad_weight, values, *plan.pattern);
   } else {
-    cpu::kernels().linear_grad_weight(plan.team(), plan.M, plan.N, plan.K, dy.const_data_ptr<float>(),
-                                      x.const_data_ptr<float>(), plan.pattern->bits(),
-                                      grad_weight.mutable_data_ptr<float>());
+    cpu::kernels().linear_grad_weight(plan.team(), plan.dtype, plan.M, plan.N, plan.K, dy.const_data_ptr(),
+                                      x.const_data_ptr(), plan.pattern->bits(), grad_weight.mutable_data_ptr());
   }
   return grad_weight;
 }

@@ -9,6 +9,7 @@
 #include <numeric>
 
 #include "checks.h"
+#include "memory.h"
 #include "parallel.h"
 
 namespace masked_ops {
@@ -61,13 +62,13 @@ at::Tensor masked_weight(const at::Tensor& weight, const at::Tensor& mask) {
   const PatternPtr pattern = pattern_of(m);
   const cpu::Team team = team_for(w.numel());
   if (pattern->binary()) {
-    at::Tensor out = at::empty_like(dense);
+    at::Tensor out = on_huge_pages(at::empty_like(dense));
     cpu::kernels().mask_copy(team, w.element_size(), w.const_data_ptr(), pattern->bits(), pattern->rows(),
                              pattern->cols(), out.data_ptr());
     return out;
   }
   const at::Tensor factor = m.to(w.scalar_type()).contiguous();
-  at::Tensor out = at::empty_like(dense);
+  at::Tensor out = on_huge_pages(at::empty_like(dense));
   if (w.scalar_type() == at::kFloat || w.scalar_type() == at::kDouble) {
     cpu::kernels().mask_multiply(team, w.scalar_type() == at::kFloat ? cpu::Dtype::kFloat : cpu::Dtype::kDouble,
                                  w.const_data_ptr(), factor.const_data_ptr(), w.numel(), out.data_ptr());
@@ -80,7 +81,7 @@ at::Tensor masked_weight(const at::Tensor& weight, const at::Tensor& mask) {
 
 at::Tensor compress(const at::Tensor& weight, const Pattern& pattern) {
   const at::Tensor from = weight.contiguous();
-  at::Tensor values = at::empty({pattern.nnz()}, weight.options());
+  at::Tensor values = on_huge_pages(at::empty({pattern.nnz()}, weight.options()));
   cpu::kernels().compress(team_for(from.numel()), from.element_size(), pattern.bits(), pattern.rows(), pattern.cols(),
                           pattern.offsets(), from.const_data_ptr(), values.data_ptr());
   return values;

@@ -46,8 +46,24 @@ at::Tensor convolution_grad_input(const at::Tensor& grad_output, const at::Tenso
 at::Tensor convolution_grad_weight(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mask,
                                    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
                                    bool transposed, at::IntArrayRef output_padding, int64_t groups);
+
+// As linear_with_values.
+std::tuple<at::Tensor, at::Tensor> convolution_with_values(const at::Tensor& input, const at::Tensor& weight,
+                                                           const at::Tensor& mask,
+                                                           const std::optional<at::Tensor>& bias,
+                                                           at::IntArrayRef stride, at::IntArrayRef padding,
+                                                           at::IntArrayRef dilation, bool transposed,
+                                                           at::IntArrayRef output_padding, int64_t groups);
+at::Tensor convolution_grad_input_with_values(const at::Tensor& grad_output, const at::Tensor& weight,
+                                              const at::Tensor& mask, const at::Tensor& values,
+                                              at::IntArrayRef input_size, at::IntArrayRef stride,
+                                              at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
+                                              at::IntArrayRef output_padding, int64_t groups);
 std::tuple<std::string, std::string> explain_convolution(const at::Tensor& weight, const at::Tensor& mask,
-                                                         int64_t batch);
+                                                         at::IntArrayRef input_size, bool channels_last,
+                                                         at::IntArrayRef stride, at::IntArrayRef padding,
+                                                         at::IntArrayRef dilation, bool transposed,
+                                                         at::IntArrayRef output_padding, int64_t groups);
 
 // The packed convolutions: as packed_linear over the weight of size weight_size flattened to [weight_size[0]][the
 // rest].
@@ -65,6 +81,10 @@ at::Tensor packed_convolution_grad_values(const at::Tensor& grad_output, const a
                                           at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
                                           bool transposed, at::IntArrayRef output_padding, int64_t groups);
 std::tuple<std::string, std::string> explain_packed_convolution(const at::Tensor& values, const at::Tensor& bits,
-                                                                at::IntArrayRef weight_size, int64_t batch);
+                                                                at::IntArrayRef weight_size, at::IntArrayRef input_size,
+                                                                bool channels_last, at::IntArrayRef stride,
+                                                                at::IntArrayRef padding, at::IntArrayRef dilation,
+                                                                bool transposed, at::IntArrayRef output_padding,
+                                                                int64_t groups);
 
 }  // namespace masked_ops

@@ -6,10 +6,11 @@
 
 #include "checks.h"
 #include "masking.h"
+#include "memory.h"
 #include "ops.h"
 #include "packed.h"
-#include "parallel.h"
 #include "path.h"
+#include "sparse.h"
 
 namespace masked_ops {
 namespace {
@@ -47,7 +48,7 @@ void check_values(const at::Tensor& values) {
 }
 
 at::Tensor expand(const at::Tensor& values, const Pattern& pattern) {
-  at::Tensor weight = at::empty({pattern.rows(), pattern.cols()}, values.options());
+  at::Tensor weight = on_huge_pages(at::empty({pattern.rows(), pattern.cols()}, values.options()));
   expand_into(weight, values, pattern);
   return weight;
 }
@@ -68,10 +69,7 @@ at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& values, cons
   at::Tensor output = empty_with_last_dim(input, pattern->rows());
   const at::Tensor x = input.contiguous(), v = values.contiguous();
   const at::Tensor b = has_bias ? bias->contiguous() : at::Tensor();
-  const auto index = pattern->index(/*transposed=*/false);
-  index->kernels().spmm(team_for(M * pattern->nnz()), index->get(), v.const_data_ptr<float>(), M,
-                        x.const_data_ptr<float>(), has_bias ? b.const_data_ptr<float>() : nullptr,
-                        output.mutable_data_ptr<float>());
+  sparse_linear(*pattern, v, M, x, b, output);
   return output;
 }
 
@@ -88,9 +86,7 @@ at::Tensor packed_linear_grad_input(const at::Tensor& grad_output, const at::Ten
     return grad_input;
   }
   const at::Tensor dy = grad_output.contiguous(), v = values.contiguous();
-  const auto index = pattern->index(/*transposed=*/true);
-  index->kernels().spmm(team_for(M * pattern->nnz()), index->get(), v.const_data_ptr<float>(), M,
-                        dy.const_data_ptr<float>(), nullptr, grad_input.mutable_data_ptr<float>());
+  sparse_grad_input(*pattern, v, M, dy, grad_input);
   return grad_input;
 }
 
@@ -102,14 +98,12 @@ at::Tensor packed_linear_grad_values(const at::Tensor& grad_output, const at::Te
   check_last_dim("grad_output", grad_output, "weight_bits", pattern->rows());
   check_same_rows(grad_output, input);
   const int64_t M = rows_of(input);
-  at::Tensor values = at::empty({nnz}, grad_output.options());
+  at::Tensor values = on_huge_pages(at::empty({nnz}, grad_output.options()));
   if (!takes_sparse(Pass::kGradWeight, M, values, *pattern)) {
     return compress(as_matrix(grad_output, pattern->rows()).t().mm(as_matrix(input, pattern->cols())), *pattern);
   }
   const at::Tensor dy = grad_output.contiguous(), x = input.contiguous();
-  const auto index = pattern->index(/*transposed=*/false);
-  index->kernels().sddmm(team_for(M * nnz), index->get(), M, dy.const_data_ptr<float>(), x.const_data_ptr<float>(),
-                         values.mutable_data_ptr<float>());
+  sparse_grad_values(*pattern, M, dy, x, values);
   return values;
 }
 

@@ -1,10 +1,9 @@
 // The packed convolution family: as packed.cpp, over a weight [O][C/g][kernel] that is flattened to a matrix.
 #include "checks.h"
-#include "geometry.h"
+#include "convolution_plan.h"
 #include "masking.h"
 #include "ops.h"
 #include "packed.h"
-#include "path.h"
 
 namespace masked_ops {
 namespace {
@@ -28,6 +27,10 @@ struct PackedWeight {
   PackedWeight(const at::Tensor& bits, at::IntArrayRef size, int64_t nnz)
       : pattern(checked_pattern(bits, size.empty() ? 0 : size[0], columns_of(size), nnz)), size(size) {}
   at::Tensor dense(const at::Tensor& values) const { return expand(values, *pattern).view(size); }
+  ConvolutionPlan plan(Pass pass, const Geometry& geometry, at::IntArrayRef input_size, bool channels_last,
+                       const at::Tensor& values) const {
+    return {pass, geometry, input_size, channels_last, values, pattern, /*have_values=*/true, /*packed=*/true};
+  }
 };
 
 }  // namespace
@@ -42,8 +45,12 @@ at::Tensor packed_convolution(const at::Tensor& input, const at::Tensor& values,
   if (bias && bias->defined()) check_same_kind("bias", *bias, "weight_values", values);
   const Geometry geometry{weight_size, stride, padding, dilation, transposed, output_padding, groups};
   geometry.check(input.sizes());
-  choose_packed_convolution();
-  return geometry.forward(input, weight.dense(values), bias);
+  const bool channels_last = suggests_channels_last(input), has_bias = bias && bias->defined();
+  const ConvolutionPlan plan = weight.plan(Pass::kForward, geometry, input.sizes(), channels_last, values);
+  if (plan.path == Path::kCopy || (has_bias && !geometry.fits(*bias))) {
+    return geometry.forward(input, weight.dense(values), bias);
+  }
+  return plan.forward(input, values.contiguous(), has_bias ? bias->contiguous() : at::Tensor(), channels_last);
 }
 
 at::Tensor packed_convolution_grad_input(const at::Tensor& grad_output, const at::Tensor& values,
@@ -56,8 +63,10 @@ at::Tensor packed_convolution_grad_input(const at::Tensor& grad_output, const at
   check_same_kind("grad_output", grad_output, "weight_values", values);
   const Geometry geometry{weight_size, stride, padding, dilation, transposed, output_padding, groups};
   geometry.check(input_size, grad_output.sizes());
-  choose_packed_convolution();
-  return geometry.grad_input(grad_output, weight.dense(values), input_size);
+  const bool channels_last = suggests_channels_last(grad_output);
+  const ConvolutionPlan plan = weight.plan(Pass::kGradInput, geometry, input_size, channels_last, values);
+  if (plan.path == Path::kCopy) return geometry.grad_input(grad_output, weight.dense(values), input_size);
+  return plan.grad_input(grad_output, values.contiguous(), input_size, channels_last);
 }
 
 at::Tensor packed_convolution_grad_values(const at::Tensor& grad_output, const at::Tensor& input,
@@ -68,17 +77,26 @@ at::Tensor packed_convolution_grad_values(const at::Tensor& grad_output, const a
   check_same_kind("input", input, "grad_output", grad_output);
   const Geometry geometry{weight_size, stride, padding, dilation, transposed, output_padding, groups};
   geometry.check(input.sizes(), grad_output.sizes());
-  choose_packed_convolution();
+  const ConvolutionPlan plan =
+      weight.plan(Pass::kGradWeight, geometry, input.sizes(), suggests_channels_last(input), grad_output);
+  if (plan.path != Path::kCopy) return plan.grad_values(grad_output, input);
   const at::Tensor like = at::empty(weight_size, grad_output.options());
   return compress(geometry.grad_weight(grad_output, input, like), *weight.pattern);
 }
 
 std::tuple<std::string, std::string> explain_packed_convolution(const at::Tensor& values, const at::Tensor& bits,
-                                                                at::IntArrayRef weight_size, int64_t /*batch*/) {
+                                                                at::IntArrayRef weight_size, at::IntArrayRef input_size,
+                                                                bool channels_last, at::IntArrayRef stride,
+                                                                at::IntArrayRef padding, at::IntArrayRef dilation,
+                                                                bool transposed, at::IntArrayRef output_padding,
+                                                                int64_t groups) {
   check_values(values);
   const PackedWeight weight(bits, weight_size, values.numel());
-  const Choice choice = choose_packed_convolution();
-  return {path_name(choice.path), choice.reason};
+  weight.pattern->mark_reused();  // as explain_linear
+  const Geometry geometry{weight_size, stride, padding, dilation, transposed, output_padding, groups};
+  geometry.check(input_size);
+  const ConvolutionPlan plan = weight.plan(Pass::kForward, geometry, input_size, channels_last, values);
+  return {path_name(plan.path), plan.reason};
 }
 
 }  // namespace masked_ops

@@ -2,6 +2,7 @@
 
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstring>
@@ -17,6 +18,9 @@ constexpr std::array<const char*, 4> kNames = {"copy", "fused", "compact", "spar
 
 std::atomic<int> forced{-1};
 
+bool has_kernels(at::ScalarType dtype) { return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf; }
+
+constexpr const char* kOtherDtype = "its kernels take float32, bfloat16 and float16";
 constexpr const char* kTooLarge = "the weight is larger than an index can address";
 
 // Why a path cannot serve, null where it can; the copy path always can.
@@ -31,25 +35,40 @@ Choice obey(const char* operation, const Obstacles& obstacles, Choice chosen) {
   return {*path, "forced by use_path"};
 }
 
-double cost(Path path, Pass pass, int64_t M, int64_t N, int64_t K, int64_t nnz, int threads,
-            bool reads_dense_weight = true) {
-  const int row = path == Path::kSparse ? 2 : path == Path::kFused ? 1 : 0;
-  cpu::Cost c = cpu::kCosts[row][2 * static_cast<int>(pass) + (M > cpu::kSmallM)];
-  if (!reads_dense_weight) c.weight = 0;
-  const double fresh = path == Path::kCopy && N * K > cpu::kFreshWeights ? cpu::kFreshCost * double(N * K) : 0;
-  return c(M, N, K, nnz, threads) + fresh;
-}
+// One operation with M rows in a dtype that has kernels.
+struct Costs {
+  Pass pass;
+  int64_t M;
+  at::ScalarType dtype;
+  int threads;
 
-double cost(Path path, Pass pass, int64_t M, const Pattern& pattern, int threads, bool reads_dense_weight = true) {
-  return cost(path, pass, M, pattern.rows(), pattern.cols(), pattern.nnz(), threads, reads_dense_weight);
-}
+  // Where bfloat16 is converted, float16 tells what our kernels take, and torch's are no faster than for float32.
+  const cpu::CostTable& table(Path path) const {
+    if (dtype == at::kFloat) return cpu::kFloatCosts;
+    if (dtype == at::kHalf) return cpu::kHalfCosts;
+    if (cpu::kernels().bf16_dots) return cpu::kBFloat16Costs;
+    return path == Path::kCopy ? cpu::kFloatCosts : cpu::kHalfCosts;
+  }
 
-double compact_cost(Pass pass, int64_t M, const Pattern& pattern, int threads) {
-  const int64_t N = pattern.live_rows(), K = pattern.live_cols();
-  const int64_t moved = 2 * N * K + M * (N + K + pattern.rows() + pattern.cols());
-  return cost(Path::kFused, pass, M, N, K, pattern.nnz(), threads) + cpu::kGatherCost * double(moved) / threads +
-         cpu::kCompactCall;
-}
+  double of(Path path, int64_t N, int64_t K, int64_t nnz, bool reads_dense_weight = true) const {
+    const int row = path == Path::kSparse ? 2 : path == Path::kFused ? 1 : 0;
+    cpu::Cost c = table(path)[row][2 * static_cast<int>(pass) + (M > cpu::kSmallM)];
+    if (!reads_dense_weight) c.weight = 0;
+    const int64_t bytes = N * K * int64_t(c10::elementSize(dtype));
+    const double fresh = path == Path::kCopy && bytes > cpu::kFreshBytes ? cpu::kFreshCost * double(bytes) : 0;
+    return c(M, N, K, nnz, threads) + fresh;
+  }
+
+  double of(Path path, const Pattern& pattern, bool reads_dense_weight = true) const {
+    return of(path, pattern.rows(), pattern.cols(), pattern.nnz(), reads_dense_weight);
+  }
+
+  double of_compact(const Pattern& pattern) const {
+    const int64_t N = pattern.live_rows(), K = pattern.live_cols();
+    const int64_t moved = 2 * N * K + M * (N + K + pattern.rows() + pattern.cols());
+    return of(Path::kFused, N, K, pattern.nnz()) + cpu::kGatherCost * double(moved) / threads + cpu::kCompactCall;
+  }
+};
 
 bool portable() { return std::strcmp(cpu::kernels().capability, "DEFAULT") == 0; }
 
@@ -77,8 +96,8 @@ Choice choose_linear(Pass pass, int64_t rows, const at::Tensor& weight, const Pa
   const char* obstacle = nullptr;
   if (!weight.is_cpu()) {
     obstacle = "the weight is not in CPU memory";
-  } else if (weight.scalar_type() != at::kFloat) {
-    obstacle = "its kernels take float32 only";
+  } else if (!has_kernels(weight.scalar_type())) {
+    obstacle = kOtherDtype;
   } else if (!weight.is_contiguous()) {
     obstacle = "the weight is not contiguous";
   } else if (!pattern || !pattern->binary()) {
@@ -86,7 +105,7 @@ Choice choose_linear(Pass pass, int64_t rows, const at::Tensor& weight, const Pa
   }
   Choice choice = {Path::kCopy, obstacle};
   if (!obstacle) {
-    const int threads = team_for(rows * pattern->nnz()).threads;
+    const Costs costs = {pass, rows, weight.scalar_type(), team_for(rows * pattern->nnz()).threads};
     double least = std::numeric_limits<double>::infinity();
     const auto consider = [&](Path path, double nanoseconds, const char* reason) {
       if (nanoseconds < least) {
@@ -94,20 +113,18 @@ Choice choose_linear(Pass pass, int64_t rows, const at::Tensor& weight, const Pa
         choice = {path, reason};
       }
     };
-    consider(Path::kCopy, cost(Path::kCopy, pass, rows, *pattern, threads), "torch's GEMM over the masked weight");
+    consider(Path::kCopy, costs.of(Path::kCopy, *pattern), "torch's GEMM over the masked weight");
     // The portable kernel has a quarter of the vector width that torch's own GEMM finds at run time.
     if (!portable()) {
-      consider(Path::kFused, cost(Path::kFused, pass, rows, *pattern, threads), "masked GEMM: most weights remain");
+      consider(Path::kFused, costs.of(Path::kFused, *pattern), "masked GEMM: most weights remain");
       if (pattern->reused() && pattern->live_rows() * pattern->live_cols() < pattern->rows() * pattern->cols()) {
-        consider(Path::kCompact, compact_cost(pass, rows, *pattern, threads),
-                 "masked GEMM without the empty rows and columns");
+        consider(Path::kCompact, costs.of_compact(*pattern), "masked GEMM without the empty rows and columns");
       }
     }
     // An index is worth its making from the second use of a mask on.
     if (pattern->reused() && pattern->indexable()) {
       const bool compresses = pass != Pass::kGradInput || !have_values;
-      consider(Path::kSparse, cost(Path::kSparse, pass, rows, *pattern, threads, compresses),
-               "SpMM: few weights remain");
+      consider(Path::kSparse, costs.of(Path::kSparse, *pattern, compresses), "SpMM: few weights remain");
     }
   }
   const char* no_index = obstacle || pattern->indexable() ? obstacle : kTooLarge;
@@ -115,14 +132,11 @@ Choice choose_linear(Pass pass, int64_t rows, const at::Tensor& weight, const Pa
 }
 
 Choice choose_packed_linear(Pass pass, int64_t rows, const at::Tensor& values, const Pattern& pattern) {
-  const char* obstacle = values.scalar_type() != at::kFloat ? "its kernels take float32 only"
-                         : !pattern.indexable()             ? kTooLarge
-                                                            : nullptr;
+  const char* obstacle = !has_kernels(values.scalar_type()) ? kOtherDtype : !pattern.indexable() ? kTooLarge : nullptr;
   Choice choice = {Path::kCopy, obstacle};
   if (!obstacle) {
-    const int threads = team_for(rows * pattern.nnz()).threads;
-    const bool sparse = cost(Path::kSparse, pass, rows, pattern, threads, /*reads_dense_weight=*/false) <
-                        cost(Path::kCopy, pass, rows, pattern, threads);
+    const Costs costs = {pass, rows, values.scalar_type(), team_for(rows * pattern.nnz()).threads};
+    const bool sparse = costs.of(Path::kSparse, pattern, /*reads_dense_weight=*/false) < costs.of(Path::kCopy, pattern);
     choice = sparse ? Choice{Path::kSparse, "SpMM: few weights remain"}
                     : Choice{Path::kCopy, "torch's GEMM over the unpacked weight"};
   }
@@ -130,16 +144,67 @@ Choice choose_packed_linear(Pass pass, int64_t rows, const at::Tensor& values, c
   return obey("packed linear layer", {nullptr, no_weight, no_weight, obstacle}, choice);
 }
 
-Choice choose_convolution(const at::Tensor&, const Pattern*) {
-  const char* obstacle = "it has no convolution kernel";
-  return obey("convolution", {nullptr, obstacle, obstacle, obstacle},
-              {Path::kCopy, "torch's convolution over the masked weight"});
-}
+namespace {
 
-Choice choose_packed_convolution() {
-  const char* obstacle = "it has no convolution kernel";
-  return obey("packed convolution", {nullptr, obstacle, obstacle, obstacle},
-              {Path::kCopy, "torch's convolution over the unpacked weight"});
+// Kernels beyond this have offsets that the strips' numbers do not hold.
+constexpr int64_t kMaxTaps = int64_t{1} << 16;
+
+// What the passes of a convolution cost, dense and sparse.
+struct ConvolutionCosts {
+  double macs, packed, images, weights;
+  const cpu::ConvCost& dense;
+  cpu::ConvCost sparse;
+
+  ConvolutionCosts(Pass pass, const cpu::Convolution& c, bool channels_last)
+      : dense(cpu::kDenseConvCosts[c.groups > 1  ? 2
+                                   : taps(c) > 1 ? 1
+                                                 : 0][channels_last][static_cast<int>(pass)]),
+        sparse(cpu::kSparseConvCosts[channels_last][static_cast<int>(pass)]) {
+    const auto volume = [](const int64_t (&size)[3]) { return double(size[0]) * double(size[1]) * double(size[2]); };
+    const double positions = double(c.batch) * volume(c.output);
+    weights = double(c.out_channels) * double(c.in_channels / c.groups) * taps(c);
+    macs = positions * weights;
+    packed = positions * double(pass == Pass::kGradInput ? c.out_channels : c.in_channels) * taps(c);
+    images = positions * double(c.out_channels) + double(c.batch) * volume(c.input) * double(c.in_channels);
+  }
+  double of_dense(int threads) const { return dense(macs, weights, 0, packed, images, threads); }
+  double of_sparse(double nnz, int threads) const { return sparse(macs, weights, nnz, packed, images, threads); }
+
+  static double taps(const cpu::Convolution& c) {
+    return double(c.kernel[0]) * double(c.kernel[1]) * double(c.kernel[2]);
+  }
+};
+
+}  // namespace
+
+Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool channels_last, const at::Tensor& weight,
+                          const Pattern* pattern, bool have_values, bool packed) {
+  const char* obstacle = nullptr;
+  if (!weight.is_cpu()) {
+    obstacle = "the weight is not in CPU memory";
+  } else if (weight.scalar_type() != at::kFloat) {
+    obstacle = "its kernels take float32 only";
+  } else if (!pattern || !pattern->binary()) {
+    obstacle = "the mask is soft";
+  } else if (!geometry) {
+    obstacle = "its kernels take one to three dimensions and consistent sizes";
+  } else if (!pattern->indexable() || ConvolutionCosts::taps(*geometry) > double(kMaxTaps)) {
+    obstacle = kTooLarge;
+  }
+  const char* const dense =
+      packed ? "torch's convolution over the unpacked weight" : "torch's convolution over the masked weight";
+  Choice choice = {Path::kCopy, obstacle ? obstacle : dense};
+  // An index is worth its making from the second use of a mask on.
+  if (!obstacle && pattern->reused() && pattern->nnz() < pattern->rows() * pattern->cols()) {
+    ConvolutionCosts costs(pass, *geometry, channels_last);
+    if (have_values || packed) costs.sparse.weight = 0;
+    const int threads = team_for(static_cast<int64_t>(std::min(costs.macs * pattern->density(), 1e18))).threads;
+    if (costs.of_sparse(double(pattern->nnz()), threads) < cpu::kConvMargin * costs.of_dense(threads)) {
+      choice = {Path::kSparse, "sparse convolution: few weights remain"};
+    }
+  }
+  const char* no_gemm = "it is for linear layers";
+  return obey(packed ? "packed convolution" : "convolution", {nullptr, no_gemm, no_gemm, obstacle}, choice);
 }
 
 }  // namespace masked_ops

@@ -41,7 +41,9 @@ Choice choose_linear(Pass pass, int64_t rows, const at::Tensor& weight, const Pa
                      bool have_values = false);
 // For the packed family, whose weight is its values alone; the copy path expands them.
 Choice choose_packed_linear(Pass pass, int64_t rows, const at::Tensor& values, const Pattern& pattern);
-Choice choose_convolution(const at::Tensor& weight, const Pattern* pattern);
-Choice choose_packed_convolution();
+// For convolution, as choose_linear. Pass and geometry are as the kernels see them, a transposed convolution the other
+// way round; the geometry is null if it is not for them. A packed weight is its values, and has them.
+Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool channels_last, const at::Tensor& weight,
+                          const Pattern* pattern, bool have_values = false, bool packed = false);
 
 }  // namespace masked_ops

@@ -6,14 +6,13 @@
 #include <c10/util/hash.h>
 #include <pthread.h>
 
+#include <algorithm>
 #include <cstdlib>
-#include <cstring>
 #include <unordered_map>
 
 #include "parallel.h"
 
 namespace masked_ops {
-namespace {
 
 cpu::Dtype dtype_of(at::ScalarType dtype) {
   switch (dtype) {
@@ -37,9 +36,11 @@ cpu::Dtype dtype_of(at::ScalarType dtype) {
     case at::kDouble:
       return cpu::Dtype::kDouble;
     default:
-      TORCH_INTERNAL_ASSERT(false, "no pattern of a mask of dtype ", dtype);
+      TORCH_INTERNAL_ASSERT(false, "no kernel takes dtype ", dtype);
   }
 }
+
+namespace {
 
 // Where a mask lies and how it is read. The storage is compared by address: the cache's weak reference keeps that
 // address from being given to another storage.
@@ -221,13 +222,16 @@ Pattern::Pattern(const at::Tensor& mask) {
 }
 
 Pattern::Pattern(const at::Tensor& bits, int64_t cols)
-    : rows_(bits.size(0)), cols_(cols), stride_((cols + 63) / 64), words_(static_cast<size_t>(rows_ * stride_)) {
+    : rows_(bits.size(0)),
+      cols_(cols),
+      stride_(cols / 64 + (cols % 64 != 0)),
+      words_(static_cast<size_t>(rows_ * stride_)) {
   const at::Tensor values = bits.contiguous();
   const int64_t bytes = values.size(1);
   const uint8_t* from = values.const_data_ptr<uint8_t>();
   for (int64_t row = 0; row < rows_; ++row) {
     uint64_t* words = words_.data() + row * stride_;
-    std::memcpy(words, from + row * bytes, static_cast<size_t>(bytes));
+    std::copy_n(from + row * bytes, bytes, reinterpret_cast<uint8_t*>(words));
     for (int64_t i = 0; i < stride_; ++i) nnz_ += __builtin_popcountll(words[i]);
     TORCH_CHECK(cols % 64 == 0 || words[stride_ - 1] >> (cols % 64) == 0, "weight_bits must have zero bits beyond the ",
                 cols, " columns of the weight, but row ", row, " has others");
@@ -301,6 +305,21 @@ const int64_t* Pattern::offsets() const {
   return offsets_.data();
 }
 
+cpu::Rows Pattern::row_columns() const {
+  const int64_t* const starts = offsets();
+  bool grown = false;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (columns_.empty()) {
+      columns_.resize(static_cast<size_t>(nnz_ + cpu::kColumnsPadding));
+      cpu::kernels().row_columns(team_for(rows_ * stride_), bits(), rows_, cols_, starts, columns_.data());
+      grown = true;
+    }
+  }
+  if (grown) trim_cache();
+  return {rows_, starts, columns_.data()};
+}
+
 std::shared_ptr<const Index> Pattern::index(bool transposed) const {
   const int64_t* starts = offsets();
   std::shared_ptr<const Index> result;
@@ -317,11 +336,42 @@ std::shared_ptr<const Index> Pattern::index(bool transposed) const {
   return result;
 }
 
+Pattern::ConvKey Pattern::conv_key(const cpu::Convolution& c, bool transposed) {
+  ConvKey key = {c.in_channels, c.out_channels, c.groups};
+  for (size_t d = 0; d < 3; ++d) {
+    key[3 + d] = c.kernel[d];
+    key[6 + d] = transposed ? c.stride[d] : 0;
+    key[9 + d] = transposed ? c.dilation[d] : 0;
+  }
+  return key;
+}
+
+std::shared_ptr<const Index> Pattern::conv_index(const cpu::Convolution& geometry, bool transposed) const {
+  const int64_t* starts = offsets();
+  const ConvKey key = conv_key(geometry, transposed);
+  std::shared_ptr<const Index> result;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    ConvIndex& slot = conv_indices_[transposed];
+    const cpu::Kernels& kernels = cpu::kernels();
+    if (slot.index && &slot.index->kernels() == &kernels && slot.key == key) return slot.index;
+    result = std::make_shared<const Index>(
+        kernels, kernels.make_conv_index(team_for(rows_ * cols_), bits(), geometry, starts, transposed));
+    slot = {key, result};
+  }
+  trim_cache();
+  return result;
+}
+
 size_t Pattern::bytes() const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  size_t sum = sizeof(*this) + words_.size() * sizeof(uint64_t) + offsets_.size() * sizeof(int64_t);
+  size_t sum = sizeof(*this) + words_.size() * sizeof(uint64_t) + offsets_.size() * sizeof(int64_t) +
+               columns_.size() * sizeof(uint16_t);
   for (const auto& index : indices_) {
     if (index) sum += index->bytes();
+  }
+  for (const auto& slot : conv_indices_) {
+    if (slot.index) sum += slot.index->bytes();
   }
   if (compact_) sum += compact_->pattern->bytes() + 8 * static_cast<size_t>(live_rows_ + live_cols_);
   return sum;

@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <atomic>
 #include <memory>
 #include <mutex>
@@ -12,6 +13,9 @@
 #include "cpu/api.h"
 
 namespace masked_ops {
+
+// The kernels' name of a dtype that is packable.
+cpu::Dtype dtype_of(at::ScalarType dtype);
 
 // The index of one orientation, owned; it belongs to the kernels that made it.
 class Index {
@@ -66,17 +70,30 @@ class Pattern {
 
   // Where each row begins among the remaining weights in row-major order; rows + 1 numbers.
   const int64_t* offsets() const;
+  // The remaining weights by rows, for one row of input.
+  bool has_row_columns() const { return cols_ <= cpu::kMaxColumns; }
+  cpu::Rows row_columns() const;
   // Whether an index can address the matrix.
   bool indexable() const {
     return rows_ < cpu::kMaxIndexSide && cols_ < cpu::kMaxIndexSide && nnz_ < cpu::kMaxIndexNnz;
   }
   // The index for the kernels in use: of the weight as it lies, or of its transpose.
   std::shared_ptr<const Index> index(bool transposed) const;
+  // The same for a convolution with this weight; kept for the last geometry that was asked for.
+  std::shared_ptr<const Index> conv_index(const cpu::Convolution& geometry, bool transposed) const;
   std::shared_ptr<const Compact> compact() const;
 
   size_t bytes() const;
 
  private:
+  // What decides on the index of a convolution.
+  using ConvKey = std::array<int64_t, 12>;
+  struct ConvIndex {
+    ConvKey key;
+    std::shared_ptr<const Index> index;
+  };
+  static ConvKey conv_key(const cpu::Convolution& geometry, bool transposed);
+
   std::vector<uint64_t> live_col_bits() const;
   void count_live();
 
@@ -88,7 +105,9 @@ class Pattern {
   mutable std::atomic<bool> reused_{false};
   mutable std::mutex mutex_;  // of what follows
   mutable std::vector<int64_t> offsets_;
+  mutable std::vector<uint16_t> columns_;
   mutable std::shared_ptr<const Index> indices_[2];
+  mutable ConvIndex conv_indices_[2];
   mutable std::shared_ptr<const Compact> compact_;
 };
 

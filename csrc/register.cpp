@@ -135,13 +135,14 @@ std::optional<std::string> set_path(const std::optional<std::string>& name) {
 }
 
 // For benchmarks: floating-point operations a second out of registers, on all threads.
-double peak_flops(double seconds) {
+double peak_flops(double seconds, const std::string& name) {
+  const cpu::Dtype dtype = name == "bfloat16" ? cpu::Dtype::kBFloat16 : cpu::Dtype::kFloat;
   const py::gil_scoped_release release;
   std::atomic<int64_t> operations{0};
   const auto start = std::chrono::steady_clock::now();
   const auto elapsed = [&] { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(); };
   at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
-    while (elapsed() < seconds) operations += cpu::kernels().fma_loop(10000);
+    while (elapsed() < seconds) operations += cpu::kernels().fma_loop(dtype, 10000);
   });
   return double(operations) / elapsed();
 }
@@ -199,7 +200,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("capabilities", &masked_ops::capabilities, "Capabilities built in that this CPU runs, best first.");
   m.def("capability", [] { return std::string(masked_ops::cpu::kernels().capability); }, "The one in use.");
   m.def("set_capability", &masked_ops::cpu::select_kernels, py::arg("name"), "Use another; False if not available.");
-  m.def("peak_flops", &masked_ops::peak_flops, py::arg("seconds"), "The machine's FMA rate, for benchmarks.");
+  m.def("peak_flops", &masked_ops::peak_flops, py::arg("seconds"), py::arg("dtype") = "float32",
+        "The machine's FMA rate, for benchmarks.");
   m.def("read_bandwidth", &masked_ops::read_bandwidth, py::arg("bytes"), "Its memory's, for benchmarks.");
   m.def("release_scratch", &masked_ops::cpu::release_scratch, "Free the calling thread's scratch memory.");
 }

@@ -248,9 +248,15 @@ def _refill(container: Any, content: Any) -> None:
 
 
 def _require_masked(module: nn.Module, name: str) -> None:
+    _refuse_packed(module, name)
     if name not in masked_names(module):
         masked = ", ".join(map(repr, masked_names(module))) or "nothing"
         raise ValueError(f"'{name}' of {type(module).__name__} is not masked; {masked} is")
+
+
+def _refuse_packed(module: nn.Module, name: str) -> None:
+    if name == "weight" and hasattr(type(module), "_packed_dense") and hasattr(module, "weight_bits"):
+        raise ValueError(f"'{name}' of {type(module).__name__} is packed; masked_ops.unpack makes it a masked one")
 
 
 def _refuse_sharded(module: nn.Module) -> None:
@@ -274,8 +280,7 @@ def _maskable(module: nn.Module, name: str) -> Parameter:
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and hasattr(module, "_initialize_hook"):
         raise ValueError(f"module: {kind} is not initialized; call it once before masking it")
     _refuse_sharded(module)
-    if name == "weight" and hasattr(type(module), "_packed_dense") and hasattr(module, "weight_bits"):
-        raise ValueError(f"'{name}' of {kind} is packed; masked_ops.unpack makes it a masked one")
+    _refuse_packed(module, name)
     if name in masked_names(module):
         raise ValueError(f"'{name}' of {kind} is masked already; set_mask replaces its mask")
     if parametrize.is_parametrized(module, name):
@@ -284,7 +289,10 @@ def _maskable(module: nn.Module, name: str) -> Parameter:
         )
     param = getattr(module, name)
     if not isinstance(param, Parameter):
-        raise TypeError(f"'{name}' of {kind} cannot be masked: a Parameter expected, got {type(param).__name__}")
+        # Such as those from which torch.nn.utils.weight_norm computes a weight.
+        others = [repr(other) for other in module._parameters if other.startswith(f"{name}_")]
+        hint = f"; mask what it may be computed from, {' or '.join(others)}" if others else ""
+        raise TypeError(f"'{name}' of {kind} cannot be masked: a Parameter expected, got {type(param).__name__}{hint}")
     if name not in module._parameters:
         raise TypeError(f"'{name}' of {kind} cannot be masked: it belongs to another module that {kind} wraps")
     if not (param.is_floating_point() or param.is_complex()):

@@ -36,7 +36,7 @@ _SCHEMAS = (
     f"convolution(Tensor input, {_MASKED}, Tensor? bias, {_GEOMETRY}) -> Tensor",
     f"convolution_grad_input(Tensor grad_output, {_MASKED}, SymInt[] input_size, {_GEOMETRY}) -> Tensor",
     f"convolution_grad_weight(Tensor grad_output, Tensor input, Tensor mask, {_GEOMETRY}) -> Tensor",
-    f"explain_convolution({_MASKED}, int batch) -> (str, str)",
+    f"explain_convolution({_MASKED}, SymInt[] input_size, bool channels_last, {_GEOMETRY}) -> (str, str)",
     f"packed_linear(Tensor input, {_PACKED}, Tensor? bias=None) -> Tensor",
     f"packed_linear_grad_input(Tensor grad_output, {_PACKED}) -> Tensor",
     "packed_linear_grad_values(Tensor grad_output, Tensor input, Tensor weight_bits, SymInt nnz) -> Tensor",
@@ -47,7 +47,7 @@ _SCHEMAS = (
     f"unpack_values({_PACKED}) -> Tensor",
     "pack_values(Tensor weight, Tensor weight_bits, SymInt nnz) -> Tensor",
     "explain_packed_linear(Tensor weight_values, Tensor weight_bits, int in_features, int batch) -> (str, str)",
-    "explain_packed_convolution(Tensor weight_values, Tensor weight_bits, int[] weight_size, int batch) -> (str, str)",
+    f"explain_packed_convolution({_PACKED_CONV}, SymInt[] input_size, bool channels_last, {_GEOMETRY}) -> (str, str)",
 )
 
 _library = torch.library.Library("masked_ops", "DEF")
@@ -246,10 +246,15 @@ def explain_packed_linear(weight_values: Tensor, weight_bits: Tensor, in_feature
 
 
 def explain_packed_convolution(
-    weight_values: Tensor, weight_bits: Tensor, weight_size: Sequence[int], batch: int
+    weight_values: Tensor,
+    weight_bits: Tensor,
+    weight_size: Sequence[int],
+    input_size: Sequence[int],
+    channels_last: bool,
+    *geometry: Any,
 ) -> tuple[str, str]:
-    """The path that ``packed_convolution`` takes for ``batch`` inputs, and why."""
-    return _explain_packed("convolution", weight_values, weight_bits, weight_size, batch)
+    """The path that ``packed_convolution`` takes for an input of this size and layout, and why."""
+    return _explain_packed("convolution", weight_values, weight_bits, weight_size, input_size, channels_last, *geometry)
 
 
 def _explain_packed(family: str, weight_values: Tensor, *arguments: Any) -> tuple[str, str]:
@@ -260,12 +265,14 @@ def _explain_packed(family: str, weight_values: Tensor, *arguments: Any) -> tupl
     return path, reason
 
 
-def explain_convolution(weight: Tensor, mask: Tensor, batch: int) -> tuple[str, str]:
-    """The path that ``convolution`` takes for ``batch`` inputs, and why."""
+def explain_convolution(
+    weight: Tensor, mask: Tensor, input_size: Sequence[int], channels_last: bool, *geometry: Any
+) -> tuple[str, str]:
+    """The path that ``convolution`` takes for an input of this size and layout, and why."""
     module = _compiled()
     if module is None:
         return "reference", _fallback_reason or "no compiled kernels"
-    path, reason = torch.ops.masked_ops.explain_convolution(weight.detach(), mask, batch)
+    path, reason = torch.ops.masked_ops.explain_convolution(weight.detach(), mask, input_size, channels_last, *geometry)
     return path, reason
 
 

@@ -112,6 +112,13 @@ class Packed(nn.Module):
             # Parametrized, or an attribute of a replica (DataParallel), or a bias that is masked.
             return getattr(self, VALUES), getattr(self, BITS), self.bias
 
+    def set_mask(self, mask: Tensor) -> None:
+        """Refused: packed values fit one mask; ``masked_ops.unpack`` makes a masked module, whose mask can be set."""
+        raise ValueError(
+            f"the mask of {type(self).__name__} cannot be set while its weight is packed: masked_ops.unpack makes it a "
+            "masked one, and masked_ops.pack a packed one again"
+        )
+
     def register_parameter(self, name: str, param: Parameter | None) -> None:
         """``module.weight = Parameter(...)`` ends here."""
         if name == "weight" and is_packed(self):

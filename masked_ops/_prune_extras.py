@@ -70,25 +70,26 @@ def restore(module: Module, name: str | None = None) -> Module:
 
 
 @overload
-def undo(module: M, name: str) -> M: ...
+def undo(module: M, name: str | None = None) -> M: ...
 @overload
 def undo(module: Pairs) -> list[Module]: ...
 @over_pairs
-def undo(module: Module, name: str) -> Module:
+def undo(module: Module, name: str | None = None) -> Module:
     """Take back the last round of pruning of ``module.<name>``; the first round's undo is :func:`restore`.
 
     Entries that the round pruned come back with the values that ``<name>_orig`` holds now.
 
     Args:
-        module: the module, or a list of (module, name) pairs, as after a round of :func:`global_unstructured`.
-        name: the parameter.
+        module: the module, or a list of (module, name) pairs.
+        name: the parameter; None for all that is pruned in ``module`` and below, each its own last round, as after a
+            round of :func:`global_unstructured`.
 
     Returns:
         ``module``; for a list, its modules.
 
     Raises:
-        ValueError: if it is not pruned, or packed, or the last round left no record: a mask given to a masked module's
-            constructor is no round, and torch's own functions keep no record.
+        ValueError: if that is not pruned, or packed, or the last round left no record: a mask given to a masked
+            module's constructor is no round, and torch's own functions keep no record.
 
     Example:
         >>> layer = prune.l1_unstructured(torch.nn.Linear(4, 2), "weight", amount=2)
@@ -97,28 +98,37 @@ def undo(module: Module, name: str) -> Module:
         >>> int(prune.undo(layer, "weight").weight_mask.sum())
         6
     """
-    require_pruned(module, name, "a round can be undone")
-    _refuse_packed(module, name, "taken back to what it was before a round")
-    with nn.atomic([module]):
-        adopt(module, name)
-        found = find_hook(module, name)
-        rounds = () if not found else tuple(found[1]) if isinstance(found[1], PruningContainer) else (found[1],)
-        change = getattr(rounds[-1], "_undo", None) if rounds else None
-        if change is None:
-            raise ValueError(f"the last round of pruning of {name!r} of {type(module).__name__} left no record to undo")
-        if change == FROM_DENSE:
-            nn.detach(module, name, apply_mask=False)
-            drop_hook(module, name)
-            return module
-        nn.set_mask(module, name, change.revert(getattr(module, f"{name}_mask")))
-        if len(rounds) == 1:
-            drop_hook(module, name)
-        elif len(rounds) == 2 and isinstance(rounds[0], BasePruningMethod):
-            replace_hook(module, name, rounds[0])
-        else:
-            replace_hook(module, name, PruningContainer(*rounds[:-1]))
-        refresh(module, name)
+    if name is not None:
+        require_pruned(module, name, "a round can be undone")
+    pairs = list(pruned_parameters(module)) if name is None else [(module, name)]
+    if not pairs:
+        raise ValueError(f"nothing in {type(module).__name__} is pruned, so there is no round to undo")
+    with nn.atomic([submodule for submodule, _ in pairs]):
+        for submodule, pruned_name in pairs:
+            _undo_round(submodule, pruned_name)
     return module
+
+
+def _undo_round(module: Module, name: str) -> None:
+    _refuse_packed(module, name, "taken back to what it was before a round")
+    adopt(module, name)
+    found = find_hook(module, name)
+    rounds = () if not found else tuple(found[1]) if isinstance(found[1], PruningContainer) else (found[1],)
+    change = getattr(rounds[-1], "_undo", None) if rounds else None
+    if change is None:
+        raise ValueError(f"the last round of pruning of {name!r} of {type(module).__name__} left no record to undo")
+    if change == FROM_DENSE:
+        nn.detach(module, name, apply_mask=False)
+        drop_hook(module, name)
+        return
+    nn.set_mask(module, name, change.revert(getattr(module, f"{name}_mask")))
+    if len(rounds) == 1:
+        drop_hook(module, name)
+    elif len(rounds) == 2 and isinstance(rounds[0], BasePruningMethod):
+        replace_hook(module, name, rounds[0])
+    else:
+        replace_hook(module, name, PruningContainer(*rounds[:-1]))
+    refresh(module, name)
 
 
 @overload

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -166,14 +166,14 @@ def report(model: Module, batch: int | Tensor | tuple[Any, ...] = 1) -> Report:
         0.4
     """
     if isinstance(batch, (Tensor, tuple)):
-        positions = _measure(model, batch if isinstance(batch, tuple) else (batch,))
+        calls = _measure(model, batch if isinstance(batch, tuple) else (batch,))
     elif isinstance(batch, bool) or not isinstance(batch, int):
         raise TypeError(f"batch must be an integer or an example input, got {type(batch).__name__}")
     elif batch < 1:
         raise ValueError(f"batch must be 1 or more, got {batch}")
     else:
         # The positions of a convolution depend on the size of its input.
-        positions = {m: (batch, batch if isinstance(m, Linear) else None) for m in model.modules()}
+        calls = {m: _Call(batch, batch if isinstance(m, Linear) else None) for m in model.modules()}
 
     layers = []
     seen: set[int] = set()
@@ -181,16 +181,29 @@ def report(model: Module, batch: int | Tensor | tuple[Any, ...] = 1) -> Report:
         pruned = pruned_names(module)
         label = f"{prefix}." if prefix else ""
         if is_packed(module):
-            layers.append(_describe_packed(f"{label}weight", module, positions.get(module), seen))
+            layers.append(_describe_packed(f"{label}weight", module, calls.get(module), seen))
         names = [
             name.removesuffix("_orig") if name.removesuffix("_orig") in pruned else name for name in module._parameters
         ]
         for name in names:
             parameter = module._parameters.get(f"{name}_orig" if name in pruned else name)
             if parameter is not None and (name in pruned or parameter.dim() >= 2):
-                layers.append(_describe(f"{label}{name}", module, name, parameter, positions.get(module), seen))
+                layers.append(_describe(f"{label}{name}", module, name, parameter, calls.get(module), seen))
                 seen.add(id(parameter))
     return Report(layers)
+
+
+class _Call(NamedTuple):
+    """How a layer is called."""
+
+    batch: int
+    positions: int | None  # at which its weight is applied, over all calls
+    input_size: tuple[int, ...] | None = None  # of a convolution, as far as it is known
+    channels_last: bool = False
+
+
+# Of an image, where the path of a convolution is asked for without one: the third of ResNet's four stages.
+_USUAL_SIZE = 14
 
 
 def _bytes(count: float) -> str:
@@ -210,7 +223,7 @@ def _describe(
     module: Module,
     name: str,
     parameter: Tensor,
-    position: tuple[int, int | None] | None,
+    call: _Call | None,
     seen: set[int],
 ) -> LayerReport:
     mask = getattr(module, f"{name}_mask") if name in pruned_names(module) else None
@@ -220,8 +233,8 @@ def _describe(
     nnz = int(torch.count_nonzero(values))
     entries = parameter.numel()
     density = nnz / entries if entries else 1.0
-    batch, positions = position or (None, None)
-    path, reason = _path(module, name, parameter, mask, batch)
+    positions = call.positions if call else None
+    path, reason = _path(module, name, parameter, mask, call)
     multiplies = isinstance(module, (Linear, _ConvNd)) and name == "weight"
     return LayerReport(
         name=label,
@@ -234,7 +247,7 @@ def _describe(
         path=path,
         reason=reason,
         dense_flops=2 * entries * positions if multiplies and positions is not None else None,
-        remaining_flops=None if not multiplies or position is None else 1.0 if mask is None else density,
+        remaining_flops=None if not multiplies or call is None else 1.0 if mask is None else density,
     )
 
 
@@ -243,20 +256,19 @@ def _kind(module: Module) -> str:
     return getattr(cls, "_packed_dense", cls).__name__
 
 
-def _describe_packed(label: str, module: Any, position: tuple[int, int | None] | None, seen: set[int]) -> LayerReport:
+def _describe_packed(label: str, module: Any, call: _Call | None, seen: set[int]) -> LayerReport:
     values, bits, shape = module.weight_values, module.weight_bits, module._packed_shape()
     if values.is_meta:
         raise ValueError(f"{label} is on the meta device: it has no values to report")
     entries = math.prod(shape)
-    batch, positions = position or (None, None)
+    positions = call.positions if call else None
     path, reason = "packed", "not called by the example input"
     if is_sharded(values):
         reason = "sharded: chosen within forward, where the values are whole"
-    elif batch is not None:
-        if isinstance(module, Linear):
-            path, reason = _ops.explain_packed_linear(values, bits, shape[1], batch)
-        else:
-            path, reason = _ops.explain_packed_convolution(values, bits, shape, batch)
+    elif call is not None and isinstance(module, Linear):
+        path, reason = _ops.explain_packed_linear(values, bits, shape[1], call.batch)
+    elif call is not None:
+        path, reason = _explain_convolution(_ops.explain_packed_convolution, module, (values, bits, shape), call)
     report = LayerReport(
         name=label,
         kind=_kind(module),
@@ -268,13 +280,13 @@ def _describe_packed(label: str, module: Any, position: tuple[int, int | None] |
         path=path,
         reason=reason,
         dense_flops=None if positions is None else 2 * entries * positions,
-        remaining_flops=None if position is None else values.numel() / entries if entries else 1.0,
+        remaining_flops=None if call is None else values.numel() / entries if entries else 1.0,
     )
     seen.add(id(values))
     return report
 
 
-def _path(module: Module, name: str, parameter: Tensor, mask: Tensor | None, batch: int | None) -> tuple[str, str]:
+def _path(module: Module, name: str, parameter: Tensor, mask: Tensor | None, call: _Call | None) -> tuple[str, str]:
     if mask is None:
         return "dense", "not pruned"
     if name not in nn.masked_names(module):
@@ -283,10 +295,11 @@ def _path(module: Module, name: str, parameter: Tensor, mask: Tensor | None, bat
     if path == "fused":
         if is_sharded(parameter):
             return path, "sharded: chosen within forward, where the weight is whole"
-        if batch is None:
+        if call is None:
             return path, "not called by the example input"
-        explain = _ops.explain_linear if isinstance(module, Linear) else _ops.explain_convolution
-        return explain(parameter, mask, batch)
+        if isinstance(module, _ConvNd):
+            return _explain_convolution(_ops.explain_convolution, module, (parameter, mask), call)
+        return _ops.explain_linear(parameter, mask, call.batch)
     if path == "hook":
         return path, "the class cannot be swapped: masked in Python before each forward"
     if name == "weight" and isinstance(module, (Linear, _ConvNd)):
@@ -294,12 +307,36 @@ def _path(module: Module, name: str, parameter: Tensor, mask: Tensor | None, bat
     return path, "no fused kernel for this parameter: masked in one pass when it is read"
 
 
-def _measure(model: Module, example: tuple[Any, ...]) -> dict[Module, tuple[int, int | None]]:
-    """Module -> (batch, positions at which its weight is applied), for the linear layers and convolutions called."""
-    measured: dict[Module, tuple[int, int | None]] = {}
+def _explain_convolution(
+    explain: Callable[..., tuple[str, str]], module: _ConvNd, weight: tuple[Any, ...], call: _Call
+) -> tuple[str, str]:
+    extents = [d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+    size = call.input_size or (call.batch, module.in_channels, *(max(_USUAL_SIZE, extent) for extent in extents))
+    # The halves of padding='same' differ by one at most, which says nothing about the path.
+    padding = [(e - 1) // 2 for e in extents] if module.padding == "same" else module.padding
+    path, reason = explain(
+        *weight,
+        size,
+        call.channels_last,
+        module.stride,
+        [0] * len(extents) if padding == "valid" else padding,
+        module.dilation,
+        module.transposed,
+        module.output_padding,
+        module.groups,
+    )
+    if call.input_size is None and path not in ("copy", "reference"):
+        reason += f"; for inputs of {' x '.join(map(str, size[2:]))}: give report() an example of yours"
+    return path, reason
+
+
+def _measure(model: Module, example: tuple[Any, ...]) -> dict[Module, _Call]:
+    """What the linear layers and convolutions that are called have to do."""
+    measured: dict[Module, _Call] = {}
 
     def hook(module: Module, args: tuple[Any, ...], output: Any) -> None:
         input = args[0]
+        size, channels_last = None, False
         if isinstance(module, Linear):
             batch = positions = input.numel() // max(module.in_features, 1)
         else:
@@ -307,8 +344,10 @@ def _measure(model: Module, example: tuple[Any, ...]) -> dict[Module, tuple[int,
             batch = math.prod(input.shape[: -spatial - 1])
             sizes = input if isinstance(module, _ConvTransposeNd) else output
             positions = batch * math.prod(sizes.shape[-spatial:])
-        before = measured.get(module, (0, 0))[1] or 0
-        measured[module] = (batch, before + positions)
+            size = (batch, *input.shape[-spatial - 1 :])
+            channels_last = not input.is_contiguous() and input.movedim(-spatial - 1, -1).is_contiguous()
+        before = measured[module].positions or 0 if module in measured else 0
+        measured[module] = _Call(batch, before + positions, size, channels_last)
 
     modes = [(module, module.training) for module in model.modules()]
     handles = [module.register_forward_hook(hook) for module, _ in modes if isinstance(module, (Linear, _ConvNd))]

@@ -8,7 +8,7 @@ whatever imports torch's module. Masks are those of torch for the same seed, and
   weights as they are; torch judges them as they were in the last forward, before the optimizer's last step.
 * A call that fails, or is interrupted, leaves the model as it was.
 * Every function takes a module and a name, or a list of ``(module, name)`` pairs.
-* :func:`remove` and :func:`restore` without a name act on everything below a module.
+* :func:`remove`, :func:`restore` and :func:`undo` without a name act on everything below a module.
 * New: :func:`restore`, :func:`undo`, :func:`unprune`, :func:`to_sparse`, :func:`load_state_dict`, :func:`install`.
 * A layer that :func:`masked_ops.pack` packed counts as pruned: pruning it once more makes it a masked one first.
 

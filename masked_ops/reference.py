@@ -185,17 +185,53 @@ def check_packed_convolution(
 # --- operations ------------------------------------------------------------------------------------------------------
 
 
+class _Masking(torch.autograd.Function):
+    """A derivative that takes sparse gradients, as those of torch's masked_fill and where do not."""
+
+    @staticmethod
+    def forward(weight: Tensor, mask: Tensor) -> Tensor:
+        if weight.layout is torch.sparse_coo:  # a gradient
+            indices = weight._indices()
+            return torch.sparse_coo_tensor(
+                indices,
+                _masked(weight._values(), mask[tuple(indices)]),
+                weight.shape,
+                is_coalesced=weight.is_coalesced(),
+                check_invariants=False,
+            )
+        return _masked(weight, mask)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        (mask,) = ctx.saved_tensors
+        return _Masking.apply(grad_output, mask.conj()), None
+
+    @staticmethod
+    def jvp(ctx: Any, weight: Tensor, mask: None) -> Tensor:
+        return _Masking.apply(weight, ctx.saved_tensors[0])
+
+
+def _masked(weight: Tensor, mask: Tensor) -> Tensor:
+    if mask.dtype == torch.bool:
+        return weight.masked_fill(~mask, 0)
+    # The weight first: it decides on the memory format.
+    return (weight * mask).masked_fill_(~mask.bool(), 0)
+
+
 def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
     """``where(mask == 0, 0, weight * mask)``, the mask taken in the weight's dtype."""
     check_mask(weight, mask)
-    factor = mask.detach().to(weight.dtype)
-    if weight.layout is torch.sparse_coo:  # a gradient; masked_fill_ takes no sparse tensors
-        indices = weight._indices()
-        values = apply_mask(weight._values(), factor[tuple(indices)])
-        return torch.sparse_coo_tensor(
-            indices, values, weight.shape, is_coalesced=weight.is_coalesced(), check_invariants=False
-        )
-    return (weight * factor).masked_fill_(factor == 0, 0)  # the weight first: it decides on the memory format
+    mask = mask.detach()
+    if mask.dtype != torch.bool:
+        mask = mask.to(weight.dtype)
+    if torch._C._are_functorch_transforms_active():  # below which no autograd.Function can be called
+        return _masked(weight, mask)
+    return _Masking.apply(weight, mask)
 
 
 def linear(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:

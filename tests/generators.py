@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import masked_ops
-from masked_ops import _ops
+from masked_ops import _ops, _recipe
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -31,6 +31,8 @@ def name_of(dtype: torch.dtype) -> str:
 PATHS: tuple[str, ...] = _ops.paths()
 _module = _ops._module
 CAPABILITIES: tuple[str, ...] = tuple(_module.capabilities()) if _module else ("none",)
+
+SANITIZED = _recipe.enabled("MASKED_OPS_SANITIZE")
 
 compiled_only = pytest.mark.skipif(_module is None, reason="plain torch serves: nothing was compiled")
 
@@ -99,7 +101,8 @@ def _latin_square(sizes: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
 
 
 # (M, N, K) around the edges, then: more than one block of depth (768) in each of the three products, rows enough to be
-# split among threads, a last row panel of one row, more rows than one chunk of packed A holds at such a depth.
+# split among threads, a last row panel of one row, more rows than one chunk of packed A holds at such a depth; few rows
+# of input beside several tasks, strips and blocks of the weight; more columns than 16 bits can number.
 SHAPES = tuple(_latin_square(EDGES))
 LARGE_SHAPES = (
     (5, 49, 1700),
@@ -109,8 +112,11 @@ LARGE_SHAPES = (
     (257, 97, 300),
     (200, 48, 130),
     (130, 200, 100),
+    (1, 700, 1300),
+    (3, 130, 1100),
+    (13, 97, 600),
 )
-DEEP_SHAPES = ((73, 3, 66000), (73, 66000, 3), (66000, 73, 3))
+DEEP_SHAPES = ((1, 3, 66000), (73, 3, 66000), (73, 66000, 3), (66000, 73, 3))
 
 
 # --- masks -----------------------------------------------------------------------------------------------------------

@@ -664,6 +664,22 @@ def test_autocast_casts_weights_once_and_masks_never() -> None:
         assert masked_ops.apply_mask(w, mask).dtype == torch.float32
 
 
+@pytest.mark.skipif("fused" not in _ops.paths(), reason="nothing was compiled")
+@pytest.mark.parametrize("path", ["fused", "sparse"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_takes_the_kernels(path: str, dtype: torch.dtype) -> None:
+    """Forward and backward, on a path that refuses what it has no kernels for."""
+    w, mask, x = integers(40, 50).requires_grad_(), mask_of("half", 40, 50), integers(30, 50).requires_grad_()
+    with masked_ops.use_path(path):
+        with torch.autocast("cpu", dtype):
+            y = masked_ops.masked_linear(x, w, mask)
+        assert y.dtype == dtype
+        y.sum().backward()
+    assert_exact(y, F.linear(x, w * mask))
+    assert_exact(x.grad, (w * mask).sum(0).expand(30, 50))
+    assert_exact(w.grad, mask * x.sum(0))
+
+
 def test_autocast_accepts_what_it_makes_equal() -> None:
     """Inputs of other dtypes than the weight's are fine under autocast, as in torch."""
     w, mask = integers(4, 5), mask_of("half", 4, 5)

@@ -309,7 +309,6 @@ def test_fork_after_use() -> None:
     assert model.head.weight.any()
 
 
-@pytest.mark.skipif(not masked_ops.is_available(), reason="torch.where has no derivative for a sparse gradient")
 @pytest.mark.parametrize("cls", [nn.Embedding, nn.EmbeddingBag])
 def test_sparse_gradients(cls: Any) -> None:
     module = masked(cls(7, 4, sparse=True), "weight")

@@ -418,7 +418,8 @@ for grad in (False, True):
         attempt(f"grad_weight {type(a)}", _ops.linear_grad_weight, a, leaf, a)
         attempt(f"conv {type(a)}", masked_ops.masked_conv1d, a, a, a, a)
         attempt(f"explain {type(a)}", _ops.explain_linear, leaf, a, 1)
-        attempt(f"explain_convolution {type(a)}", _ops.explain_convolution, leaf, a, 1)
+        where = ((2, 3), False, [1], [0], [1], False, [0], 1)
+        attempt(f"explain_convolution {type(a)}", _ops.explain_convolution, leaf, a, *where)
         attempt(f"vmap {type(a)}", torch.func.vmap(lambda x: _ops.linear(x, leaf, a)), ones(2, 3))
 """
 

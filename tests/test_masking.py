@@ -291,9 +291,14 @@ def test_weight_norm() -> None:
         with pytest.raises(KeyError, match="weight"):  # torch's own; nothing has changed by then
             nn.utils.weight_norm(old, "weight")
         nn.utils.weight_norm(old, "weight_orig")
+        other = nn.utils.weight_norm(nn.Linear(6, 5))
     torch.testing.assert_close(old(torch.ones(1, 6)), expected)
     with pytest.raises(ValueError, match="something else computes"):
         detach(old, "weight")
+    with pytest.raises(TypeError, match="mask what it may be computed from, 'weight_g' or 'weight_v'"):
+        attach(other, "weight", torch.ones(5, 6))
+    attach(other, "weight_v", torch.zeros(5, 6))
+    assert not other.weight_v.any()
 
 
 def test_parametrized_before_masking_takes_the_hook() -> None:

@@ -921,11 +921,15 @@ def test_masking_by_hand_says_what_to_do() -> None:
     for call in (
         lambda: attach(layer, "weight", torch.ones(5, 11)),
         lambda: masked_ops.MaskedLinear.from_dense(layer),
+        lambda: set_mask(layer, "weight", torch.ones(5, 11)),
     ):
         with pytest.raises(ValueError, match=r"'weight' of PackedLinear is packed; masked_ops\.unpack makes it"):
             call()
-    with pytest.raises(ValueError, match="is not masked"):
-        set_mask(layer, "weight", torch.ones(5, 11))
+    with pytest.raises(ValueError, match=r"while its weight is packed: masked_ops\.unpack makes it"):
+        layer.set_mask(torch.ones(5, 11))
+    layer.bias.data.zero_()
+    masked_ops.unpack(layer).set_mask(torch.zeros(5, 11))  # type: ignore[operator]
+    assert not layer(torch.ones(1, 11)).any()
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------

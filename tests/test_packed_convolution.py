@@ -584,5 +584,8 @@ def test_report() -> None:
     assert (row.name, row.kind, row.shape, row.nnz) == ("0.weight", "Conv2d", (6, 4, 4, 4), nnz)
     assert (row.parameter_bytes, row.mask_bytes) == (nnz * 4, 6 * 8)
     assert row.dense_flops == 2 * 6 * 4 * 16 * 2 * 36 and row.remaining_flops == nnz / (6 * 4 * 16)
-    explained = _ops.explain_packed_convolution(layer.weight_values, layer.weight_bits, row.shape, 2)
+    geometry = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+    explained = _ops.explain_packed_convolution(
+        layer.weight_values, layer.weight_bits, row.shape, (2, 4, 6, 6), False, *geometry
+    )
     assert (row.path, row.reason) == explained

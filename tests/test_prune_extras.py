@@ -262,6 +262,23 @@ def test_undo_of_a_global_round_and_pruning_on() -> None:
     assert all(torch.equal(module.weight_mask, mask) for (module, _), mask in zip(net.pairs, first, strict=True))
     prune.global_unstructured(net.pairs, prune.L1Unstructured, amount=0.2)
     assert all(torch.equal(module.weight_mask, mask) for (module, _), mask in zip(net.pairs, second, strict=True))
+    assert prune.undo(net) is net
+    assert all(torch.equal(module.weight_mask, mask) for (module, _), mask in zip(net.pairs, first, strict=True))
+    assert not prune.is_pruned(prune.undo(net))
+    with pytest.raises(ValueError, match="nothing in Net is pruned"):
+        prune.undo(net)
+
+
+def test_undo_of_a_model_undoes_all_or_nothing() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), MaskedLinear(2, 2))
+    prune.l1_unstructured(model[0], "weight", 1)
+    prune.identity(model[0], "bias")
+    with pytest.raises(ValueError, match="left no record"):
+        prune.undo(model)
+    assert len(list(model[0].buffers())) == 2
+    prune.l1_unstructured(model[1], "weight", 1)
+    prune.undo(model)
+    assert type(model[0]) is nn.Linear and model[1].weight_mask.all()
 
 
 def test_undo_revives_the_values_of_now_and_leaves_what_others_did() -> None:

@@ -115,11 +115,11 @@ def test_the_example_input_leaves_no_trace() -> None:
 
 
 def test_paths_are_asked_for_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, tuple[int, ...], bool, int]] = []
+    asked: list[tuple[str, tuple[int, ...], bool, Any]] = []
 
     def explain(kind: str) -> Any:
-        def answer(weight: torch.Tensor, mask: torch.Tensor, batch: int) -> tuple[str, str]:
-            asked.append((kind, tuple(weight.shape), torch.equal(mask, torch.zeros_like(mask)), batch))
+        def answer(weight: torch.Tensor, mask: torch.Tensor, size: Any, *_: object) -> tuple[str, str]:
+            asked.append((kind, tuple(weight.shape), torch.equal(mask, torch.zeros_like(mask)), size))
             return f"{kind} path", f"why {kind}"
 
         return answer
@@ -130,17 +130,17 @@ def test_paths_are_asked_for_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     for layer in net:
         prune.custom_from_mask(layer, "weight", torch.zeros_like(layer.weight))
     report = masked_ops.report(net, batch=64)
-    assert asked == [("convolution", (2, 1, 3, 3), True, 64), ("linear", (3, 2), True, 64)]
+    assert asked == [("convolution", (2, 1, 3, 3), True, (64, 1, 14, 14)), ("linear", (3, 2), True, 64)]
     assert [(row.path, row.reason) for row in report] == [
-        ("convolution path", "why convolution"),
+        ("convolution path", "why convolution; for inputs of 14 x 14: give report() an example of yours"),
         ("linear path", "why linear"),
     ]
     asked.clear()
     masked_ops.report(net, torch.randn(5, 1, 4, 4))  # the linear layer sees 5 x 2 x 2 rows of 2
-    assert [batch for *_, batch in asked] == [5, 20]
+    assert [size for *_, size in asked] == [(5, 1, 4, 4), 20]
     asked.clear()
     masked_ops.report(net, torch.randn(1, 4, 4))  # no batch dimension
-    assert [batch for *_, batch in asked] == [1, 4]
+    assert [size for *_, size in asked] == [(1, 1, 4, 4), 4]
 
 
 def test_reasons_of_the_other_paths() -> None:

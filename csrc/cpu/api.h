@@ -23,7 +23,7 @@ struct Team {
 };
 
 // Memory that is reused from call to call: one block per thread and slot, aligned to a page, growing only.
-enum class Slot { kPanelA, kPanelB, kAccumulator, kValues, kCount };
+enum class Slot { kPanelA, kPanelB, kAccumulator, kValues, kPlaces, kMorePlaces, kTable, kCount };
 void* scratch(Slot slot, size_t bytes);  // contents undefined; throws std::bad_alloc
 void release_scratch();                  // of the calling thread
 
@@ -47,8 +47,34 @@ struct SparseIndex;
 // What an index can address; make_index returns null beyond.
 inline constexpr int64_t kMaxIndexSide = int64_t{1} << 28, kMaxIndexNnz = int64_t{1} << 32;
 
+// A convolution of weight [out_channels][in_channels / groups][kernel]; a transposed one is the gradient of this one
+// with respect to its input, with input and output, and so the channels, the other way round. Sizes of depth, height
+// and width: what has fewer dimensions has leading ones of size 1 (stride and dilation 1, padding 0).
+struct Convolution {
+  int64_t batch, groups;
+  int64_t in_channels, out_channels;  // of all groups
+  int64_t input[3], output[3], kernel[3], stride[3], padding[3], dilation[3];
+};
+
+// [batch][channels][depth][height][width], or [batch][depth][height][width][channels] if channels_last.
+template <typename T>
+struct Images {
+  T* data;
+  bool channels_last;
+};
+
+// The remaining weights by rows: those of row i from offsets[i] to offsets[i + 1], and the column of each; columns has
+// kColumnsPadding numbers more, so that whole vectors of them can be read.
+struct Rows {
+  int64_t count;
+  const int64_t* offsets;
+  const uint16_t* columns;
+};
+inline constexpr int64_t kMaxColumns = int64_t{1} << 16, kColumnsPadding = 16;
+
 struct Kernels {
   const char* capability;
+  bool bf16_dots;  // whether bfloat16 is multiplied as it is, at twice the rate of float, and not converted first
 
   // mask.cpp. Bits of mask[rows][cols] (contiguous), set where the value is not zero.
   MaskFacts (*pack_mask)(const Team&, Dtype, const void* mask, int64_t rows, int64_t cols, uint64_t* words);
@@ -57,16 +83,17 @@ struct Kernels {
   // out[i] = mask[i] == 0 ? 0 : weight[i] * mask[i]; floating dtypes.
   void (*mask_multiply)(const Team&, Dtype, const void* weight, const void* mask, int64_t n, void* out);
 
-  // gemm.cpp, with weight [N][K] under its bits, all row-major and contiguous.
+  // gemm.cpp, with weight [N][K] under its bits, all row-major and contiguous. Here and in spmm.cpp and sddmm.cpp the
+  // elements are float, bfloat16 or half; sums are floats, and rounded once.
   // output[M][N] = input[M][K] * masked(weight)^T + bias[N] (may be null)
-  void (*linear)(const Team&, int64_t M, int64_t N, int64_t K, const float* input, const float* weight, Bits,
-                 const float* bias, float* output);
+  void (*linear)(const Team&, Dtype, int64_t M, int64_t N, int64_t K, const void* input, const void* weight, Bits,
+                 const void* bias, void* output);
   // grad_input[M][K] = grad_output[M][N] * masked(weight)
-  void (*linear_grad_input)(const Team&, int64_t M, int64_t N, int64_t K, const float* grad_output, const float* weight,
-                            Bits, float* grad_input);
+  void (*linear_grad_input)(const Team&, Dtype, int64_t M, int64_t N, int64_t K, const void* grad_output,
+                            const void* weight, Bits, void* grad_input);
   // grad_weight[N][K] = masked(grad_output[M][N]^T * input[M][K])
-  void (*linear_grad_weight)(const Team&, int64_t M, int64_t N, int64_t K, const float* grad_output, const float* input,
-                             Bits, float* grad_weight);
+  void (*linear_grad_weight)(const Team&, Dtype, int64_t M, int64_t N, int64_t K, const void* grad_output,
+                             const void* input, Bits, void* grad_weight);
 
   // compress.cpp. The remaining weights of dense[rows][cols] are values[nnz] in row-major order, those of row i from
   // offsets[i] to offsets[i + 1]. Elements of 2, 4 or 8 bytes.
@@ -83,15 +110,39 @@ struct Kernels {
 
   // spmm.cpp. output[M][N] = input[M][K] * weight^T + bias[N] (may be null), the weight given by its values. With a
   // transposed index, output[M][K] = input[M][N] * weight.
-  void (*spmm)(const Team&, const SparseIndex&, const float* values, int64_t M, const float* input, const float* bias,
-               float* output);
+  void (*spmm)(const Team&, const SparseIndex&, Dtype, const void* values, int64_t M, const void* input,
+               const void* bias, void* output);
   // sddmm.cpp. grad_values[nnz] = the remaining weights' entries of grad_output[M][N]^T * input[M][K].
-  void (*sddmm)(const Team&, const SparseIndex&, int64_t M, const float* grad_output, const float* input,
-                float* grad_values);
+  void (*sddmm)(const Team&, const SparseIndex&, Dtype, int64_t M, const void* grad_output, const void* input,
+                void* grad_values);
 
-  // limits.cpp, for benchmarks: multiply-adds out of registers, returning how many operations it did; and n floats
-  // read.
-  int64_t (*fma_loop)(int64_t rounds);
+  // conv.cpp, for a weight [out_channels][in_channels / groups * kernel] of which bits, offsets and values are those of
+  // a matrix. The index depends on channels, groups and kernel, a transposed one on stride and dilation too; null if
+  // the matrix is beyond what it can address. Scratch is bounded and does not grow with the batch.
+  SparseIndex* (*make_conv_index)(const Team&, Bits, const Convolution&, const int64_t* offsets, bool transposed);
+  // output = convolution of input + bias[out_channels] (may be null). With a transposed index the gradient with respect
+  // to the input: from images like output to images like input, with bias[in_channels].
+  void (*conv_spmm)(const Team&, const Convolution&, const SparseIndex&, const float* values, Images<const float> input,
+                    const float* bias, Images<float> output);
+  // grad_values[nnz] = the remaining weights' gradient; the index is not transposed.
+  void (*conv_sddmm)(const Team&, const Convolution&, const SparseIndex&, Images<const float> grad_output,
+                     Images<const float> input, float* grad_values);
+
+  // spmv.cpp: spmm and sddmm of one row, over the columns of the remaining weights in row-major order, for matrices of
+  // at most kMaxColumns columns.
+  void (*row_columns)(const Team&, Bits, int64_t rows, int64_t cols, const int64_t* offsets, uint16_t* columns);
+  // y[rows] = weight * x + bias (may be null)
+  void (*spmv)(const Team&, const Rows&, int64_t cols, Dtype, const void* values, const void* x, const void* bias,
+               void* y);
+  // dx[cols] = weight^T * dy
+  void (*spmv_transposed)(const Team&, const Rows&, int64_t cols, Dtype, const void* values, const void* dy, void* dx);
+  // grad_values[nnz] = the remaining weights' entries of dy * x^T
+  void (*sampled_outer)(const Team&, const Rows&, int64_t cols, Dtype, const void* dy, const void* x,
+                        void* grad_values);
+
+  // limits.cpp, for benchmarks: multiply-adds of the dtype out of registers, returning how many operations it did; and
+  // n floats read.
+  int64_t (*fma_loop)(Dtype, int64_t rounds);
   void (*read_loop)(const float* data, int64_t n);
 };
 

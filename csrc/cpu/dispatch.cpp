@@ -6,6 +6,10 @@
 
 #include "sparse_index.h"
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace masked_ops::cpu {
 
 // Declared here rather than in a header: a table exists only where its capability was built.
@@ -102,6 +106,10 @@ void* scratch(Slot slot, size_t bytes) {
     if (!blocks.data[i]) throw std::bad_alloc();
     blocks.bytes[i] = rounded;
   }
+#ifdef __SANITIZE_ADDRESS__  // what larger requests left behind the end is out of bounds
+  ASAN_UNPOISON_MEMORY_REGION(blocks.data[i], bytes);
+  ASAN_POISON_MEMORY_REGION(static_cast<char*>(blocks.data[i]) + bytes, blocks.bytes[i] - bytes);
+#endif
   return blocks.data[i];
 }
 

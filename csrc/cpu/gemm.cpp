@@ -4,6 +4,8 @@
 // and the same blocks. A worker takes one panel of B through K and runs the microkernel down the rows of A, so that the
 // block of B comes from L2, the panel of A from L1 or L2, and the C tile from registers. The microkernel packs on the
 // side: bit by bit, from lines that it has prefetched, the block of B that is next.
+//
+// Elements of 16 bits become operands (elements.h) while they are packed; sums are floats, and rounded once.
 #include "kernels.h"
 #include "pack.h"
 
@@ -14,74 +16,78 @@ using tuning::kMR;
 using tuning::kNR;
 using tuning::kNV;
 
+template <typename T>
 struct Tile {
-  float* C;  // the tile's corner
+  T* C;  // the tile's corner
   int64_t ldc;
+  float* sums;  // what one block of K leaves for the next; C itself, if that is of floats
+  int64_t ld_sums;
   int64_t columns;       // valid ones, at most kNR
-  bool accumulate;       // add to C: not the first block of K
-  const float* bias;     // added when not accumulating; null for none
+  bool first, last;      // of the blocks of K
+  const T* bias;         // added to the first; null for none
   const uint64_t* bits;  // of the tile's first row, set on the last block of K if C is to be masked; else null
   int64_t bits_stride;   // words
   int64_t column;        // of the tile's corner in its row of bits
 };
 
-template <bool kFull, int MR, int NV>
-MASKED_OPS_INLINE void load_tile(const Tile& tile, Vec (&c)[MR][NV]) {
+template <bool kFull, typename T, int MR, int NV>
+MASKED_OPS_INLINE void load_sums(const Tile<T>& tile, Vec (&c)[MR][NV]) {
   constexpr int L = Vec::kLanes;
-  const float* row = opaque(tile.C);
-  const int64_t ldc = opaque(tile.ldc), columns = tile.columns;
+  const float* row = opaque(tile.sums);
+  const int64_t ld = opaque(tile.ld_sums), columns = tile.columns;
   MASKED_OPS_UNROLL
   for (int i = 0; i < MR; ++i) {
     MASKED_OPS_UNROLL
     for (int j = 0; j < NV; ++j) {
       c[i][j] = kFull ? Vec::loadu(row + j * L) : Vec::loadu(Vec::first(columns - j * L), row + j * L);
     }
-    row += ldc;
+    row += ld;
   }
 }
 
-template <bool kFull, bool kMasked, int MR, int NV>
-MASKED_OPS_INLINE void store_tile(const Tile& tile, const Vec (&c)[MR][NV]) {
+// To C or to the sums.
+template <bool kFull, bool kMasked, typename T, typename To, int MR, int NV>
+MASKED_OPS_INLINE void store_tile(const Tile<T>& tile, To* to, int64_t ld_to, const Vec (&c)[MR][NV]) {
   constexpr int L = Vec::kLanes;
-  float* row = opaque(tile.C);
+  To* row = opaque(to);
   const uint64_t* bits = opaque(tile.bits);
-  const int64_t ldc = opaque(tile.ldc), bits_stride = opaque(tile.bits_stride), column = tile.column;
+  const int64_t ld = opaque(ld_to), bits_stride = opaque(tile.bits_stride), column = tile.column;
   const int64_t columns = tile.columns;
   MASKED_OPS_UNROLL
   for (int i = 0; i < MR; ++i) {
     MASKED_OPS_UNROLL
     for (int j = 0; j < NV; ++j) {
       Vec v = c[i][j];
-      if constexpr (kMasked) v = v.select(Vec::predicate(bits, column + j * L));
+      if (kMasked && (kFull || j * L < columns)) v = v.select(Vec::predicate(bits, column + j * L));
       if constexpr (kFull) {
-        v.storeu(row + j * L);
+        store_floats(v, row + j * L);
       } else {
-        v.storeu(Vec::first(columns - j * L), row + j * L);
+        store_floats(v, columns - j * L, row + j * L);
       }
     }
-    row += ldc;
+    row += ld;
     bits += bits_stride;
   }
 }
 
 // Takes `steps` steps of packing on the side.
-template <int MR, int NV, typename Packer>
-__attribute__((noinline)) void microkernel(int64_t depth, const float* A, const float* B, const Tile& tile,
+template <int MR, int NV, typename T, typename Packer>
+__attribute__((noinline)) void microkernel(int64_t depth, const float* A, const float* B, const Tile<T>& tile,
                                            Packer& packer, int64_t steps) {
   constexpr int L = Vec::kLanes;
   const bool full = tile.columns == NV * L;
   Vec c[MR][NV];
-  if (!tile.accumulate) {
+  if (tile.first) {
     MASKED_OPS_UNROLL
     for (int j = 0; j < NV; ++j) {
-      const Vec bias = tile.bias ? Vec::loadu(Vec::first(tile.columns - j * L), tile.bias + j * L) : Vec::zero();
+      const Vec bias = tile.bias ? load_first(tile.columns - j * L, tile.bias + j * L) : Vec::zero();
       MASKED_OPS_UNROLL
       for (int i = 0; i < MR; ++i) c[i][j] = bias;
     }
   } else if (full) {
-    load_tile<true>(tile, c);
+    load_sums<true>(tile, c);
   } else {
-    load_tile<false>(tile, c);
+    load_sums<false>(tile, c);
   }
   MASKED_OPS_UNROLL
   for (int i = 0; i < MR; ++i) {  // of the tile below, which is next
@@ -99,7 +105,7 @@ __attribute__((noinline)) void microkernel(int64_t depth, const float* A, const 
       for (int i = 0; i < MR; ++i) {
         const Vec a = Vec::set1(A[i]);
         MASKED_OPS_UNROLL
-        for (int j = 0; j < NV; ++j) c[i][j] = fmadd(a, b[j], c[i][j]);
+        for (int j = 0; j < NV; ++j) c[i][j] = Operand<T>::multiply_add(a, b[j], c[i][j]);
       }
       A += kMR;
       B += kNR;
@@ -110,33 +116,39 @@ __attribute__((noinline)) void microkernel(int64_t depth, const float* A, const 
     }
   }
 
-  if (tile.bits) {
-    full ? store_tile<true, true>(tile, c) : store_tile<false, true>(tile, c);
+  if (!kIsFloat<T> && !tile.last) {
+    full ? store_tile<true, false>(tile, tile.sums, tile.ld_sums, c)
+         : store_tile<false, false>(tile, tile.sums, tile.ld_sums, c);
+  } else if (!Packer::kMasksB && tile.bits) {
+    full ? store_tile<true, true>(tile, tile.C, tile.ldc, c) : store_tile<false, true>(tile, tile.C, tile.ldc, c);
   } else {
-    full ? store_tile<true, false>(tile, c) : store_tile<false, false>(tile, c);
+    full ? store_tile<true, false>(tile, tile.C, tile.ldc, c) : store_tile<false, false>(tile, tile.C, tile.ldc, c);
   }
   for (; steps > 0; --steps) packer.step();
 }
 
-template <int NV, typename Packer, int MR = kMR>
-void run_microkernel(int64_t rows, int64_t depth, const float* A, const float* B, const Tile& tile, Packer& packer,
+template <int NV, typename T, typename Packer, int MR = kMR>
+void run_microkernel(int64_t rows, int64_t depth, const float* A, const float* B, const Tile<T>& tile, Packer& packer,
                      int64_t steps) {
   if constexpr (MR > 1) {
-    if (rows < MR) return run_microkernel<NV, Packer, MR - 1>(rows, depth, A, B, tile, packer, steps);
+    if (rows < MR) return run_microkernel<NV, T, Packer, MR - 1>(rows, depth, A, B, tile, packer, steps);
   }
   microkernel<MR, NV>(depth, A, B, tile, packer, steps);
 }
 
-template <typename Packer>
+template <typename T, typename Packer>
 auto microkernel_for(int64_t columns) {
   static_assert(kNV == 3);
-  const int64_t vectors = ceil_div(columns, Vec::kLanes);
-  return vectors == 1   ? run_microkernel<1, Packer>
-         : vectors == 2 ? run_microkernel<2, Packer>
-                        : run_microkernel<3, Packer>;
+  // Elements of 16 bits have one width, whose last vectors may be empty: each width costs seconds of compilation.
+  if constexpr (kIsFloat<T>) {
+    const int64_t vectors = ceil_div(columns, Vec::kLanes);
+    if (vectors == 1) return run_microkernel<1, T, Packer>;
+    if (vectors == 2) return run_microkernel<2, T, Packer>;
+  }
+  return run_microkernel<3, T, Packer>;
 }
 
-// The rows of A in packed form: first blocks of K, in each the panels, in each [k][kMR].
+// The rows of A in packed form: first blocks of K, in each the panels, in each [k][kMR]. K counts operands.
 struct PackedA {
   int64_t rows, K;
   int64_t block;  // depth
@@ -171,6 +183,7 @@ class Partition {
     int64_t first, last;      // panels of A
   };
 
+  int64_t splits() const { return splits_; }
   int64_t units() const { return shares_ * panels_ * splits_; }
   Unit operator[](int64_t unit) const {
     const int64_t split = unit % splits_, panel = unit / splits_ % panels_, share = unit / splits_ / panels_;
@@ -187,9 +200,10 @@ class Partition {
 
 // pack_A(A, m0, layout): fills A with rows [m0, m0 + layout.rows).
 // packer: a class of pack.h that gives B.
-template <typename PackA, typename Packer>
-void gemm(const Team& team, int64_t M, int64_t N, int64_t K, const PackA& pack_A, const Packer& operand_B,
-          const float* bias, const Bits* mask, float* C) {
+template <typename T, typename PackA, typename Packer>
+void gemm(const Team& team, int64_t M, int64_t N, int64_t depth, const PackA& pack_A, const Packer& operand_B,
+          const T* bias, const Bits* mask, T* C) {
+  const int64_t K = ceil_div(depth, Operand<T>::kDepth);
   const int64_t chunk = max<int64_t>(ceil_div(tuning::kPanelABytes, K * int64_t{sizeof(float)} * kMR), 8) * kMR;
   for (int64_t m0 = 0; m0 < M; m0 += chunk) {
     const PackedA layout(min(chunk, M - m0), K);
@@ -211,6 +225,11 @@ void gemm(const Team& team, int64_t M, int64_t N, int64_t K, const PackA& pack_A
       packer.start(now, buffers[0]);
       for (int64_t step = packer.steps(); step > 0; --step) packer.step();
 
+      float* sums = nullptr;
+      if (!kIsFloat<T> && block < K) {
+        const int64_t rows = ceil_div(layout.panels, partition.splits()) * layout.height;
+        sums = static_cast<float*>(scratch(Slot::kAccumulator, rows * kNR * sizeof(float)));
+      }
       for (int turn = 0; now.depth > 0; turn ^= 1) {
         const bool last_block = now.k0 + now.depth == K;
         Block next = {now.column, now.columns, now.k0 + now.depth, min(block, K - now.k0 - now.depth)};
@@ -220,18 +239,25 @@ void gemm(const Team& team, int64_t M, int64_t N, int64_t K, const PackA& pack_A
           next = {unit_after.column, unit_after.columns, 0, min(block, K)};
         }
         packer.start(next, buffers[turn ^ 1]);
-        const auto run = microkernel_for<Packer>(unit.columns);
+        const auto run = microkernel_for<T, Packer>(unit.columns);
         const int64_t calls = unit.last - unit.first, steps = packer.steps();
         for (int64_t call = 0; call < calls; ++call) {
           const int64_t panel = unit.first + call, m = m0 + panel * layout.height;
-          Tile tile = {C + m * N + unit.column,
-                       N,
-                       unit.columns,
-                       now.k0 > 0,
-                       bias ? bias + unit.column : nullptr,
-                       nullptr,
-                       0,
-                       unit.column};
+          Tile<T> tile = {};
+          tile.C = C + m * N + unit.column;
+          tile.ldc = N;
+          tile.columns = unit.columns;
+          tile.first = now.k0 == 0;
+          tile.last = last_block;
+          tile.bias = bias ? bias + unit.column : nullptr;
+          tile.column = unit.column;
+          if constexpr (kIsFloat<T>) {
+            tile.sums = tile.C;
+            tile.ld_sums = N;
+          } else if (block < K) {
+            tile.sums = sums + call * layout.height * kNR;
+            tile.ld_sums = kNR;
+          }
           if (mask && last_block) {
             tile.bits = mask->row(m);
             tile.bits_stride = mask->stride;
@@ -247,7 +273,8 @@ void gemm(const Team& team, int64_t M, int64_t N, int64_t K, const PackA& pack_A
 }
 
 // Packs A from the rows of a matrix.
-auto from_rows(const Team& team, const float* matrix, int64_t ld) {
+template <typename T>
+auto from_rows(const Team& team, const T* matrix, int64_t ld) {
   return [=, &team](const PackedA& layout, int64_t m0, float* A) {
     const int64_t blocks = ceil_div(layout.K, layout.block);
     team.for_each(layout.panels * blocks, [&](int64_t task) {
@@ -259,34 +286,70 @@ auto from_rows(const Team& team, const float* matrix, int64_t ld) {
 }
 
 // Packs A from the columns of a matrix, several panels at a time: whole cache lines.
-auto from_columns(const Team& team, const float* matrix, int64_t ld) {
+template <typename T>
+auto from_columns(const Team& team, const T* matrix, int64_t rows, int64_t ld) {
   return [=, &team](const PackedA& layout, int64_t m0, float* A) {
     constexpr int64_t kPanels = 16;
     const int64_t groups = ceil_div(layout.panels, kPanels), blocks = ceil_div(layout.K, layout.block);
     team.for_each(groups * blocks, [&](int64_t task) {
       const int64_t k0 = task / groups * layout.block, panel = task % groups * kPanels, m = panel * layout.height;
-      pack_column_panels(matrix, ld, m0 + m, min(kPanels * layout.height, layout.rows - m), layout.height, k0,
+      pack_column_panels(matrix, rows, ld, m0 + m, min(kPanels * layout.height, layout.rows - m), layout.height, k0,
                          min(layout.block, layout.K - k0), A + layout.offset(panel, k0), layout.pitch(k0));
     });
   };
 }
 
+// The three operations in one element type. The pointers of api.h, typed.
+template <typename T>
+struct Linear {
+  static const T* in(const void* p) { return static_cast<const T*>(p); }
+  static T* out(void* p) { return static_cast<T*>(p); }
+
+  static void forward(const Team& team, int64_t M, int64_t N, int64_t K, const void* input, const void* weight,
+                      Bits bits, const void* bias, void* output) {
+    gemm(team, M, N, K, from_rows(team, in(input), K), MaskedRows<T>(in(weight), K, bits), in(bias), nullptr,
+         out(output));
+  }
+  static void grad_input(const Team& team, int64_t M, int64_t N, int64_t K, const void* grad_output, const void* weight,
+                         Bits bits, void* grad_input) {
+    gemm(team, M, K, N, from_rows(team, in(grad_output), N), Columns<T, true>(in(weight), N, K, bits), in(nullptr),
+         nullptr, out(grad_input));
+  }
+  static void grad_weight(const Team& team, int64_t M, int64_t N, int64_t K, const void* grad_output, const void* input,
+                          Bits bits, void* grad_weight) {
+    gemm(team, N, K, M, from_columns(team, in(grad_output), M, N), Columns<T, false>(in(input), M, K, {nullptr, 0}),
+         in(nullptr), &bits, out(grad_weight));
+  }
+};
+
 }  // namespace
 
-void linear(const Team& team, int64_t M, int64_t N, int64_t K, const float* input, const float* weight, Bits bits,
-            const float* bias, float* output) {
-  gemm(team, M, N, K, from_rows(team, input, K), MaskedRows(weight, K, bits), bias, nullptr, output);
+void linear(const Team& team, Dtype dtype, int64_t M, int64_t N, int64_t K, const void* input, const void* weight,
+            Bits bits, const void* bias, void* output) {
+  if (M <= tuning::kSmallRows) return linear_small(team, dtype, M, N, K, input, weight, bits, bias, output);
+  with_element(dtype, [&](auto element) {
+    Linear<decltype(element)>::forward(team, M, N, K, input, weight, bits, bias, output);
+  });
 }
 
-void linear_grad_input(const Team& team, int64_t M, int64_t N, int64_t K, const float* grad_output, const float* weight,
-                       Bits bits, float* grad_input) {
-  gemm(team, M, K, N, from_rows(team, grad_output, N), Columns<true>(weight, K, bits), nullptr, nullptr, grad_input);
+void linear_grad_input(const Team& team, Dtype dtype, int64_t M, int64_t N, int64_t K, const void* grad_output,
+                       const void* weight, Bits bits, void* grad_input) {
+  if (M <= tuning::kSmallRows) {
+    return linear_grad_input_small(team, dtype, M, N, K, grad_output, weight, bits, grad_input);
+  }
+  with_element(dtype, [&](auto element) {
+    Linear<decltype(element)>::grad_input(team, M, N, K, grad_output, weight, bits, grad_input);
+  });
 }
 
-void linear_grad_weight(const Team& team, int64_t M, int64_t N, int64_t K, const float* grad_output, const float* input,
-                        Bits bits, float* grad_weight) {
-  gemm(team, N, K, M, from_columns(team, grad_output, N), Columns<false>(input, K, {nullptr, 0}), nullptr, &bits,
-       grad_weight);
+void linear_grad_weight(const Team& team, Dtype dtype, int64_t M, int64_t N, int64_t K, const void* grad_output,
+                        const void* input, Bits bits, void* grad_weight) {
+  if (M <= tuning::kSmallRows) {
+    return linear_grad_weight_small(team, dtype, M, N, K, grad_output, input, bits, grad_weight);
+  }
+  with_element(dtype, [&](auto element) {
+    Linear<decltype(element)>::grad_weight(team, M, N, K, grad_output, input, bits, grad_weight);
+  });
 }
 
 }  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY

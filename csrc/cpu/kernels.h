@@ -10,12 +10,20 @@ MaskFacts pack_mask(const Team&, Dtype, const void* mask, int64_t rows, int64_t 
 void mask_copy(const Team&, size_t element_size, const void* weight, Bits, int64_t rows, int64_t cols, void* out);
 void mask_multiply(const Team&, Dtype, const void* weight, const void* mask, int64_t n, void* out);
 
-void linear(const Team&, int64_t M, int64_t N, int64_t K, const float* input, const float* weight, Bits,
-            const float* bias, float* output);
-void linear_grad_input(const Team&, int64_t M, int64_t N, int64_t K, const float* grad_output, const float* weight,
-                       Bits, float* grad_input);
-void linear_grad_weight(const Team&, int64_t M, int64_t N, int64_t K, const float* grad_output, const float* input,
-                        Bits, float* grad_weight);
+void linear(const Team&, Dtype, int64_t M, int64_t N, int64_t K, const void* input, const void* weight, Bits,
+            const void* bias, void* output);
+void linear_grad_input(const Team&, Dtype, int64_t M, int64_t N, int64_t K, const void* grad_output, const void* weight,
+                       Bits, void* grad_input);
+void linear_grad_weight(const Team&, Dtype, int64_t M, int64_t N, int64_t K, const void* grad_output, const void* input,
+                        Bits, void* grad_weight);
+
+// gemv.cpp. linear and its gradients where M <= tuning::kSmallRows.
+void linear_small(const Team&, Dtype, int64_t M, int64_t N, int64_t K, const void* input, const void* weight, Bits,
+                  const void* bias, void* output);
+void linear_grad_input_small(const Team&, Dtype, int64_t M, int64_t N, int64_t K, const void* grad_output,
+                             const void* weight, Bits, void* grad_input);
+void linear_grad_weight_small(const Team&, Dtype, int64_t M, int64_t N, int64_t K, const void* grad_output,
+                              const void* input, Bits, void* grad_weight);
 
 void row_offsets(const Team&, Bits, int64_t rows, int64_t cols, int64_t* offsets);
 void compress(const Team&, size_t element_size, Bits, int64_t rows, int64_t cols, const int64_t* offsets,
@@ -24,12 +32,22 @@ void expand(const Team&, size_t element_size, Bits, int64_t rows, int64_t cols, 
             const void* values, void* dense);
 
 SparseIndex* make_index(const Team&, Bits, int64_t rows, int64_t cols, const int64_t* offsets, bool transposed);
-void spmm(const Team&, const SparseIndex&, const float* values, int64_t M, const float* input, const float* bias,
-          float* output);
-void sddmm(const Team&, const SparseIndex&, int64_t M, const float* grad_output, const float* input,
-           float* grad_values);
+void spmm(const Team&, const SparseIndex&, Dtype, const void* values, int64_t M, const void* input, const void* bias,
+          void* output);
+void sddmm(const Team&, const SparseIndex&, Dtype, int64_t M, const void* grad_output, const void* input,
+           void* grad_values);
+void row_columns(const Team&, Bits, int64_t rows, int64_t cols, const int64_t* offsets, uint16_t* columns);
+void spmv(const Team&, const Rows&, int64_t cols, Dtype, const void* values, const void* x, const void* bias, void* y);
+void spmv_transposed(const Team&, const Rows&, int64_t cols, Dtype, const void* values, const void* dy, void* dx);
+void sampled_outer(const Team&, const Rows&, int64_t cols, Dtype, const void* dy, const void* x, void* grad_values);
 
-int64_t fma_loop(int64_t rounds);
+SparseIndex* make_conv_index(const Team&, Bits, const Convolution&, const int64_t* offsets, bool transposed);
+void conv_spmm(const Team&, const Convolution&, const SparseIndex&, const float* values, Images<const float> input,
+               const float* bias, Images<float> output);
+void conv_sddmm(const Team&, const Convolution&, const SparseIndex&, Images<const float> grad_output,
+                Images<const float> input, float* grad_values);
+
+int64_t fma_loop(Dtype, int64_t rounds);
 void read_loop(const float* data, int64_t n);
 
 }  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY

@@ -3,12 +3,13 @@
 // bits that pad each row make the tail of a row a pruned weight like any other.
 #pragma once
 
-#include "api.h"
+#include "elements.h"
 #include "tuning.h"
 
 namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
 
-// A block of a panel of B: columns [column, column + columns), at most kNR, of depths [k0, k0 + depth).
+// A block of a panel of B: columns [column, column + columns), at most kNR, of depths [k0, k0 + depth). Depths count
+// operands (see elements.h).
 struct Block {
   int64_t column, columns;
   int64_t k0, depth;
@@ -20,9 +21,12 @@ struct Block {
 
 // B[k][j] = masked(weight)[column + j][k0 + k], for whole groups of four columns and whole vectors of depths (which may
 // pass the block's by less than one). A step transposes four rows of one vector each.
+template <typename T>
 class MaskedRows {
  public:
-  MaskedRows(const float* weight, int64_t ldw, Bits bits) : weight_(weight), ldw_(ldw), bits_(bits) {}
+  static constexpr bool kMasksB = true;
+
+  MaskedRows(const T* weight, int64_t ldw, Bits bits) : weight_(weight), ldw_(ldw), bits_(bits) {}
 
   void start(const Block& block, float* B) {
     block_ = block;
@@ -38,8 +42,8 @@ class MaskedRows {
 
   MASKED_OPS_INLINE void step() {
     for (int64_t i = ahead_.row; i < min(ahead_.row + kGroup, block_.columns); ++i) {
-      prefetch(row(i) + ahead_.k);
-      prefetch(bits(i) + ahead_.k / 64);
+      prefetch(row(i) + ahead_.k * kDepth);
+      prefetch(bits(i) + ahead_.k * kDepth / 64);
     }
     ahead_.advance(block_);
     if (waiting_ > 0) {
@@ -61,7 +65,7 @@ class MaskedRows {
   }
 
  private:
-  static constexpr int L = Vec::kLanes;
+  static constexpr int L = Vec::kLanes, kDepth = Operand<T>::kDepth;
   static constexpr int kGroup = 4;
   static_assert(tuning::kNR % kGroup == 0);
 
@@ -83,11 +87,15 @@ class MaskedRows {
     }
   };
 
-  MASKED_OPS_INLINE const float* row(int64_t i) const { return weight_ + (block_.column + i) * ldw_ + block_.k0; }
-  MASKED_OPS_INLINE const uint64_t* bits(int64_t i) const { return bits_.row(block_.column + i) + block_.k0 / 64; }
-  MASKED_OPS_INLINE Vec load(int64_t i, int64_t k) const { return Vec::loadu(Vec::predicate(bits(i), k), row(i) + k); }
+  MASKED_OPS_INLINE int64_t element() const { return block_.k0 * kDepth; }  // the block's first in a row
+  MASKED_OPS_INLINE const T* row(int64_t i) const { return weight_ + (block_.column + i) * ldw_ + element(); }
+  MASKED_OPS_INLINE const uint64_t* bits(int64_t i) const { return bits_.row(block_.column + i) + element() / 64; }
+  MASKED_OPS_INLINE Vec load(int64_t i, int64_t k) const {
+    k *= kDepth;
+    return Operand<T>::along(bits(i), k, ldw_ - element() - k, row(i) + k);
+  }
 
-  const float* weight_;
+  const T* weight_;
   int64_t ldw_;
   Bits bits_;
   Block block_ = {};
@@ -98,16 +106,20 @@ class MaskedRows {
 
 // B[k][j] = masked(matrix)[k0 + k][column + j], or of the plain matrix; zero from the block's columns to kNR. A step
 // copies one depth.
-template <bool kMasked>
+template <typename T, bool kMasked>
 class Columns {
  public:
-  Columns(const float* matrix, int64_t ld, Bits bits) : matrix_(matrix), ld_(ld), bits_(bits) {}
+  static constexpr bool kMasksB = kMasked;  // else the result of the product is what is masked
+
+  Columns(const T* matrix, int64_t rows, int64_t ld, Bits bits) : matrix_(matrix), rows_(rows), ld_(ld), bits_(bits) {}
 
   void start(const Block& block, float* B) {
     block_ = block;
     B_ = B;
-    at_ = ahead_ = matrix_ + block.k0 * ld_ + block.column;
-    at_bits_ = ahead_bits_ = kMasked ? bits_.row(block.k0) : nullptr;
+    const int64_t row = block.k0 * kDepth;
+    left_ = rows_ - row;
+    at_ = ahead_ = matrix_ + row * ld_ + block.column;
+    at_bits_ = ahead_bits_ = kMasked ? bits_.row(row) : nullptr;
     waiting_ = min(block.depth, tuning::kColumnsAhead);
     steps_ = block.depth + waiting_;
   }
@@ -116,11 +128,14 @@ class Columns {
 
   MASKED_OPS_INLINE void step() {
     MASKED_OPS_UNROLL
-    for (int j = 0; j < tuning::kNV; ++j) prefetch(ahead_ + j * L);
-    ahead_ += ld_;
-    if constexpr (kMasked) {
-      prefetch(ahead_bits_ + block_.column / 64);
-      ahead_bits_ += bits_.stride;
+    for (int d = 0; d < kDepth; ++d) {
+      MASKED_OPS_UNROLL
+      for (int j = 0; j < tuning::kNR; j += kLine) prefetch(ahead_ + j);
+      ahead_ += ld_;
+      if constexpr (kMasked) {
+        prefetch(ahead_bits_ + block_.column / 64);
+        ahead_bits_ += bits_.stride;
+      }
     }
     if (waiting_ > 0) {
       --waiting_;
@@ -129,28 +144,36 @@ class Columns {
     MASKED_OPS_UNROLL
     for (int j = 0; j < tuning::kNV; ++j) {
       Vec v = Vec::zero();
-      if (j * L < block_.columns) {
-        const auto lanes =
-            kMasked ? Vec::predicate(at_bits_, block_.column + j * L) : Vec::first(block_.columns - j * L);
-        v = Vec::loadu(lanes, at_ + j * L);
+      const int64_t columns = block_.columns - j * L;
+      if (columns > 0) {
+        Vec::Predicate lanes[kDepth] = {};
+        MASKED_OPS_UNROLL
+        for (int d = 0; d < kDepth; ++d) {
+          if (d > 0 && left_ <= d) break;
+          lanes[d] = kMasked ? Vec::predicate(at_bits_ + d * bits_.stride, block_.column + j * L) : Vec::first(columns);
+        }
+        v = Operand<T>::across(lanes, columns, at_ + j * L, ld_);
       }
       v.store(B_ + j * L);
     }
-    at_ += ld_;
-    if constexpr (kMasked) at_bits_ += bits_.stride;
+    left_ -= kDepth;
+    at_ += kDepth * ld_;
+    if constexpr (kMasked) at_bits_ += kDepth * bits_.stride;
     B_ += tuning::kNR;
   }
 
  private:
-  static constexpr int L = Vec::kLanes;
+  static constexpr int L = Vec::kLanes, kDepth = Operand<T>::kDepth;
+  static constexpr int kLine = 64 / sizeof(T);
 
-  const float* matrix_;
-  int64_t ld_;
+  const T* matrix_;
+  int64_t rows_, ld_;
   Bits bits_;
   Block block_ = {};
   float* B_ = nullptr;
-  const float *at_ = nullptr, *ahead_ = nullptr;
+  const T *at_ = nullptr, *ahead_ = nullptr;
   const uint64_t *at_bits_ = nullptr, *ahead_bits_ = nullptr;
+  int64_t left_ = 0;  // rows from at_ on
   int64_t steps_ = 0, waiting_ = 0;
 };
 
@@ -158,18 +181,20 @@ class Columns {
 constexpr int kDepthOfA = Vec::kLanes * (Vec::kLanes / tuning::kMR);
 
 // One panel of A from the rows of a matrix: A[k][i] = matrix[m0 + i][k0 + k] for i < rows (<= kMR), zero up to kMR and
-// up to the next multiple of kDepthOfA depths.
-MASKED_OPS_INLINE void pack_row_panel(const float* matrix, int64_t ld, int64_t m0, int64_t rows, int64_t k0,
-                                      int64_t depth, float* A) {
-  constexpr int L = Vec::kLanes, kMR = tuning::kMR, kParts = L / kMR;
+// up to the next multiple of kDepthOfA depths. The matrix has ld columns.
+template <typename T>
+MASKED_OPS_INLINE void pack_row_panel(const T* matrix, int64_t ld, int64_t m0, int64_t rows, int64_t k0, int64_t depth,
+                                      float* A) {
+  constexpr int L = Vec::kLanes, kMR = tuning::kMR, kParts = L / kMR, kDepth = Operand<T>::kDepth;
   static_assert(kParts == 1 || kParts == 2);
-  const float* from = matrix + m0 * ld + k0;
+  const T* from = matrix + m0 * ld + k0 * kDepth;
+  const int64_t elements = min(depth * kDepth, ld - k0 * kDepth);
   for (int64_t k = 0; k < depth; k += kDepthOfA) {
     Vec tile[L];  // a vector of each row, then the next vector of each row
     MASKED_OPS_UNROLL
     for (int i = 0; i < L; ++i) {
-      const int64_t at = k + i / kMR * L;
-      tile[i] = i % kMR < rows ? Vec::loadu(Vec::first(depth - at), from + i % kMR * ld + at) : Vec::zero();
+      const int64_t at = (k + i / kMR * L) * kDepth;
+      tile[i] = i % kMR < rows ? Operand<T>::along(elements - at, from + i % kMR * ld + at) : Vec::zero();
     }
     transpose(tile);
     float* to = A + k * kMR;
@@ -185,21 +210,24 @@ MASKED_OPS_INLINE void pack_row_panel(const float* matrix, int64_t ld, int64_t m
 }
 
 // Panels of A from the columns of a matrix: panel[p][k][i] = matrix[k0 + k][m0 + p * height + i] for i < height, up to
-// `columns` in all, undefined beyond; panels are `pitch` floats apart.
-MASKED_OPS_INLINE void pack_column_panels(const float* matrix, int64_t ld, int64_t m0, int64_t columns, int64_t height,
-                                          int64_t k0, int64_t depth, float* A, int64_t pitch) {
+// `columns` in all, undefined beyond; panels are `pitch` floats apart. The matrix has `elements` rows.
+template <typename T>
+MASKED_OPS_INLINE void pack_column_panels(const T* matrix, int64_t elements, int64_t ld, int64_t m0, int64_t columns,
+                                          int64_t height, int64_t k0, int64_t depth, float* A, int64_t pitch) {
+  constexpr int kMR = tuning::kMR, kDepth = Operand<T>::kDepth;
   constexpr int64_t kRows = 8;  // at a time: whole cache lines of A
   for (int64_t k = 0; k < depth; k += kRows) {
-    const float* from = matrix + (k0 + k) * ld + m0;
-    float* to = A + k * tuning::kMR;
-    const int64_t rows = min(kRows, depth - k);
+    const T* from = matrix + (k0 + k) * kDepth * ld + m0;
+    const int64_t left = elements - (k0 + k) * kDepth, rows = min(kRows, depth - k);
+    float* to = A + k * kMR;
     for (int64_t i = 0; i < columns; i += height, to += pitch) {
-      if (i + tuning::kMR <= columns) {
-        for (int64_t r = 0; r < rows; ++r)
-          std::memcpy(to + r * tuning::kMR, from + r * ld + i, sizeof(float) * tuning::kMR);
-      } else {
-        for (int64_t r = 0; r < rows; ++r)
-          std::memcpy(to + r * tuning::kMR, from + r * ld + i, sizeof(float) * (columns - i));
+      const int64_t n = min<int64_t>(columns - i, kMR);
+      for (int64_t r = 0; r < rows; ++r) {
+        Vec::Predicate lanes[kDepth] = {};
+        MASKED_OPS_UNROLL
+        for (int d = 0; d < kDepth; ++d) lanes[d] = r * kDepth + d < left ? Vec::first(n) : Vec::Predicate(0);
+        const Vec operands = Operand<T>::across(lanes, columns - i, from + r * kDepth * ld + i, ld);
+        operands.storeu(Vec::first(n), to + r * kMR);
       }
     }
   }

@@ -2,7 +2,8 @@
 //
 // Both operands are packed into tiles [features][lanes]. A task takes a panel of rows through all blocks of columns
 // (see sparse_index.h): a row of grad_output is in registers while the segment's entries are taken, the block of input
-// in L1. As many dot products as a vector has lanes are summed across at a time.
+// in L1. As many dot products as a vector has lanes are summed across at a time. Values of 16 bits are summed as floats
+// and rounded at the end.
 #include "kernels.h"
 #include "sparse_tiles.h"
 
@@ -15,9 +16,10 @@ struct Operands {
   const uint8_t* columns;  // of the first segment's first entry that is wanted
   int64_t stride;          // entries from segment to segment
   const SparseIndex::Segment* segments;
-  const float* x;   // the block's [block_cols][lanes]
-  const float* dy;  // the panel's [row][lanes]
-  float* results;   // segment.value counts from here
+  const float* x;        // the block's [block_cols][lanes]
+  const int32_t* table;  // or where its columns are
+  const float* dy;       // the panel's [row][lanes]
+  float* results;        // segment.value counts from here
   bool accumulate;
 };
 
@@ -30,7 +32,7 @@ MASKED_OPS_INLINE Vec dot(const Vec (&dy)[NV], const float* x) {
 }
 
 // N <= L entries of each segment of a run. Columns and segments are loaded one segment ahead (see spmm.cpp).
-template <int NV, int N>
+template <int NV, bool kTable, int N>
 __attribute__((noinline)) void dots(int64_t segments, Operands o) {
   constexpr int kWords = (N + 7) / 8;
   uint64_t words[kWords];
@@ -57,7 +59,7 @@ __attribute__((noinline)) void dots(int64_t segments, Operands o) {
       Vec sum[4];
       MASKED_OPS_UNROLL
       for (int i = 0; i < 4; ++i) {
-        sum[i] = 4 * q + i < N ? dot<NV>(dy, o.x + int64_t{uint8_t(word)} * (NV * L)) : Vec::zero();
+        sum[i] = 4 * q + i < N ? dot<NV>(dy, row_of<NV, kTable>(o.x, o.table, uint8_t(word))) : Vec::zero();
         word >>= 8;
       }
       quads[q] = 4 * q < N ? sum_quads(sum[0], sum[1], sum[2], sum[3]) : Vec::zero();
@@ -70,29 +72,29 @@ __attribute__((noinline)) void dots(int64_t segments, Operands o) {
 
 using Dots = void (*)(int64_t segments, Operands);
 
-template <int NV>
+template <int NV, bool kTable>
 struct DotsTable {
   Dots dots_of[L + 1];
 
   constexpr DotsTable() : dots_of{} { fill<L>(); }
   template <int N>
   constexpr void fill() {
-    dots_of[N] = dots<NV, N>;
+    dots_of[N] = dots<NV, kTable, N>;
     if constexpr (N > 1) fill<N - 1>();
   }
 };
 
-template <int NV>
-void sample_tile(const SparseIndex& index, int64_t tile, const float* x, const float* dy, float* results,
-                 bool accumulate) {
-  static constexpr DotsTable<NV> table;
+template <int NV, bool kTable>
+void sample(const SparseIndex& index, int64_t tile, const float* x, const int32_t* places, const float* dy,
+            float* results, bool accumulate) {
+  static constexpr DotsTable<NV, kTable> table;
   const uint8_t* columns = index.columns + index.tiles[tile].entry;
   const SparseIndex::Segment* segments = index.segments + index.tiles[tile].segment;
   for (int64_t r = index.tiles[tile].run; r < index.tiles[tile + 1].run; ++r) {
     const int64_t count = index.runs[r].count, n = index.runs[r].segments;
     for (int64_t first = 0; first < count; first += L) {
       table.dots_of[min<int64_t>(L, count - first)](
-          n, {columns + first, count, segments, x, dy, results + first, accumulate});
+          n, {columns + first, count, segments, x, places, dy, results + first, accumulate});
     }
     columns += count * n;
     segments += n;
@@ -101,15 +103,37 @@ void sample_tile(const SparseIndex& index, int64_t tile, const float* x, const f
 
 }  // namespace
 
-void sddmm(const Team& team, const SparseIndex& index, int64_t M, const float* grad_output, const float* input,
-           float* grad_values) {
+void sample_tile(const SparseIndex& index, int64_t tile, int vectors, const float* x, const float* dy, float* results,
+                 bool accumulate) {
+  with_vectors(vectors,
+               [&](auto nv) { sample<decltype(nv)::value, false>(index, tile, x, nullptr, dy, results, accumulate); });
+}
+
+void sample_tile(const SparseIndex& index, int64_t tile, int vectors, const float* x, const int32_t* table,
+                 const float* dy, float* results, bool accumulate) {
+  with_conv_vectors(
+      vectors, [&](auto nv) { sample<decltype(nv)::value, true>(index, tile, x, table, dy, results, accumulate); });
+}
+
+namespace {
+
+template <typename T>
+void sample_all(const Team& team, const SparseIndex& index, int64_t M, const T* grad_output, const T* input,
+                T* grad_values) {
+  const int64_t nnz = index.tiles[index.panels * index.blocks].entry;
+  float* sums;
+  if constexpr (kIsFloat<T>) {
+    sums = grad_values;
+  } else {
+    sums = static_cast<float*>(scratch(Slot::kValues, nnz * sizeof(float)));
+  }
   const int vectors = tuning::kMaxVectors;
   const int64_t width = vectors * L;
   const int64_t deepest = max<int64_t>(max(index.rows, index.cols), 1);
   const int64_t chunk = max<int64_t>(tuning::kPackedBytes / int64_t{sizeof(float)} / deepest / width, 1) * width;
   for (int64_t m = 0; m < M; m += chunk) {
     const Tiles tiles = {min(chunk, M - m), vectors};
-    const auto pack = [&](Slot slot, const float* matrix, int64_t depth) {
+    const auto pack = [&](Slot slot, const T* matrix, int64_t depth) {
       float* const packed = static_cast<float*>(scratch(slot, tiles.offset(tiles.count(), depth) * sizeof(float)));
       pack_tiles(team, matrix + m * depth, tiles, depth, packed);
       return packed;
@@ -117,22 +141,36 @@ void sddmm(const Team& team, const SparseIndex& index, int64_t M, const float* g
     const float* const x = pack(Slot::kPanelA, input, index.cols);
     const float* const dy = pack(Slot::kPanelB, grad_output, index.rows);
     team.for_each(index.panels, [&](int64_t panel) {
-      float* const results = grad_values + index.panel_values[panel];
+      float* const results = sums + index.panel_values[panel];
       for (int64_t t = 0; t < tiles.count(); ++t) {
-        with_vectors(tiles.vectors_of(t), [&](auto vectors_of_tile) {
-          constexpr int NV = decltype(vectors_of_tile)::value;
-          const float* const x_tile = x + tiles.offset(t, index.cols);
-          const float* const dy_panel = dy + tiles.offset(t, index.rows) + panel * index.panel_rows * (NV * L);
-          for (int64_t block = 0; block < index.blocks; ++block) {
-            const int64_t tile = panel * index.blocks + block;
-            prefetch_tile(index, tile + 1);
-            sample_tile<NV>(index, tile, x_tile + block * index.block_cols * (NV * L), dy_panel, results,
-                            m > 0 || t > 0);
-          }
-        });
+        const int64_t lanes = tiles.vectors_of(t) * L;
+        const float* const x_tile = x + tiles.offset(t, index.cols);
+        const float* const dy_panel = dy + tiles.offset(t, index.rows) + panel * index.panel_rows * lanes;
+        for (int64_t block = 0; block < index.blocks; ++block) {
+          const int64_t tile = panel * index.blocks + block;
+          prefetch_tile(index, tile + 1);
+          sample_tile(index, tile, tiles.vectors_of(t), x_tile + block * index.block_cols * lanes, dy_panel, results,
+                      m > 0 || t > 0);
+        }
+      }
+      if (!kIsFloat<T> && m + chunk >= M) {
+        const int64_t first = index.panel_values[panel];
+        const int64_t end = panel + 1 < index.panels ? index.panel_values[panel + 1] : nnz;
+        round_floats(results, end - first, grad_values + first);
       }
     });
   }
+}
+
+}  // namespace
+
+void sddmm(const Team& team, const SparseIndex& index, Dtype dtype, int64_t M, const void* grad_output,
+           const void* input, void* grad_values) {
+  with_element(dtype, [&](auto element) {
+    using T = decltype(element);
+    sample_all(team, index, M, static_cast<const T*>(grad_output), static_cast<const T*>(input),
+               static_cast<T*>(grad_values));
+  });
 }
 
 }  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <new>
 
+#include "conv_geometry.h"
 #include "kernels.h"
 #include "tuning.h"
 
@@ -26,26 +27,41 @@ struct Range {
   int64_t first, last;
 };
 
-// A weight as it is: rows are rows, a block is a range of words in each.
+struct Block : Range {
+  int64_t width;  // of all blocks but the last
+};
+
+// A weight as it is: rows are rows.
 struct Plain {
   Bits bits;
   const int64_t* offsets;
 
-  void count(Range rows, Range cols, uint16_t* counts) const {
+  // Calls body(word, column of its first bit) for the words of columns [first, last) of a row.
+  template <typename Body>
+  void for_words(int64_t row, Range cols, const Body& body) const {
+    for (int64_t w = cols.first / 64; w < ceil_div(cols.last, 64); ++w) {
+      uint64_t word = bits.row(row)[w];
+      if (w * 64 < cols.first) word &= ~uint64_t{0} << (cols.first - w * 64);
+      if (w * 64 + 64 > cols.last) word &= ~uint64_t{0} >> (w * 64 + 64 - cols.last);
+      body(word, w * 64);
+    }
+  }
+
+  void count(Range rows, Block cols, uint16_t* counts) const {
     for (int64_t r = rows.first; r < rows.last; ++r) {
       int64_t n = 0;
-      for (int64_t w = cols.first / 64; w < ceil_div(cols.last, 64); ++w) n += __builtin_popcountll(bits.row(r)[w]);
+      for_words(r, cols, [&](uint64_t word, int64_t) { n += __builtin_popcountll(word); });
       *counts++ = uint16_t(n);
     }
   }
 
   // Entries of row r go to starts[r] and on.
-  void fill(Range rows, Range cols, uint32_t* starts, uint8_t* columns, uint32_t*) const {
+  void fill(Range rows, Block cols, uint32_t* starts, uint8_t* columns, uint32_t*) const {
     for (int64_t r = rows.first; r < rows.last; ++r) {
       uint8_t* to = columns + *starts++;
-      for (int64_t w = cols.first / 64; w < ceil_div(cols.last, 64); ++w) {
-        for_bits(bits.row(r)[w], [&](int i) { *to++ = uint8_t(w * 64 + i - cols.first); });
-      }
+      for_words(r, cols, [&](uint64_t word, int64_t column) {
+        for_bits(word, [&](int i) { *to++ = uint8_t(column + i - cols.first); });
+      });
     }
   }
 };
@@ -55,7 +71,7 @@ struct Transposed {
   Bits bits;
   const int64_t* offsets;
 
-  void count(Range rows, Range cols, uint16_t* counts) const {
+  void count(Range rows, Block cols, uint16_t* counts) const {
     for (int64_t r = rows.first; r < rows.last; ++r) counts[r - rows.first] = 0;
     for (int64_t c = cols.first; c < cols.last; ++c) {
       for (int64_t w = rows.first / 64; w < ceil_div(rows.last, 64); ++w) {
@@ -64,7 +80,7 @@ struct Transposed {
     }
   }
 
-  void fill(Range rows, Range cols, uint32_t* starts, uint8_t* columns, uint32_t* positions) const {
+  void fill(Range rows, Block cols, uint32_t* starts, uint8_t* columns, uint32_t* positions) const {
     for (int64_t c = cols.first; c < cols.last; ++c) {
       int64_t position = offsets[c];
       for (int64_t w = 0; w < rows.first / 64; ++w) position += __builtin_popcountll(bits.row(c)[w]);
@@ -77,6 +93,94 @@ struct Transposed {
       }
     }
   }
+};
+
+// The matrix of a convolution's gradient with respect to its input: rows are input channels, columns are (output
+// channel of the row's group, tap), by the phases of conv_geometry.h.
+class Flipped {
+ public:
+  Flipped(Bits bits, const int64_t* offsets, const Convolution& c)
+      : offsets(offsets),
+        bits_(bits),
+        c_(c),
+        into_(c.in_channels / c.groups),
+        out_(c.out_channels / c.groups),
+        taps_(c.kernel[0] * c.kernel[1] * c.kernel[2]) {}
+
+  const int64_t* offsets;
+
+  void count(Range rows, Block cols, uint16_t* counts) const {
+    for (int64_t r = rows.first; r < rows.last; ++r) counts[r - rows.first] = 0;
+    for_entries(rows, cols, [&](int64_t row, int64_t, int64_t) { ++counts[row - rows.first]; });
+  }
+
+  void fill(Range rows, Block cols, uint32_t* starts, uint8_t* columns, uint32_t* positions) const {
+    for_entries(rows, cols, [&](int64_t row, int64_t col, int64_t position) {
+      const uint32_t entry = starts[row - rows.first]++;
+      columns[entry] = uint8_t(col - cols.first);
+      positions[entry] = uint32_t(position);
+    });
+  }
+
+ private:
+  // The columns of one class of taps: from first on, one for each (output channel, tap of the class).
+  struct Class {
+    int64_t first, taps;
+    int64_t begin[3], period[3], count[3];
+
+    // Which of the class's taps a tap of the kernel is; -1 if it is none.
+    int64_t number_of(int64_t tap, const int64_t* kernel) const {
+      const int64_t at[3] = {tap / kernel[2] / kernel[1], tap / kernel[2] % kernel[1], tap % kernel[2]};
+      int64_t number = 0;
+      for (int d = 0; d < 3; ++d) {
+        if (at[d] < begin[d] || (at[d] - begin[d]) % period[d]) return -1;
+        number = number * count[d] + (at[d] - begin[d]) / period[d];
+      }
+      return number;
+    }
+  };
+
+  // All columns of a block belong to one class.
+  Class class_of(int64_t col, int64_t block_cols) const {
+    Class result = {};
+    for_tap_classes(c_, block_cols, [&](int64_t i, int64_t j, int64_t k, int64_t block) {
+      if (block * block_cols > col) return;
+      result = {block * block_cols, 1, {i, j, k}, {}, {}};
+      for (int d = 0; d < 3; ++d) {
+        result.period[d] = tap_period(c_, d);
+        result.count[d] = taps_of_class(c_, d, result.begin[d]);
+        result.taps *= result.count[d];
+      }
+    });
+    return result;
+  }
+
+  // body(row, column, position of the value) for the entries of a tile, by rising columns.
+  template <typename Body>
+  void for_entries(Range rows, Block cols, const Body& body) const {
+    const Class of = class_of(cols.first, cols.width);
+    const int64_t group = rows.first / into_, begin = cols.first - of.first, end = cols.last - of.first;
+    const int64_t first_bit = rows.first % into_ * taps_, last_bit = first_bit + (rows.last - rows.first) * taps_;
+    for (int64_t o = begin / of.taps; o < min(out_, ceil_div(end, of.taps)); ++o) {
+      const int64_t weight_row = group * out_ + o;
+      const uint64_t* const words = bits_.row(weight_row);
+      int64_t position = offsets[weight_row];
+      for (int64_t w = 0; w < first_bit / 64; ++w) position += __builtin_popcountll(words[w]);
+      for (int64_t w = first_bit / 64; w < ceil_div(last_bit, 64); ++w) {
+        for_bits(words[w], [&](int i) {
+          const int64_t bit = w * 64 + i - first_bit, value = position++;
+          if (bit < 0 || bit >= last_bit - first_bit) return;
+          const int64_t number = of.number_of(bit % taps_, c_.kernel);
+          const int64_t col = o * of.taps + number;
+          if (number >= 0 && col >= begin && col < end) body(rows.first + bit / taps_, of.first + col, value);
+        });
+      }
+    }
+  }
+
+  Bits bits_;
+  const Convolution& c_;
+  int64_t into_, out_, taps_;
 };
 
 // Rows of a tile by their number of weights.
@@ -120,23 +224,39 @@ void lay_out(const uint16_t* counts, int64_t n, Run* runs, Segment* segments, ui
   }
 }
 
+// How the matrix is cut.
 struct Shape {
-  int64_t rows, cols, panel_rows, panels, block_cols, blocks;
+  int64_t rows, cols, group_rows, panel_rows, panels, block_cols, blocks;
 
   // Panels end at words of bits if they are columns of the weight, and their values can be numbered with 32 bits if
   // they are rows.
   Shape(int64_t rows, int64_t cols, int64_t nnz, bool transposed, int threads)
-      : rows(rows), cols(cols), block_cols(tuning::block_cols(double(nnz) / (double(rows) * double(cols)))) {
+      : Shape(rows, rows, cols, nnz, transposed, threads) {}
+
+  Shape(int64_t rows, int64_t group_rows, int64_t cols, int64_t nnz, bool transposed, int threads)
+      : rows(rows),
+        cols(cols),
+        group_rows(group_rows),
+        block_cols(tuning::block_cols(double(nnz) / (double(rows) * double(cols)))) {
     const int64_t step = transposed ? 64 : 16;
     const int64_t limit = transposed ? tuning::transposed_panel_rows(block_cols) : kMaxIndexNnz / max<int64_t>(cols, 1);
     const int64_t most = min(tuning::kPanelRows, limit) / step * step;
-    const int64_t wanted = min<int64_t>(tuning::kTasksPerThread * threads, ceil_div(rows, tuning::kMinPanelRows));
-    panel_rows = ceil_div(ceil_div(rows, max(ceil_div(rows, most), wanted)), step) * step;
-    panels = ceil_div(rows, panel_rows);
+    const int64_t wanted = min<int64_t>(tuning::kTasksPerThread * threads, ceil_div(group_rows, tuning::kMinPanelRows));
+    panel_rows = ceil_div(ceil_div(group_rows, max(ceil_div(group_rows, most), wanted)), step) * step;
+    panels = rows / group_rows * ceil_div(group_rows, panel_rows);
     blocks = ceil_div(cols, block_cols);
   }
-  Range rows_of(int64_t panel) const { return {panel * panel_rows, min(rows, (panel + 1) * panel_rows)}; }
-  Range cols_of(int64_t block) const { return {block * block_cols, min(cols, (block + 1) * block_cols)}; }
+
+  void set_block_cols(int64_t columns) {
+    block_cols = columns;
+    blocks = ceil_div(cols, columns);
+  }
+  Range rows_of(int64_t panel) const {
+    const int64_t per_group = ceil_div(group_rows, panel_rows);
+    const int64_t group = panel / per_group * group_rows, row = panel % per_group * panel_rows;
+    return {group + row, group + min(group_rows, row + panel_rows)};
+  }
+  Block cols_of(int64_t block) const { return {{block * block_cols, min(cols, (block + 1) * block_cols)}, block_cols}; }
 };
 
 // One piece of memory: the struct, then the arrays by falling alignment.
@@ -172,10 +292,11 @@ struct Arrays {
     columns = reinterpret_cast<uint8_t*>(memory + at[5]);
     segments[total.segment] = {};
     std::memset(columns + total.entry, 0, SparseIndex::kLookahead);
-    index =
-        new (memory) SparseIndex{shape.rows, shape.cols, shape.panel_rows, shape.panels, shape.block_cols, shape.blocks,
-                                 transposed, bytes,      panel_values,     tiles,        segments,         positions,
-                                 runs,       columns};
+    index = new (memory) SparseIndex{shape.rows,       shape.cols,   shape.group_rows,
+                                     shape.panel_rows, shape.panels, shape.block_cols,
+                                     shape.blocks,     transposed,   bytes,
+                                     panel_values,     tiles,        segments,
+                                     positions,        runs,         columns};
   }
 };
 
@@ -209,7 +330,7 @@ SparseIndex* build(const Team& team, const Shape& shape, const Matrix& matrix, b
     uint32_t entries[kPanelRows], values[kPanelRows];
     for (int64_t r = 0; r < n && !transposed; ++r) values[r] = uint32_t(matrix.offsets[rows.first + r] - panel_value);
     for (int64_t block = 0; block < shape.blocks; ++block) {
-      const Range cols = shape.cols_of(block);
+      const Block cols = shape.cols_of(block);
       const Tile* const tile = arrays.tiles + panel * shape.blocks + block;
       if (tile[0].entry == tile[1].entry) continue;
       matrix.count(rows, cols, counts);
@@ -237,6 +358,28 @@ SparseIndex* make_index(const Team& team, Bits bits, int64_t rows, int64_t cols,
   }
   if (cols > kMaxIndexSide) return nullptr;
   return build(team, Shape(rows, cols, nnz, false, team.threads), Plain{bits, offsets}, false);
+}
+
+SparseIndex* make_conv_index(const Team& team, Bits bits, const Convolution& c, const int64_t* offsets,
+                             bool transposed) {
+  const int64_t nnz = offsets[c.out_channels], taps = c.kernel[0] * c.kernel[1] * c.kernel[2];
+  const int64_t into = c.in_channels / c.groups, out = c.out_channels / c.groups;
+  // Blocks of whole channels, where that is possible: what is packed of a channel serves one block alone.
+  const auto align = [&](Shape& shape) {
+    if (taps <= kMaxCount) shape.set_block_cols(max(shape.block_cols / taps, int64_t{1}) * taps);
+  };
+  if (!transposed) {
+    if (into * taps > kMaxIndexSide) return nullptr;
+    Shape shape(c.out_channels, out, into * taps, nnz, false, team.threads);
+    align(shape);
+    return build(team, shape, Plain{bits, offsets}, false);
+  }
+  if (nnz >= kMaxIndexNnz) return nullptr;
+  Shape shape(c.in_channels, into, out * taps, nnz, true, team.threads);
+  align(shape);
+  shape.blocks = for_tap_classes(c, shape.block_cols, [](int64_t, int64_t, int64_t, int64_t) {});
+  shape.cols = shape.blocks * shape.block_cols;
+  return build(team, shape, Flipped(bits, offsets, c), true);
 }
 
 }  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY

@@ -25,6 +25,7 @@ struct SparseIndex {
   };
 
   int64_t rows, cols;  // of the matrix that spmm multiplies with: weight, or its transpose
+  int64_t group_rows;  // no panel has rows of two groups; all rows, but for grouped convolutions
   int64_t panel_rows, panels;
   int64_t block_cols, blocks;
   bool transposed;
@@ -37,7 +38,18 @@ struct SparseIndex {
   const Run* runs;
   const uint8_t* columns;  // in the block, of each entry; and kLookahead bytes more
 
-  static constexpr int64_t kLookahead = 64;
+  // Loops look a segment ahead; sddmm, which takes segments in pieces, from the middle of one.
+  static constexpr int64_t kLookahead = 256;
+
+  int64_t panels_of_group() const { return (group_rows + panel_rows - 1) / panel_rows; }
+  // The first row of a panel; of panel = panels, the end of the last.
+  int64_t row_of(int64_t panel) const {
+    return panel / panels_of_group() * group_rows + panel % panels_of_group() * panel_rows;
+  }
+  int64_t rows_of(int64_t panel) const {
+    const int64_t left = group_rows - panel % panels_of_group() * panel_rows;
+    return left < panel_rows ? left : panel_rows;
+  }
 };
 
 }  // namespace masked_ops::cpu

@@ -2,6 +2,7 @@
 // into tiles [depth][lanes], so that an entry of the index names a row of aligned vectors.
 #pragma once
 
+#include "elements.h"
 #include "sparse_index.h"
 #include "tuning.h"
 
@@ -26,11 +27,7 @@ struct Tiles {
   }
 };
 
-// Calls body with std::integral_constant-like ints 1, 2, 4 or 8.
-template <int N>
-struct Int {
-  static constexpr int value = N;
-};
+// Calls body with Int 1, 2, 4 or 8; for convolutions 4, 7 or 8.
 template <typename Body>
 MASKED_OPS_INLINE void with_vectors(int vectors, const Body& body) {
   switch (vectors) {
@@ -43,6 +40,24 @@ MASKED_OPS_INLINE void with_vectors(int vectors, const Body& body) {
     default:
       return body(Int<8>());
   }
+}
+
+template <typename Body>
+MASKED_OPS_INLINE void with_conv_vectors(int vectors, const Body& body) {
+  switch (vectors) {
+    case 4:
+      return body(Int<4>());
+    case 7:
+      return body(Int<7>());
+    default:
+      return body(Int<8>());
+  }
+}
+
+// Of column j of a block of input, [column][lanes] or where the table says.
+template <int NV, bool kTable>
+MASKED_OPS_INLINE const float* row_of(const float* x, const int32_t* table, uint8_t column) {
+  return x + (kTable ? int64_t{table[column]} : int64_t{column} * (NV * Vec::kLanes));
 }
 
 // Vectors of a tile: as many as let the block of input stay in L1; the most, where a row has so few entries in a block
@@ -71,25 +86,25 @@ inline void prefetch_tile(const SparseIndex& index, int64_t tile) {
 }
 
 // packed[d][lane] = matrix[lane][d] for columns [d0, d1) of lanes rows; zero from there to the last vector's end.
-inline void pack_tile(const float* matrix, int64_t ld, int64_t lanes, int vectors, int64_t d0, int64_t d1,
-                      float* packed) {
+template <typename T>
+inline void pack_tile(const T* matrix, int64_t ld, int64_t lanes, int vectors, int64_t d0, int64_t d1, float* packed) {
   constexpr int L = Vec::kLanes;
   for (int v = 0; v < vectors; ++v) {
     const int64_t rows = min<int64_t>(L, lanes - v * L);
     for (int64_t d = d0; d < d1; d += L) {
       const int64_t columns = min<int64_t>(L, d1 - d);
-      const float* in = matrix + v * L * ld + d;
+      const T* in = matrix + v * L * ld + d;
       float* out = packed + d * vectors * L + v * L;
       Vec tile[L];
       if (rows == L && columns == L) {
         MASKED_OPS_UNROLL
-        for (int i = 0; i < L; ++i) tile[i] = Vec::loadu(in + i * ld);
+        for (int i = 0; i < L; ++i) tile[i] = load_floats(in + i * ld);
         transpose(tile);
         MASKED_OPS_UNROLL
         for (int i = 0; i < L; ++i) tile[i].store(out + i * vectors * L);
       } else {
         MASKED_OPS_UNROLL
-        for (int i = 0; i < L; ++i) tile[i] = i < rows ? Vec::loadu(Vec::first(columns), in + i * ld) : Vec::zero();
+        for (int i = 0; i < L; ++i) tile[i] = i < rows ? load_first(columns, in + i * ld) : Vec::zero();
         transpose(tile);
         for (int i = 0; i < columns; ++i) tile[i].store(out + i * vectors * L);
       }
@@ -98,7 +113,8 @@ inline void pack_tile(const float* matrix, int64_t ld, int64_t lanes, int vector
 }
 
 // All tiles of matrix[M][depth], by the team.
-inline void pack_tiles(const Team& team, const float* matrix, Tiles tiles, int64_t depth, float* packed) {
+template <typename T>
+inline void pack_tiles(const Team& team, const T* matrix, Tiles tiles, int64_t depth, float* packed) {
   const int64_t slices = ceil_div(depth, tuning::kPackSlice);
   team.for_each(tiles.count() * slices, [=](int64_t task) {
     const int64_t tile = task / slices, d0 = task % slices * tuning::kPackSlice;
@@ -106,5 +122,28 @@ inline void pack_tiles(const Team& team, const float* matrix, Tiles tiles, int64
               min(depth, d0 + tuning::kPackSlice), packed + tiles.offset(tile, depth));
   });
 }
+
+// [row][lanes] of a panel, before anything is added.
+template <typename T>
+void start_from_bias(const T* bias, int64_t rows, int64_t lanes, float* c) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const Vec value = bias ? Vec::set1(to_float(bias[r])) : Vec::zero();
+    for (int64_t j = 0; j < lanes; j += Vec::kLanes) value.store(c + r * lanes + j);
+  }
+}
+
+// spmm.cpp: c[row][lanes] += a tile of the index times its block of input, of 1, 2, 4 or 8 vectors. The segments'
+// values count from `values`; column j of the block is x[j][lanes].
+void multiply_tile(const SparseIndex&, int64_t tile, int vectors, const float* values, const float* x, float* c);
+// The same of 4, 7 or 8 vectors; column j of the block is at x + table[j], a multiple of a vector.
+void multiply_tile(const SparseIndex&, int64_t tile, int vectors, const float* values, const float* x,
+                   const int32_t* table, float* c);
+
+// sddmm.cpp: the tile's entries of dy * x^T, for the panel's dy[row][lanes]; the segments' results count from
+// `results`.
+void sample_tile(const SparseIndex&, int64_t tile, int vectors, const float* x, const float* dy, float* results,
+                 bool accumulate);
+void sample_tile(const SparseIndex&, int64_t tile, int vectors, const float* x, const int32_t* table, const float* dy,
+                 float* results, bool accumulate);
 
 }  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY

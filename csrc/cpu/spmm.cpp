@@ -3,7 +3,8 @@
 // The input is packed into tiles [K][lanes], whose blocks of columns fit L1 (see sparse_index.h). A task takes a panel
 // of rows through all blocks; the panel's part of the output, [row][lanes], stays in L2 and begins as the bias. Per
 // segment, the sums are in registers: an entry costs one byte of index, a quarter of a load of values, and one aligned
-// load per FMA. At the end the panel is transposed into the output.
+// load per FMA. At the end the panel is transposed into the output. Elements of 16 bits become floats on the way in,
+// the values all at once, and are rounded on the way out.
 #include "kernels.h"
 #include "sparse_tiles.h"
 
@@ -14,7 +15,7 @@ constexpr int L = Vec::kLanes;
 
 // Sets of sums per segment, so that eight FMAs do not wait for each other.
 template <int NV>
-constexpr int kSets = NV >= 8   ? 1
+constexpr int kSets = NV >= 7   ? 1
                       : NV == 4 ? 2
                                 : 4;
 
@@ -22,8 +23,9 @@ struct Operands {
   const uint8_t* columns;
   const SparseIndex::Segment* segments;
   const float* values;
-  const float* x;  // the block's [block_cols][lanes]
-  float* c;        // the panel's [row][lanes]
+  const float* x;        // the block's [block_cols][lanes]
+  const int32_t* table;  // or where its columns are
+  float* c;              // the panel's [row][lanes]
 };
 
 MASKED_OPS_INLINE Vec broadcast(Vec quad, int element) {
@@ -52,15 +54,15 @@ struct Sums {
   }
 
   // Adds N <= 8 entries: their columns are the bytes of word, their values v[0..N).
-  template <int N>
-  MASKED_OPS_INLINE void add(uint64_t word, const float* v, const float* x) {
+  template <int N, bool kTable>
+  MASKED_OPS_INLINE void add(uint64_t word, const float* v, const float* x, const int32_t* table) {
     Vec quad;
     MASKED_OPS_UNROLL
     for (int i = 0; i < N; ++i) {
       const bool whole = i / 4 * 4 + 4 <= N;
       if (whole && i % 4 == 0) quad = Vec::quad(v + i);
       const Vec value = whole ? broadcast(quad, i % 4) : Vec::set1(v[i]);
-      const float* row = x + int64_t{uint8_t(word)} * (NV * L);
+      const float* row = row_of<NV, kTable>(x, table, uint8_t(word));
       word >>= 8;
       MASKED_OPS_UNROLL
       for (int j = 0; j < NV; ++j) sum[i % kSets<NV>][j] = fmadd(value, Vec::load(row + j * L), sum[i % kSets<NV>][j]);
@@ -79,7 +81,7 @@ struct Sums {
 };
 
 // A run of segments of N entries. The columns of a segment are loaded while the one before it is computed.
-template <int NV, int N>
+template <int NV, bool kTable, int N>
 __attribute__((noinline)) void short_run(int64_t segments, Operands o) {
   constexpr int kWords = (N + 7) / 8;
   uint64_t words[kWords];
@@ -99,9 +101,9 @@ __attribute__((noinline)) void short_run(int64_t segments, Operands o) {
       const uint64_t word = words[w];
       words[w] = load_ahead(o.columns + 8 * w);
       if (8 * w + 8 <= N) {
-        sums.template add<8>(word, v + 8 * w, o.x);
+        sums.template add<8, kTable>(word, v + 8 * w, o.x, o.table);
       } else {
-        sums.template add<N % 8>(word, v + 8 * w, o.x);
+        sums.template add<N % 8, kTable>(word, v + 8 * w, o.x, o.table);
       }
     }
     sums.add_to(c);
@@ -109,7 +111,7 @@ __attribute__((noinline)) void short_run(int64_t segments, Operands o) {
 }
 
 // A run of segments of count entries, kRest of them beyond the last whole octet.
-template <int NV, int kRest>
+template <int NV, bool kTable, int kRest>
 __attribute__((noinline)) void long_run(int64_t segments, int count, Operands o) {
   uint64_t word = load_ahead(o.columns);
   SparseIndex::Segment next = o.segments[0];
@@ -122,13 +124,13 @@ __attribute__((noinline)) void long_run(int64_t segments, int count, Operands o)
       const uint64_t now = word;
       word = load_ahead(o.columns += 8);
       prefetch_l2(v + count + 12);
-      sums.template add<8>(now, v, o.x);
+      sums.template add<8, kTable>(now, v, o.x, o.table);
       v += 8;
     }
     if (kRest) {
       const uint64_t now = word;
       word = load_ahead(o.columns += kRest);
-      sums.template add<kRest>(now, v, o.x);
+      sums.template add<kRest, kTable>(now, v, o.x, o.table);
     }
     sums.add_to(c);
   }
@@ -140,7 +142,7 @@ using LongRun = void (*)(int64_t segments, int count, Operands);
 // Runs of up to kShort entries are unrolled whole.
 constexpr int kShort = 24;
 
-template <int NV>
+template <int NV, bool kTable>
 struct RunTable {
   ShortRun short_runs[kShort + 1];
   LongRun long_runs[8];
@@ -149,15 +151,15 @@ struct RunTable {
 
   template <int N>
   constexpr void fill() {
-    short_runs[N] = short_run<NV, N>;
-    if constexpr (N <= 8) long_runs[N - 1] = long_run<NV, N - 1>;
+    short_runs[N] = short_run<NV, kTable, N>;
+    if constexpr (N <= 8) long_runs[N - 1] = long_run<NV, kTable, N - 1>;
     if constexpr (N > 1) fill<N - 1>();
   }
 };
 
-template <int NV>
-void multiply_tile(const SparseIndex& index, int64_t tile, Operands o) {
-  static constexpr RunTable<NV> table;
+template <int NV, bool kTable>
+void multiply(const SparseIndex& index, int64_t tile, Operands o) {
+  static constexpr RunTable<NV, kTable> table;
   for (int64_t r = index.tiles[tile].run; r < index.tiles[tile + 1].run; ++r) {
     const int count = index.runs[r].count, segments = index.runs[r].segments;
     if (count <= kShort) {
@@ -170,15 +172,26 @@ void multiply_tile(const SparseIndex& index, int64_t tile, Operands o) {
   }
 }
 
-void start_from_bias(const float* bias, int64_t rows, int64_t lanes, float* c) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const Vec value = bias ? Vec::set1(bias[r]) : Vec::zero();
-    for (int64_t j = 0; j < lanes; j += L) value.store(c + r * lanes + j);
-  }
+}  // namespace
+
+void multiply_tile(const SparseIndex& index, int64_t tile, int vectors, const float* values, const float* x, float* c) {
+  const SparseIndex::Tile begin = index.tiles[tile];
+  const Operands operands = {index.columns + begin.entry, index.segments + begin.segment, values, x, nullptr, c};
+  with_vectors(vectors, [&](auto nv) { multiply<decltype(nv)::value, false>(index, tile, operands); });
 }
 
+void multiply_tile(const SparseIndex& index, int64_t tile, int vectors, const float* values, const float* x,
+                   const int32_t* table, float* c) {
+  const SparseIndex::Tile begin = index.tiles[tile];
+  const Operands operands = {index.columns + begin.entry, index.segments + begin.segment, values, x, table, c};
+  with_conv_vectors(vectors, [&](auto nv) { multiply<decltype(nv)::value, true>(index, tile, operands); });
+}
+
+namespace {
+
 // output[lane][r] = c[r][lane] for the valid lanes of a tile.
-void store_output(const float* c, int64_t rows, int64_t width, int64_t lanes, float* output, int64_t ld) {
+template <typename T>
+void store_output(const float* c, int64_t rows, int64_t width, int64_t lanes, T* output, int64_t ld) {
   for (int64_t j = 0; j < lanes; j += L) {
     const int64_t valid = min<int64_t>(L, lanes - j);
     for (int64_t r = 0; r < rows; r += L) {
@@ -187,12 +200,12 @@ void store_output(const float* c, int64_t rows, int64_t width, int64_t lanes, fl
       MASKED_OPS_UNROLL
       for (int i = 0; i < L; ++i) tile[i] = Vec::load(c + (r + i) * width + j);
       transpose(tile);
-      float* const to = output + j * ld + r;
+      T* const to = output + j * ld + r;
       if (columns == L && valid == L) {
         MASKED_OPS_UNROLL
-        for (int i = 0; i < L; ++i) tile[i].storeu(to + i * ld);
+        for (int i = 0; i < L; ++i) store_floats(tile[i], to + i * ld);
       } else {
-        for (int64_t i = 0; i < valid; ++i) tile[i].storeu(Vec::first(columns), to + i * ld);
+        for (int64_t i = 0; i < valid; ++i) store_floats(tile[i], columns, to + i * ld);
       }
     }
   }
@@ -218,8 +231,9 @@ const float* gather_values(const SparseIndex& index, int64_t tile, const float* 
 }
 
 // One panel of the output for tiles [first, last) of the packed input x.
+template <typename T>
 void multiply_panel(const SparseIndex& index, const float* values, int64_t panel, Tiles tiles, int64_t first,
-                    int64_t last, const float* x, const float* bias, float* output) {
+                    int64_t last, const float* x, const T* bias, T* output) {
   const int64_t row = panel * index.panel_rows, rows = min(index.panel_rows, index.rows - row);
   const int64_t padded = ceil_div(rows, L) * L;
   float* const c =
@@ -230,16 +244,12 @@ void multiply_panel(const SparseIndex& index, const float* values, int64_t panel
   }
   for (int64_t block = 0; block < index.blocks; ++block) {
     const int64_t tile = panel * index.blocks + block;
-    const SparseIndex::Tile begin = index.tiles[tile];
-    if (begin.entry == index.tiles[tile + 1].entry) continue;
+    if (index.tiles[tile].entry == index.tiles[tile + 1].entry) continue;
     const float* const v = index.transposed ? gather_values(index, tile, values) : values + index.panel_values[panel];
     for (int64_t t = first; t < last; ++t) {
-      with_vectors(tiles.vectors_of(t), [&](auto vectors) {
-        constexpr int NV = decltype(vectors)::value;
-        const float* const x_block = x + tiles.offset(t, index.cols) + block * index.block_cols * (NV * L);
-        multiply_tile<NV>(index, tile,
-                          {index.columns + begin.entry, index.segments + begin.segment, v, x_block, c_of(t)});
-      });
+      const int vectors = tiles.vectors_of(t);
+      const float* const x_block = x + tiles.offset(t, index.cols) + block * index.block_cols * vectors * L;
+      multiply_tile(index, tile, vectors, v, x_block, c_of(t));
     }
   }
   for (int64_t t = first; t < last; ++t) {
@@ -248,10 +258,11 @@ void multiply_panel(const SparseIndex& index, const float* values, int64_t panel
   }
 }
 
-}  // namespace
-
-void spmm(const Team& team, const SparseIndex& index, const float* values, int64_t M, const float* input,
-          const float* bias, float* output) {
+template <typename T>
+void multiply_all(const Team& team, const SparseIndex& index, const T* all_values, int64_t M, const T* input,
+                  const T* bias, T* output) {
+  const float* const values =
+      as_floats(team, Slot::kPanelB, all_values, index.tiles[index.panels * index.blocks].entry);
   const int vectors = tile_vectors(index);
   const int64_t width = vectors * L;
   const int64_t chunk =
@@ -270,6 +281,17 @@ void spmm(const Team& team, const SparseIndex& index, const float* values, int64
                      output + m * index.rows);
     });
   }
+}
+
+}  // namespace
+
+void spmm(const Team& team, const SparseIndex& index, Dtype dtype, const void* values, int64_t M, const void* input,
+          const void* bias, void* output) {
+  with_element(dtype, [&](auto element) {
+    using T = decltype(element);
+    multiply_all(team, index, static_cast<const T*>(values), M, static_cast<const T*>(input),
+                 static_cast<const T*>(bias), static_cast<T*>(output));
+  });
 }
 
 }  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY

@@ -1,4 +1,5 @@
 // The capability's kernels, in the order of api.h: one line here for each new one.
+#include "elements.h"
 #include "kernels.h"
 
 namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
@@ -6,6 +7,7 @@ namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
 extern const Kernels table;
 const Kernels table = {
     .capability = MASKED_OPS_STRING(MASKED_OPS_CAPABILITY),
+    .bf16_dots = Operand<BFloat16>::kDepth == 2,
     .pack_mask = pack_mask,
     .mask_copy = mask_copy,
     .mask_multiply = mask_multiply,
@@ -18,6 +20,13 @@ const Kernels table = {
     .make_index = make_index,
     .spmm = spmm,
     .sddmm = sddmm,
+    .make_conv_index = make_conv_index,
+    .conv_spmm = conv_spmm,
+    .conv_sddmm = conv_sddmm,
+    .row_columns = row_columns,
+    .spmv = spmv,
+    .spmv_transposed = spmv_transposed,
+    .sampled_outer = sampled_outer,
     .fma_loop = fma_loop,
     .read_loop = read_loop,
 };

@@ -31,6 +31,28 @@ constexpr int64_t kPackRun = 64;
 constexpr int64_t kRowsAhead = 12;
 constexpr int64_t kColumnsAhead = 32;
 
+// Up to this many rows of input, a weight is not packed (gemv.cpp); they are taken kSmallTile at a time, with as many
+// sums in registers as leave room for what is multiplied.
+constexpr int64_t kSmallRows = 16;
+#if defined(__AVX512F__)
+constexpr int kSmallTile = 8, kSmallSums = 24, kSmallVectors = 6;
+#else
+constexpr int kSmallTile = 4, kSmallSums = 9, kSmallVectors = 4;
+#endif
+// Elements of a weight per task; how far forward prefetches along a row; columns of a strip and rows of a block of
+// grad_input.
+constexpr int64_t kSmallGrain = int64_t{1} << 14;
+constexpr int64_t kBytesAhead = 2048;
+constexpr int64_t kSmallStrip = 512, kSmallBlock = 32;
+// grad_input of up to kAxpyRows rows goes by rows of the weight, in strips of this many columns. Tiles of grad_weight.
+constexpr int kAxpyRows = 3;
+constexpr int64_t kAxpyStrip = 1024;
+#if defined(__AVX512F__)
+constexpr int kOuterRows = 4, kOuterVectors = 4;
+#else
+constexpr int kOuterRows = 4, kOuterVectors = 2;
+#endif
+
 // Elements per task of the passes over a mask or a weight (64 KB of floats: several tasks a thread, little overhead).
 constexpr int64_t kPassGrain = int64_t{1} << 14;
 
@@ -59,5 +81,10 @@ constexpr int64_t kTasksPerThread = 2;
 // Packed input of all lanes that are taken at a time; at least one tile.
 constexpr int64_t kPackedBytes = int64_t{16} << 20;
 constexpr int64_t kPackSlice = 128;  // columns packed by one task
+
+// Convolution: vectors that packing prefetches ahead of itself.
+constexpr int64_t kVectorsAhead = 128;
+// The most that partial results of grad_weight take, all threads together.
+constexpr int64_t kPartialBytes = int64_t{32} << 20;
 
 }  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY::tuning

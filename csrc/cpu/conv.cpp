@@ -1,0 +1,238 @@
+// Sparse convolution: im2col strip by strip, then the tiles of spmm.cpp and sddmm.cpp.
+//
+// A task takes a strip of positions through all blocks of columns; of each it packs the strip's input into L1 and
+// multiplies all rows with it, whose sums, [row][lanes], stay in L2. Nothing that it keeps grows with the batch.
+#include "im2col.h"
+#include "kernels.h"
+
+namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
+namespace {
+
+constexpr int L = Vec::kLanes;
+
+// Panels [first, last) in runs of one group each: body(group, first, last).
+template <typename Body>
+void for_groups(const SparseIndex& index, int64_t first, int64_t last, const Body& body) {
+  const int64_t per_group = index.panels_of_group();
+  while (first < last) {
+    const int64_t group = first / per_group, end = min(last, (group + 1) * per_group);
+    body(group, first, end);
+    first = end;
+  }
+}
+
+int64_t rows_between(const SparseIndex& index, int64_t first, int64_t last) {
+  return index.row_of(last - 1) + index.rows_of(last - 1) - index.row_of(first);
+}
+
+// The columns of a phase: (channel, tap), in blocks.
+struct Columns {
+  int64_t channels;  // of a group
+  int64_t taps, columns, first_block, block_cols;
+  PackedChannel packed;
+  const int32_t* table;  // where column j is, from the first channel of its block
+
+  Columns(const Convolution& c, const SparseIndex& index, const Cut& cut)
+      : channels((index.transposed ? c.out_channels : c.in_channels) / c.groups),
+        taps(cut.phase->taps()),
+        columns(channels * taps),
+        first_block(cut.phase->first_block),
+        block_cols(index.block_cols),
+        packed(*cut.phase, cut.lanes(), cut.pitch) {
+    int32_t* const places = static_cast<int32_t*>(scratch(Slot::kTable, size_t(columns + taps) * sizeof(int32_t)));
+    int32_t* const of_taps = places + columns;
+    for (int64_t t = 0; t < taps; ++t) of_taps[t] = int32_t(packed.offset(*cut.phase, t));
+    for_blocks([&](int64_t, int64_t begin, int64_t end) {
+      int64_t tap = begin % taps, at = 0;
+      for (int64_t j = begin; j < end; ++j) {
+        places[j] = int32_t(at + of_taps[tap]);
+        if (++tap == taps) {
+          tap = 0;
+          at += packed.floats;
+        }
+      }
+    });
+    table = places;
+  }
+
+  // body(block of the index, first and last of its columns counted from the phase's first).
+  template <typename Body>
+  void for_blocks(const Body& body) const {
+    for (int64_t j = 0; j < columns; j += block_cols) {
+      body(first_block + j / block_cols, j, min(columns, j + block_cols));
+    }
+  }
+
+  // Packs the channels of a group that columns [begin, end) belong to.
+  template <typename Packer>
+  const float* pack(const Packer& packer, int64_t group, int64_t begin, int64_t end) const {
+    const int64_t first = begin / taps, last = ceil_div(end, taps);
+    float* const x =
+        static_cast<float*>(scratch(Slot::kPanelA, size_t((last - first) * packed.floats) * sizeof(float)));
+    packer.pack(group * channels + first, group * channels + last, x);
+    return x;
+  }
+};
+
+bool has_entries(const SparseIndex& index, int64_t block, int64_t first_panel, int64_t last_panel) {
+  for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+    const SparseIndex::Tile* const tile = index.tiles + panel * index.blocks + block;
+    if (tile[0].entry < tile[1].entry) return true;
+  }
+  return false;
+}
+
+// The values in the order of a transposed index's entries.
+const float* in_order(const Team& team, const SparseIndex& index, const float* values) {
+  const int64_t tiles = index.panels * index.blocks, n = index.tiles[tiles].entry;
+  float* const ordered = static_cast<float*>(scratch(Slot::kValues, size_t(n) * sizeof(float)));
+  team.for_each(ceil_div(n, tuning::kPassGrain), [&](int64_t task) {
+    const int64_t last = min(n, (task + 1) * tuning::kPassGrain);
+    for (int64_t i = task * tuning::kPassGrain; i < last; ++i) ordered[i] = values[index.positions[i]];
+  });
+  return ordered;
+}
+
+struct Multiplication {
+  const SparseIndex& index;
+  const float* values;  // in order, if the index is transposed
+  const float* bias;
+  Memory<const float> from;
+  Memory<float> to;
+
+  void run(const Strip& strip, const Columns& columns, int64_t first_panel, int64_t last_panel) const {
+    with_packer(strip, columns.packed, from, Slot::kPlaces,
+                [&](const auto& packer) { run(strip, packer, columns, first_panel, last_panel); });
+  }
+
+ private:
+  template <typename Packer>
+  void run(const Strip& strip, const Packer& packer, const Columns& columns, int64_t first_panel,
+           int64_t last_panel) const {
+    for_groups(index, first_panel, last_panel, [&](int64_t group, int64_t first, int64_t last) {
+      const int64_t row = index.row_of(first), rows = rows_between(index, first, last), width = strip.width();
+      float* const c =
+          static_cast<float*>(scratch(Slot::kAccumulator, size_t(ceil_div(rows, L) * L * width) * sizeof(float)));
+      start_from_bias(bias ? bias + row : nullptr, rows, width, c);
+      columns.for_blocks([&](int64_t block, int64_t begin, int64_t end) {
+        if (!has_entries(index, block, first, last)) return;
+        const float* const x = columns.pack(packer, group, begin, end);
+        for (int64_t panel = first; panel < last; ++panel) {
+          const int64_t tile = panel * index.blocks + block;
+          const float* const v = values + (index.transposed ? index.tiles[tile].entry : index.panel_values[panel]);
+          multiply_tile(index, tile, strip.vectors(), v, x, columns.table + begin,
+                        c + (index.row_of(panel) - row) * width);
+        }
+      });
+      strip.store(c, row, rows, to);
+    });
+  }
+};
+
+// Into how many ranges of panels each strip is split, so that there are tasks for all threads.
+int64_t splits_for(int64_t strips, int64_t panels, int threads) {
+  return strips >= 2 * threads ? 1 : min<int64_t>(panels, ceil_div(2 * threads, strips));
+}
+
+struct Sampling {
+  const SparseIndex& index;
+  const Cut& cut;     // of the positions of the output
+  const Cut& output;  // the same, each of which reads itself
+  const Columns& columns;
+  Memory<const float> input, grad_output;
+
+  // Adds what strips [first, last) give to the panels' results, or sets it if they are the first.
+  void run(int64_t first, int64_t last, int64_t first_panel, int64_t last_panel, float* results) const {
+    for (int64_t s = first; s < last; ++s) {
+      const Strip x_strip(cut, s), dy_strip(output, s);
+      const PackedChannel itself(*output.phase, x_strip.width(), 0);
+      with_packer(x_strip, columns.packed, input, Slot::kPlaces, [&](const auto& x_packer) {
+        with_packer(dy_strip, itself, grad_output, Slot::kMorePlaces, [&](const auto& dy_packer) {
+          for_groups(index, first_panel, last_panel, [&](int64_t group, int64_t begin, int64_t end) {
+            run_group(x_strip, x_packer, dy_packer, group, begin, end, results, s > first);
+          });
+        });
+      });
+    }
+  }
+
+ private:
+  template <typename XPacker, typename DyPacker>
+  void run_group(const Strip& strip, const XPacker& x_packer, const DyPacker& dy_packer, int64_t group, int64_t first,
+                 int64_t last, float* results, bool accumulate) const {
+    const int64_t row = index.row_of(first), rows = rows_between(index, first, last), width = strip.width();
+    float* const dy = static_cast<float*>(scratch(Slot::kAccumulator, size_t(rows * width) * sizeof(float)));
+    dy_packer.pack(row, row + rows, dy);
+    columns.for_blocks([&](int64_t block, int64_t begin, int64_t end) {
+      if (!has_entries(index, block, first, last)) return;
+      const float* const x = columns.pack(x_packer, group, begin, end);
+      for (int64_t panel = first; panel < last; ++panel) {
+        sample_tile(index, panel * index.blocks + block, strip.vectors(), x, columns.table + begin,
+                    dy + (index.row_of(panel) - row) * width, results + index.panel_values[panel], accumulate);
+      }
+    });
+  }
+};
+
+Axis identity_axis(const Convolution& c, int d) {
+  return {c.output[d], 1, c.output[d], 1, 0, 0, c.output[d], 0, 1, 0, 1};
+}
+
+}  // namespace
+
+void conv_spmm(const Team& team, const Convolution& c, const SparseIndex& index, const float* values,
+               Images<const float> input, const float* bias, Images<float> output) {
+  const bool transposed = index.transposed;
+  const Memory<const float> from(input, transposed ? c.out_channels : c.in_channels, transposed ? c.output : c.input);
+  const Memory<float> to(output, transposed ? c.in_channels : c.out_channels, transposed ? c.input : c.output);
+  const Multiplication multiplication = {index, transposed ? in_order(team, index, values) : values, bias, from, to};
+  for_phases(c, transposed, index.block_cols, [&](const Phase& phase) {
+    const Cut cut(phase, c.batch, team.threads);
+    const Columns columns(c, index, cut);
+    const int64_t splits = splits_for(cut.strips(), index.panels, team.threads);
+    team.for_each(cut.strips() * splits, [&](int64_t task) {
+      const int64_t split = task % splits;
+      multiplication.run(Strip(cut, task / splits), columns, index.panels * split / splits,
+                         index.panels * (split + 1) / splits);
+    });
+  });
+}
+
+void conv_sddmm(const Team& team, const Convolution& c, const SparseIndex& index, Images<const float> grad_output,
+                Images<const float> input, float* grad_values) {
+  const Phase output = {{identity_axis(c, 0), identity_axis(c, 1), identity_axis(c, 2)}};
+  const Phase phase = {{forward_axis(c, 0), forward_axis(c, 1), forward_axis(c, 2)}};
+  const Cut cut(phase, c.batch, team.threads);
+  Cut of_output = cut;
+  of_output.phase = &output;
+  const Columns columns(c, index, cut);
+  const Sampling sampling = {index,
+                             cut,
+                             of_output,
+                             columns,
+                             Memory<const float>(input, c.in_channels, c.input),
+                             Memory<const float>(grad_output, c.out_channels, c.output)};
+
+  // Ranges of positions have results of their own, which are added up in their order: the sums do not depend on who
+  // computed what.
+  const int64_t nnz = index.tiles[index.panels * index.blocks].entry;
+  const int64_t strips = cut.strips();
+  const int64_t most = max<int64_t>(tuning::kPartialBytes / int64_t{sizeof(float)} / max<int64_t>(nnz, 1), 1);
+  const int64_t parts = min(min<int64_t>(strips, 2 * team.threads), most);
+  const int64_t splits = splits_for(parts, index.panels, team.threads);
+  float* const partial = static_cast<float*>(scratch(Slot::kValues, size_t((parts - 1) * nnz) * sizeof(float)));
+  team.for_each(parts * splits, [&](int64_t task) {
+    const int64_t part = task / splits, split = task % splits;
+    sampling.run(strips * part / parts, strips * (part + 1) / parts, index.panels * split / splits,
+                 index.panels * (split + 1) / splits, part ? partial + (part - 1) * nnz : grad_values);
+  });
+  if (parts == 1) return;
+  team.for_each(ceil_div(nnz, tuning::kPassGrain), [&](int64_t task) {
+    const int64_t last = min(nnz, (task + 1) * tuning::kPassGrain);
+    for (int64_t part = 0; part + 1 < parts; ++part) {
+      for (int64_t i = task * tuning::kPassGrain; i < last; ++i) grad_values[i] += partial[part * nnz + i];
+    }
+  });
+}
+
+}  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY

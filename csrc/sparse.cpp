@@ -1,0 +1,53 @@
+#include "sparse.h"
+
+#include "parallel.h"
+
+namespace masked_ops {
+namespace {
+
+cpu::Team team_of(const Pattern& pattern, int64_t M) { return team_for(M * pattern.nnz()); }
+
+// One row fills no vector of lanes.
+bool takes_vector(const Pattern& pattern, int64_t M) { return M == 1 && pattern.has_row_columns(); }
+
+}  // namespace
+
+void sparse_linear(const Pattern& pattern, const at::Tensor& values, int64_t M, const at::Tensor& x,
+                   const at::Tensor& bias, const at::Tensor& y) {
+  const void* const b = bias.defined() ? bias.const_data_ptr() : nullptr;
+  if (takes_vector(pattern, M)) {
+    cpu::kernels().spmv(team_of(pattern, M), pattern.row_columns(), pattern.cols(), dtype_of(x.scalar_type()),
+                        values.const_data_ptr(), x.const_data_ptr(), b, y.mutable_data_ptr());
+    return;
+  }
+  const auto index = pattern.index(/*transposed=*/false);
+  index->kernels().spmm(team_of(pattern, M), index->get(), dtype_of(x.scalar_type()), values.const_data_ptr(), M,
+                        x.const_data_ptr(), b, y.mutable_data_ptr());
+}
+
+void sparse_grad_input(const Pattern& pattern, const at::Tensor& values, int64_t M, const at::Tensor& dy,
+                       const at::Tensor& dx) {
+  if (takes_vector(pattern, M)) {
+    cpu::kernels().spmv_transposed(team_of(pattern, M), pattern.row_columns(), pattern.cols(),
+                                   dtype_of(dy.scalar_type()), values.const_data_ptr(), dy.const_data_ptr(),
+                                   dx.mutable_data_ptr());
+    return;
+  }
+  const auto index = pattern.index(/*transposed=*/true);
+  index->kernels().spmm(team_of(pattern, M), index->get(), dtype_of(dy.scalar_type()), values.const_data_ptr(), M,
+                        dy.const_data_ptr(), nullptr, dx.mutable_data_ptr());
+}
+
+void sparse_grad_values(const Pattern& pattern, int64_t M, const at::Tensor& dy, const at::Tensor& x,
+                        const at::Tensor& grad_values) {
+  if (takes_vector(pattern, M)) {
+    cpu::kernels().sampled_outer(team_of(pattern, M), pattern.row_columns(), pattern.cols(), dtype_of(dy.scalar_type()),
+                                 dy.const_data_ptr(), x.const_data_ptr(), grad_values.mutable_data_ptr());
+    return;
+  }
+  const auto index = pattern.index(/*transposed=*/false);
+  index->kernels().sddmm(team_of(pattern, M), index->get(), dtype_of(dy.scalar_type()), M, dy.const_data_ptr(),
+                         x.const_data_ptr(), grad_values.mutable_data_ptr());
+}
+
+}  // namespace masked_ops

@@ -1,0 +1,23 @@
+// The sparse path of the linear family, masked and packed: which kernel takes a product with the remaining weights.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "pattern.h"
+
+namespace masked_ops {
+
+// Contiguous tensors of one dtype that has kernels: x [M][K], y and dy [M][N], dx [M][K], values and grad_values [nnz];
+// M, N, K > 0.
+
+// y = x * weight^T + bias, which may be undefined.
+void sparse_linear(const Pattern& pattern, const at::Tensor& values, int64_t M, const at::Tensor& x,
+                   const at::Tensor& bias, const at::Tensor& y);
+// dx = dy * weight
+void sparse_grad_input(const Pattern& pattern, const at::Tensor& values, int64_t M, const at::Tensor& dy,
+                       const at::Tensor& dx);
+// grad_values = the remaining weights' entries of dy^T * x
+void sparse_grad_values(const Pattern& pattern, int64_t M, const at::Tensor& dy, const at::Tensor& x,
+                        const at::Tensor& grad_values);
+
+}  // namespace masked_ops
