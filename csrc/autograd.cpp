@@ -113,27 +113,9 @@ struct LinearGradWeight : torch::autograd::Function<LinearGradWeight> {
   }
 };
 
-// The geometry of a convolution, between the dispatcher's arguments and the node's saved data.
-struct Geometry {
-  std::vector<c10::SymInt> stride, padding, dilation;
-  bool transposed;
-  std::vector<c10::SymInt> output_padding;
-  c10::SymInt groups;
-
-  void save(AutogradContext* ctx) const {
-    ctx->saved_data["stride"] = stride;
-    ctx->saved_data["padding"] = padding;
-    ctx->saved_data["dilation"] = dilation;
-    ctx->saved_data["transposed"] = transposed;
-    ctx->saved_data["output_padding"] = output_padding;
-    ctx->saved_data["groups"] = groups;
-  }
-  static Geometry load(AutogradContext* ctx) {
-    return {ctx->saved_data["stride"].toSymIntVector(),         ctx->saved_data["padding"].toSymIntVector(),
-            ctx->saved_data["dilation"].toSymIntVector(),       ctx->saved_data["transposed"].toBool(),
-            ctx->saved_data["output_padding"].toSymIntVector(), ctx->saved_data["groups"].toSymInt()};
-  }
-
+// The three operations of the family.
+struct Geometry : SymGeometry {
+  static Geometry load(AutogradContext* ctx) { return {SymGeometry::load(ctx)}; }
   // Of an eager call.
   static at::DimVector ints(const std::vector<c10::SymInt>& numbers) {
     at::DimVector result;
@@ -142,17 +124,14 @@ struct Geometry {
   }
 
   Tensor forward(const Tensor& input, const Tensor& weight, const Tensor& mask, const OptionalTensor& bias) const {
-    return convolution_op().call(input, weight, mask, bias, stride, padding, dilation, transposed, output_padding,
-                                 groups);
+    return call(convolution_op(), input, weight, mask, bias);
   }
   Tensor grad_input(const Tensor& grad_output, const Tensor& weight, const Tensor& mask,
                     c10::SymIntArrayRef input_size) const {
-    return convolution_grad_input_op().call(grad_output, weight, mask, input_size, stride, padding, dilation,
-                                            transposed, output_padding, groups);
+    return call(convolution_grad_input_op(), grad_output, weight, mask, input_size);
   }
   Tensor grad_weight(const Tensor& grad_output, const Tensor& input, const Tensor& mask) const {
-    return convolution_grad_weight_op().call(grad_output, input, mask, stride, padding, dilation, transposed,
-                                             output_padding, groups);
+    return call(convolution_grad_weight_op(), grad_output, input, mask);
   }
 };
 
@@ -190,8 +169,7 @@ struct Convolution : torch::autograd::Function<Convolution> {
     if (ctx->needs_input_grad(1)) result[1] = geometry.grad_weight(dy, input, mask);
     if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(3)) {
       const c10::SymInt channels = geometry.transposed ? weight.sym_size(1) * geometry.groups : weight.sym_size(0);
-      // An input without channels has an output without channels, however many the bias has.
-      result[3] = dy.sym_size(1) == channels ? dy.sum(all_but(1, dy.dim())) : dy.new_zeros_symint(channels);
+      result[3] = sum_to_channels(dy, channels);
     }
     return result;
   }
@@ -298,7 +276,7 @@ Tensor convolution_autograd(const Tensor& input, const Tensor& weight, const Ten
     return at::convolution_symint(input, masked_weight_composite(weight, mask), bias, stride, padding, dilation,
                                   transposed, output_padding, groups);
   }
-  const Geometry geometry = {stride.vec(), padding.vec(), dilation.vec(), transposed, output_padding.vec(), groups};
+  const Geometry geometry = {{stride.vec(), padding.vec(), dilation.vec(), transposed, output_padding.vec(), groups}};
   if (takes_function(input, weight, bias)) return Convolution::apply(input, weight, mask, bias, geometry);
   at::AutoDispatchBelowADInplaceOrView below;
   return geometry.forward(input, weight, mask, bias);
@@ -315,7 +293,7 @@ Tensor convolution_grad_input_autograd(const Tensor& grad_output, const Tensor& 
                                                        std::nullopt, stride, padding, dilation, transposed,
                                                        output_padding, groups, {true, false, false}));
   }
-  const Geometry geometry = {stride.vec(), padding.vec(), dilation.vec(), transposed, output_padding.vec(), groups};
+  const Geometry geometry = {{stride.vec(), padding.vec(), dilation.vec(), transposed, output_padding.vec(), groups}};
   if (takes_function(grad_output, weight)) {
     return ConvolutionGradInput::apply(grad_output, weight, mask, input_size, geometry);
   }
@@ -335,7 +313,7 @@ Tensor convolution_grad_weight_autograd(const Tensor& grad_output, const Tensor&
                                                     transposed, output_padding, groups, {false, true, false}));
     return masked_weight_composite(grad_weight, mask);
   }
-  const Geometry geometry = {stride.vec(), padding.vec(), dilation.vec(), transposed, output_padding.vec(), groups};
+  const Geometry geometry = {{stride.vec(), padding.vec(), dilation.vec(), transposed, output_padding.vec(), groups}};
   if (takes_function(grad_output, input)) return ConvolutionGradWeight::apply(grad_output, input, mask, geometry);
   at::AutoDispatchBelowADInplaceOrView below;
   return geometry.grad_weight(grad_output, input, mask);

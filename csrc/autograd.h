@@ -32,6 +32,23 @@ at::Tensor packed_linear_grad_input_autograd(const at::Tensor& grad_output, cons
                                              const at::Tensor& bits, c10::SymInt in_features);
 at::Tensor packed_linear_grad_values_autograd(const at::Tensor& grad_output, const at::Tensor& input,
                                               const at::Tensor& bits, c10::SymInt nnz);
+at::Tensor packed_convolution_autograd(const at::Tensor& input, const at::Tensor& values, const at::Tensor& bits,
+                                       c10::SymIntArrayRef weight_size, const std::optional<at::Tensor>& bias,
+                                       c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
+                                       c10::SymIntArrayRef dilation, bool transposed,
+                                       c10::SymIntArrayRef output_padding, c10::SymInt groups);
+at::Tensor packed_convolution_grad_input_autograd(const at::Tensor& grad_output, const at::Tensor& values,
+                                                  const at::Tensor& bits, c10::SymIntArrayRef weight_size,
+                                                  c10::SymIntArrayRef input_size, c10::SymIntArrayRef stride,
+                                                  c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
+                                                  bool transposed, c10::SymIntArrayRef output_padding,
+                                                  c10::SymInt groups);
+at::Tensor packed_convolution_grad_values_autograd(const at::Tensor& grad_output, const at::Tensor& input,
+                                                   const at::Tensor& bits, c10::SymIntArrayRef weight_size,
+                                                   c10::SymInt nnz, c10::SymIntArrayRef stride,
+                                                   c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
+                                                   bool transposed, c10::SymIntArrayRef output_padding,
+                                                   c10::SymInt groups);
 at::Tensor unpack_values_autograd(const at::Tensor& values, const at::Tensor& bits, c10::SymInt in_features);
 at::Tensor pack_values_autograd(const at::Tensor& weight, const at::Tensor& bits, c10::SymInt nnz);
 
@@ -44,5 +61,11 @@ at::Tensor call_convolution(const at::Tensor& input, const at::Tensor& weight, c
                             const std::optional<at::Tensor>& bias, c10::SymIntArrayRef stride,
                             c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, bool transposed,
                             c10::SymIntArrayRef output_padding, c10::SymInt groups);
+
+at::Tensor call_packed_convolution(const at::Tensor& input, const at::Tensor& values, const at::Tensor& bits,
+                                   c10::SymIntArrayRef weight_size, const std::optional<at::Tensor>& bias,
+                                   c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
+                                   c10::SymIntArrayRef dilation, bool transposed, c10::SymIntArrayRef output_padding,
+                                   c10::SymInt groups);
 
 }  // namespace masked_ops

@@ -55,4 +55,38 @@ inline std::vector<int64_t> all_but(int64_t dim, int64_t rank) {
 
 inline Tensor sum_to_last_dim(const Tensor& t) { return t.dim() > 1 ? t.sum(all_but(t.dim() - 1, t.dim())) : t; }
 
+// The geometry of a convolution, between the dispatcher's arguments and the node's saved data.
+struct SymGeometry {
+  std::vector<c10::SymInt> stride, padding, dilation;
+  bool transposed;
+  std::vector<c10::SymInt> output_padding;
+  c10::SymInt groups;
+
+  void save(AutogradContext* ctx) const {
+    ctx->saved_data["stride"] = stride;
+    ctx->saved_data["padding"] = padding;
+    ctx->saved_data["dilation"] = dilation;
+    ctx->saved_data["transposed"] = transposed;
+    ctx->saved_data["output_padding"] = output_padding;
+    ctx->saved_data["groups"] = groups;
+  }
+  static SymGeometry load(AutogradContext* ctx) {
+    return {ctx->saved_data["stride"].toSymIntVector(),         ctx->saved_data["padding"].toSymIntVector(),
+            ctx->saved_data["dilation"].toSymIntVector(),       ctx->saved_data["transposed"].toBool(),
+            ctx->saved_data["output_padding"].toSymIntVector(), ctx->saved_data["groups"].toSymInt()};
+  }
+  // The operation with these numbers after its other arguments.
+  template <typename Operator, typename... Arguments>
+  Tensor call(const Operator& op, const Arguments&... arguments) const {
+    return op.call(arguments..., stride, padding, dilation, transposed, output_padding, groups);
+  }
+};
+
+// The gradient of a convolution's bias. An input without channels has an output without channels, however many the bias
+// has.
+inline Tensor sum_to_channels(const Tensor& grad_output, const c10::SymInt& channels) {
+  return grad_output.sym_size(1) == channels ? grad_output.sum(all_but(1, grad_output.dim()))
+                                             : grad_output.new_zeros_symint(channels);
+}
+
 }  // namespace masked_ops

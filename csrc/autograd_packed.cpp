@@ -1,6 +1,8 @@
 // The Autograd kernels of the packed family, closed like the masked one.
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/tensordot.h>
@@ -16,6 +18,9 @@ namespace {
 MASKED_OPS_HANDLE(packed_linear)
 MASKED_OPS_HANDLE(packed_linear_grad_input)
 MASKED_OPS_HANDLE(packed_linear_grad_values)
+MASKED_OPS_HANDLE(packed_convolution)
+MASKED_OPS_HANDLE(packed_convolution_grad_input)
+MASKED_OPS_HANDLE(packed_convolution_grad_values)
 MASKED_OPS_HANDLE(unpack_values)
 MASKED_OPS_HANDLE(pack_values)
 
@@ -103,6 +108,97 @@ struct PackedLinearGradValues : torch::autograd::Function<PackedLinearGradValues
   }
 };
 
+// The three convolutions, with the sizes of the weight and the geometry.
+struct Geometry : SymGeometry {
+  std::vector<c10::SymInt> weight_size;
+
+  void save(AutogradContext* ctx) const {
+    SymGeometry::save(ctx);
+    ctx->saved_data["weight_size"] = weight_size;
+  }
+  static Geometry load(AutogradContext* ctx) {
+    return {SymGeometry::load(ctx), ctx->saved_data["weight_size"].toSymIntVector()};
+  }
+  Tensor forward(const Tensor& input, const Tensor& values, const Tensor& bits, const OptionalTensor& bias) const {
+    return call(packed_convolution_op(), input, values, bits, weight_size, bias);
+  }
+  Tensor grad_input(const Tensor& grad_output, const Tensor& values, const Tensor& bits,
+                    c10::SymIntArrayRef input_size) const {
+    return call(packed_convolution_grad_input_op(), grad_output, values, bits, weight_size, input_size);
+  }
+  Tensor grad_values(const Tensor& grad_output, const Tensor& input, const Tensor& bits, const c10::SymInt& nnz) const {
+    return call(packed_convolution_grad_values_op(), grad_output, input, bits, weight_size, nnz);
+  }
+
+  c10::SymInt out_channels() const { return transposed ? weight_size[1] * groups : weight_size[0]; }
+  Tensor dense(const Tensor& values, const Tensor& bits) const {
+    c10::SymInt cols = 1;
+    for (size_t d = 1; d < weight_size.size(); ++d) cols *= weight_size[d];
+    return unpack_composite(values, bits, cols).view_symint(weight_size);
+  }
+};
+
+struct PackedConvolution : torch::autograd::Function<PackedConvolution> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& values, const Tensor& bits,
+                        const OptionalTensor& bias, const Geometry& geometry) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({input, values, bits});
+    ctx->saved_data["has_bias"] = bias && bias->defined();
+    geometry.save(ctx);
+    return geometry.forward(input, values, bits, bias);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Geometry geometry = Geometry::load(ctx);
+    const Tensor &dy = grads[0], &input = saved[0], &values = saved[1], &bits = saved[2];
+    variable_list result(5);
+    if (ctx->needs_input_grad(0)) result[0] = geometry.grad_input(dy, values, bits, input.sym_sizes());
+    if (ctx->needs_input_grad(1)) result[1] = geometry.grad_values(dy, input, bits, values.sym_size(0));
+    if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(3)) {
+      result[3] = sum_to_channels(dy, geometry.out_channels());
+    }
+    return result;
+  }
+};
+
+struct PackedConvolutionGradInput : torch::autograd::Function<PackedConvolutionGradInput> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& values, const Tensor& bits,
+                        c10::SymIntArrayRef input_size, const Geometry& geometry) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({grad_output, values, bits});
+    geometry.save(ctx);
+    return geometry.grad_input(grad_output, values, bits, input_size);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Geometry geometry = Geometry::load(ctx);
+    const Tensor &g = grads[0], &grad_output = saved[0], &values = saved[1], &bits = saved[2];
+    variable_list result(5);
+    if (ctx->needs_input_grad(0)) result[0] = geometry.forward(g, values, bits, std::nullopt);
+    if (ctx->needs_input_grad(1)) result[1] = geometry.grad_values(grad_output, g, bits, values.sym_size(0));
+    return result;
+  }
+};
+
+struct PackedConvolutionGradValues : torch::autograd::Function<PackedConvolutionGradValues> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& input, const Tensor& bits,
+                        const c10::SymInt& nnz, const Geometry& geometry) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({grad_output, input, bits});
+    geometry.save(ctx);
+    return geometry.grad_values(grad_output, input, bits, nnz);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Geometry geometry = Geometry::load(ctx);
+    const Tensor &g = grads[0], &grad_output = saved[0], &input = saved[1], &bits = saved[2];
+    variable_list result(5);
+    if (ctx->needs_input_grad(0)) result[0] = geometry.forward(input, g, bits, std::nullopt);
+    if (ctx->needs_input_grad(1)) result[1] = geometry.grad_input(grad_output, g, bits, input.sym_sizes());
+    return result;
+  }
+};
+
 struct UnpackValues : torch::autograd::Function<UnpackValues> {
   static Tensor forward(AutogradContext* ctx, const Tensor& values, const Tensor& bits,
                         const c10::SymInt& in_features) {
@@ -164,6 +260,63 @@ Tensor packed_linear_grad_values_autograd(const Tensor& grad_output, const Tenso
   return packed_linear_grad_values_op().call(grad_output, input, bits, nnz);
 }
 
+Tensor packed_convolution_autograd(const Tensor& input, const Tensor& values, const Tensor& bits,
+                                   c10::SymIntArrayRef weight_size, const OptionalTensor& bias,
+                                   c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
+                                   c10::SymIntArrayRef dilation, bool transposed, c10::SymIntArrayRef output_padding,
+                                   c10::SymInt groups) {
+  const Geometry geometry = {{stride.vec(), padding.vec(), dilation.vec(), transposed, output_padding.vec(), groups},
+                             weight_size.vec()};
+  if (takes_composite(input, values, bias)) {
+    return at::convolution_symint(input, geometry.dense(values, bits), bias, stride, padding, dilation, transposed,
+                                  output_padding, groups);
+  }
+  if (takes_function(input, values, bias)) return PackedConvolution::apply(input, values, bits, bias, geometry);
+  at::AutoDispatchBelowADInplaceOrView below;
+  return geometry.forward(input, values, bits, bias);
+}
+
+Tensor packed_convolution_grad_input_autograd(const Tensor& grad_output, const Tensor& values, const Tensor& bits,
+                                              c10::SymIntArrayRef weight_size, c10::SymIntArrayRef input_size,
+                                              c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
+                                              c10::SymIntArrayRef dilation, bool transposed,
+                                              c10::SymIntArrayRef output_padding, c10::SymInt groups) {
+  const Geometry geometry = {{stride.vec(), padding.vec(), dilation.vec(), transposed, output_padding.vec(), groups},
+                             weight_size.vec()};
+  if (takes_composite(grad_output, values)) {
+    const Tensor input = grad_output.new_empty_symint(input_size);
+    return std::get<0>(at::convolution_backward_symint(grad_output, input, geometry.dense(values, bits), std::nullopt,
+                                                       stride, padding, dilation, transposed, output_padding, groups,
+                                                       {true, false, false}));
+  }
+  if (takes_function(grad_output, values)) {
+    return PackedConvolutionGradInput::apply(grad_output, values, bits, input_size, geometry);
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  return geometry.grad_input(grad_output, values, bits, input_size);
+}
+
+Tensor packed_convolution_grad_values_autograd(const Tensor& grad_output, const Tensor& input, const Tensor& bits,
+                                               c10::SymIntArrayRef weight_size, c10::SymInt nnz,
+                                               c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
+                                               c10::SymIntArrayRef dilation, bool transposed,
+                                               c10::SymIntArrayRef output_padding, c10::SymInt groups) {
+  const Geometry geometry = {{stride.vec(), padding.vec(), dilation.vec(), transposed, output_padding.vec(), groups},
+                             weight_size.vec()};
+  if (takes_composite(grad_output, input)) {
+    const Tensor weight = grad_output.new_empty_symint(weight_size);
+    const Tensor grad_weight =
+        std::get<1>(at::convolution_backward_symint(grad_output, input, weight, std::nullopt, stride, padding, dilation,
+                                                    transposed, output_padding, groups, {false, true, false}));
+    return pack_composite(grad_weight.flatten(1), bits);
+  }
+  if (takes_function(grad_output, input)) {
+    return PackedConvolutionGradValues::apply(grad_output, input, bits, nnz, geometry);
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  return geometry.grad_values(grad_output, input, bits, nnz);
+}
+
 Tensor unpack_values_autograd(const Tensor& values, const Tensor& bits, c10::SymInt in_features) {
   if (takes_composite(values)) return unpack_composite(values, bits, in_features);
   if (takes_function(values)) return UnpackValues::apply(values, bits, in_features);
@@ -181,6 +334,14 @@ Tensor pack_values_autograd(const Tensor& weight, const Tensor& bits, c10::SymIn
 Tensor call_packed_linear(const Tensor& input, const Tensor& values, const Tensor& bits, c10::SymInt in_features,
                           const OptionalTensor& bias) {
   return packed_linear_op().call(input, values, bits, in_features, bias);
+}
+
+Tensor call_packed_convolution(const Tensor& input, const Tensor& values, const Tensor& bits,
+                               c10::SymIntArrayRef weight_size, const OptionalTensor& bias, c10::SymIntArrayRef stride,
+                               c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, bool transposed,
+                               c10::SymIntArrayRef output_padding, c10::SymInt groups) {
+  return packed_convolution_op().call(input, values, bits, weight_size, bias, stride, padding, dilation, transposed,
+                                      output_padding, groups);
 }
 
 }  // namespace masked_ops

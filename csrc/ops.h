@@ -65,4 +65,26 @@ std::tuple<std::string, std::string> explain_convolution(const at::Tensor& weigh
                                                          at::IntArrayRef dilation, bool transposed,
                                                          at::IntArrayRef output_padding, int64_t groups);
 
+// The packed convolutions: as packed_linear over the weight of size weight_size flattened to [weight_size[0]][the
+// rest].
+at::Tensor packed_convolution(const at::Tensor& input, const at::Tensor& values, const at::Tensor& bits,
+                              at::IntArrayRef weight_size, const std::optional<at::Tensor>& bias,
+                              at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                              bool transposed, at::IntArrayRef output_padding, int64_t groups);
+at::Tensor packed_convolution_grad_input(const at::Tensor& grad_output, const at::Tensor& values,
+                                         const at::Tensor& bits, at::IntArrayRef weight_size,
+                                         at::IntArrayRef input_size, at::IntArrayRef stride, at::IntArrayRef padding,
+                                         at::IntArrayRef dilation, bool transposed, at::IntArrayRef output_padding,
+                                         int64_t groups);
+at::Tensor packed_convolution_grad_values(const at::Tensor& grad_output, const at::Tensor& input,
+                                          const at::Tensor& bits, at::IntArrayRef weight_size, int64_t nnz,
+                                          at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                                          bool transposed, at::IntArrayRef output_padding, int64_t groups);
+std::tuple<std::string, std::string> explain_packed_convolution(const at::Tensor& values, const at::Tensor& bits,
+                                                                at::IntArrayRef weight_size, at::IntArrayRef input_size,
+                                                                bool channels_last, at::IntArrayRef stride,
+                                                                at::IntArrayRef padding, at::IntArrayRef dilation,
+                                                                bool transposed, at::IntArrayRef output_padding,
+                                                                int64_t groups);
+
 }  // namespace masked_ops

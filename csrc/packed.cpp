@@ -1,4 +1,5 @@
-// The packed linear family: the weight is its remaining values and their bits, and no dense weight exists.
+// The packed linear family: the weight is its remaining values and their bits, and no dense weight exists. And what the
+// packed convolutions share with it.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
@@ -8,26 +9,40 @@
 #include "masking.h"
 #include "memory.h"
 #include "ops.h"
+#include "packed.h"
 #include "path.h"
-#include "pattern.h"
 #include "sparse.h"
 
 namespace masked_ops {
 namespace {
 
-void check_bits(const at::Tensor& bits, int64_t in_features, const char* other_name, const at::Tensor& other) {
+bool takes_sparse(Pass pass, int64_t M, const at::Tensor& values, const Pattern& pattern) {
+  const Path path = choose_packed_linear(pass, M, values, pattern).path;
+  return path == Path::kSparse && M > 0 && pattern.rows() > 0 && pattern.cols() > 0;
+}
+
+void check_weight(const at::Tensor& values, const at::Tensor& bits, int64_t in_features) {
+  check_values(values);
   TORCH_CHECK(in_features >= 0, "in_features must not be negative, got ", in_features);
+  check_bits(bits, std::nullopt, in_features, "weight_values", values);
+}
+
+}  // namespace
+
+void check_bits(const at::Tensor& bits, std::optional<int64_t> rows, int64_t cols, const char* other_name,
+                const at::Tensor& other) {
   check_defined("weight_bits", bits);
   TORCH_CHECK(bits.device() == other.device(), "weight_bits must be on the device of ", other_name, ", ",
               other.device(), ", got ", bits.device());
-  const int64_t bytes = in_features / 8 + (in_features % 8 != 0);
-  TORCH_CHECK(bits.scalar_type() == at::kByte && bits.dim() == 2 && bits.size(1) == bytes,
-              "weight_bits must be uint8 of shape [out_features, ", bytes, "], got ", bits.scalar_type(), " of shape ",
-              bits.sizes());
+  const int64_t bytes = cols / 8 + (cols % 8 != 0);
+  TORCH_CHECK(bits.scalar_type() == at::kByte && bits.dim() == 2 && bits.size(0) == rows.value_or(bits.size(0)) &&
+                  bits.size(1) == bytes,
+              "weight_bits must be uint8 of shape [", rows ? std::to_string(*rows) : "out_features", ", ", bytes,
+              "], got ", bits.scalar_type(), " of shape ", bits.sizes());
 }
 
-PatternPtr checked_pattern(const at::Tensor& bits, int64_t in_features, int64_t nnz) {
-  PatternPtr pattern = pattern_of_bits(bits, in_features);
+PatternPtr checked_pattern(const at::Tensor& bits, int64_t cols, int64_t nnz) {
+  PatternPtr pattern = pattern_of_bits(bits, cols);
   TORCH_CHECK(pattern->nnz() == nnz, "weight_values must hold one value for each of the ", pattern->nnz(),
               " bits set in weight_bits, got ", nnz);
   return pattern;
@@ -46,18 +61,10 @@ at::Tensor expand(const at::Tensor& values, const Pattern& pattern) {
   return weight;
 }
 
-bool takes_sparse(Pass pass, int64_t M, const at::Tensor& values, const Pattern& pattern) {
-  const Path path = choose_packed_linear(pass, M, values, pattern).path;
-  return path == Path::kSparse && M > 0 && pattern.rows() > 0 && pattern.cols() > 0;
-}
-
-}  // namespace
-
 at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& values, const at::Tensor& bits, int64_t in_features,
                          const std::optional<at::Tensor>& bias) {
   check_defined("input", input);
-  check_values(values);
-  check_bits(bits, in_features, "weight_values", values);
+  check_weight(values, bits, in_features);
   check_same_kind("input", input, "weight_values", values);
   check_last_dim("input", input, "weight_bits", in_features);
   const bool has_bias = bias && bias->defined();
@@ -79,8 +86,7 @@ at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& values, cons
 
 at::Tensor packed_linear_grad_input(const at::Tensor& grad_output, const at::Tensor& values, const at::Tensor& bits,
                                     int64_t in_features) {
-  check_values(values);
-  check_bits(bits, in_features, "weight_values", values);
+  check_weight(values, bits, in_features);
   check_same_kind("grad_output", grad_output, "weight_values", values);
   check_last_dim("grad_output", grad_output, "weight_bits", bits.size(0));
   const int64_t M = rows_of(grad_output);
@@ -104,7 +110,7 @@ at::Tensor packed_linear_grad_input(const at::Tensor& grad_output, const at::Ten
 at::Tensor packed_linear_grad_values(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& bits,
                                      int64_t nnz) {
   TORCH_CHECK(input.dim() > 0, "input must have at least one dimension");
-  check_bits(bits, input.size(-1), "input", input);
+  check_bits(bits, std::nullopt, input.size(-1), "input", input);
   check_same_kind("input", input, "grad_output", grad_output);
   check_last_dim("grad_output", grad_output, "weight_bits", bits.size(0));
   check_same_rows(grad_output, input);
@@ -124,8 +130,7 @@ at::Tensor packed_linear_grad_values(const at::Tensor& grad_output, const at::Te
 }
 
 at::Tensor unpack_values(const at::Tensor& values, const at::Tensor& bits, int64_t in_features) {
-  check_values(values);
-  check_bits(bits, in_features, "weight_values", values);
+  check_weight(values, bits, in_features);
   if (values.is_cuda()) return device::unpack_values(values, bits, in_features);
   return expand(values, *checked_pattern(bits, in_features, values.numel()));
 }
@@ -133,17 +138,14 @@ at::Tensor unpack_values(const at::Tensor& values, const at::Tensor& bits, int64
 at::Tensor pack_values(const at::Tensor& weight, const at::Tensor& bits, int64_t nnz) {
   TORCH_CHECK(weight.dim() == 2 && weight.is_floating_point(), "weight must be a floating-point matrix, got ",
               weight.scalar_type(), " of shape ", weight.sizes());
-  TORCH_CHECK(bits.dim() == 2 && bits.size(0) == weight.size(0), "weight_bits must have the ", weight.size(0),
-              " rows of weight, got shape ", bits.sizes());
-  check_bits(bits, weight.size(1), "weight", weight);
+  check_bits(bits, weight.size(0), weight.size(1), "weight", weight);
   if (weight.is_cuda()) return device::pack_values(weight, bits, nnz);
   return compress(weight, *checked_pattern(bits, weight.size(1), nnz));
 }
 
 std::tuple<std::string, std::string> explain_packed_linear(const at::Tensor& values, const at::Tensor& bits,
                                                            int64_t in_features, int64_t batch) {
-  check_values(values);
-  check_bits(bits, in_features, "weight_values", values);
+  check_weight(values, bits, in_features);
   if (values.is_cuda()) return device::explain_packed_linear(values, bits, in_features, batch);
   const PatternPtr pattern = checked_pattern(bits, in_features, values.numel());
   const Choice choice = choose_packed_linear(Pass::kForward, batch, values, *pattern);

@@ -182,7 +182,7 @@ struct ConvolutionCosts {
 }  // namespace
 
 Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool channels_last, const at::Tensor& weight,
-                          const Pattern* pattern, bool have_values) {
+                          const Pattern* pattern, bool have_values, bool packed) {
   if (weight.is_cuda()) {  // whose weight is masked first; how, is decided there
     const char* unfused = "it has no convolution kernel";
     choose_device("convolution", pass, 0, {nullptr, unfused, unfused, unfused}, unfused);
@@ -200,18 +200,20 @@ Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool chan
   } else if (!pattern->indexable() || ConvolutionCosts::taps(*geometry) > double(kMaxTaps)) {
     obstacle = kTooLarge;
   }
-  Choice choice = {Path::kCopy, obstacle ? obstacle : "torch's convolution over the masked weight"};
+  const char* const dense =
+      packed ? "torch's convolution over the unpacked weight" : "torch's convolution over the masked weight";
+  Choice choice = {Path::kCopy, obstacle ? obstacle : dense};
   // An index is worth its making from the second use of a mask on.
   if (!obstacle && pattern->reused() && pattern->nnz() < pattern->rows() * pattern->cols()) {
     ConvolutionCosts costs(pass, *geometry, channels_last);
-    if (have_values) costs.sparse.weight = 0;
+    if (have_values || packed) costs.sparse.weight = 0;
     const int threads = team_for(static_cast<int64_t>(std::min(costs.macs * pattern->density(), 1e18))).threads;
     if (costs.of_sparse(double(pattern->nnz()), threads) < cpu::kConvMargin * costs.of_dense(threads)) {
       choice = {Path::kSparse, "sparse convolution: few weights remain"};
     }
   }
   const char* no_gemm = "it is for linear layers";
-  return obey("convolution", {nullptr, no_gemm, no_gemm, obstacle}, choice);
+  return obey(packed ? "packed convolution" : "convolution", {nullptr, no_gemm, no_gemm, obstacle}, choice);
 }
 
 Choice choose_device(const char* operation, Pass pass, int64_t rows, const DeviceObstacles& obstacles,

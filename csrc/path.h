@@ -48,9 +48,9 @@ Choice choose_linear(Pass pass, int64_t rows, const at::Tensor& weight, const Pa
 // For the packed family, whose weight is its values alone; the copy path expands them.
 Choice choose_packed_linear(Pass pass, int64_t rows, const at::Tensor& values, const Pattern& pattern);
 // For convolution, as choose_linear. Pass and geometry are as the kernels see them, a transposed convolution the other
-// way round; the geometry is null if it is not for them.
+// way round; the geometry is null if it is not for them. A packed weight is its values, and has them.
 Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool channels_last, const at::Tensor& weight,
-                          const Pattern* pattern, bool have_values = false);
+                          const Pattern* pattern, bool have_values = false, bool packed = false);
 
 // The same on a device. obstacles says of each path of a device (in the order of Path) why it cannot serve, null if it
 // can; copy_reason is that of the copy path.

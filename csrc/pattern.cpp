@@ -238,8 +238,8 @@ Pattern::Pattern(const at::Tensor& bits, int64_t cols)
     uint64_t* words = words_.data() + row * stride_;
     std::copy_n(from + row * bytes, bytes, reinterpret_cast<uint8_t*>(words));
     for (int64_t i = 0; i < stride_; ++i) nnz_ += __builtin_popcountll(words[i]);
-    TORCH_CHECK(cols % 64 == 0 || words[stride_ - 1] >> (cols % 64) == 0,
-                "weight_bits must have zero bits beyond in_features = ", cols, ", but row ", row, " has others");
+    TORCH_CHECK(cols % 64 == 0 || words[stride_ - 1] >> (cols % 64) == 0, "weight_bits must have zero bits beyond the ",
+                cols, " columns of the weight, but row ", row, " has others");
   }
   count_live();
 }

@@ -51,6 +51,15 @@ struct Autocast {
     return call_convolution(cast(input), cast(weight), mask, cast(bias), stride, padding, dilation, transposed,
                             output_padding, groups);
   }
+  static at::Tensor packed_convolution(const at::Tensor& input, const at::Tensor& values, const at::Tensor& bits,
+                                       c10::SymIntArrayRef weight_size, const std::optional<at::Tensor>& bias,
+                                       c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
+                                       c10::SymIntArrayRef dilation, bool transposed,
+                                       c10::SymIntArrayRef output_padding, c10::SymInt groups) {
+    c10::impl::ExcludeDispatchKeyGuard below(kKey);
+    return call_packed_convolution(cast(input), cast(values), bits, weight_size, cast(bias), stride, padding, dilation,
+                                   transposed, output_padding, groups);
+  }
 };
 
 template <c10::DeviceType kDevice>
@@ -58,6 +67,7 @@ void register_autocast(torch::Library& m) {
   m.impl("linear", &Autocast<kDevice>::linear);
   m.impl("packed_linear", &Autocast<kDevice>::packed_linear);
   m.impl("convolution", &Autocast<kDevice>::convolution);
+  m.impl("packed_convolution", &Autocast<kDevice>::packed_convolution);
 }
 
 void register_backend(torch::Library& m) {
@@ -79,6 +89,10 @@ void register_packed(torch::Library& m) {
   m.impl("unpack_values", &unpack_values);
   m.impl("pack_values", &pack_values);
   m.impl("explain_packed_linear", &explain_packed_linear);
+  m.impl("packed_convolution", &packed_convolution);
+  m.impl("packed_convolution_grad_input", &packed_convolution_grad_input);
+  m.impl("packed_convolution_grad_values", &packed_convolution_grad_values);
+  m.impl("explain_packed_convolution", &explain_packed_convolution);
 }
 
 void register_autograd(torch::Library& m) {
@@ -92,6 +106,9 @@ void register_autograd(torch::Library& m) {
   m.impl("packed_linear", &packed_linear_autograd);
   m.impl("packed_linear_grad_input", &packed_linear_grad_input_autograd);
   m.impl("packed_linear_grad_values", &packed_linear_grad_values_autograd);
+  m.impl("packed_convolution", &packed_convolution_autograd);
+  m.impl("packed_convolution_grad_input", &packed_convolution_grad_input_autograd);
+  m.impl("packed_convolution_grad_values", &packed_convolution_grad_values_autograd);
   m.impl("unpack_values", &unpack_values_autograd);
   m.impl("pack_values", &pack_values_autograd);
 }

@@ -13,6 +13,12 @@ from .functional import (
     masked_conv_transpose2d,
     masked_conv_transpose3d,
     masked_linear,
+    packed_conv1d,
+    packed_conv2d,
+    packed_conv3d,
+    packed_conv_transpose1d,
+    packed_conv_transpose2d,
+    packed_conv_transpose3d,
     packed_linear,
 )
 from .nn import (
@@ -24,7 +30,18 @@ from .nn import (
     MaskedConvTranspose3d,
     MaskedLinear,
 )
-from .packed import PackedLinear, freeze, pack, unpack
+from .packed import (
+    PackedConv1d,
+    PackedConv2d,
+    PackedConv3d,
+    PackedConvTranspose1d,
+    PackedConvTranspose2d,
+    PackedConvTranspose3d,
+    PackedLinear,
+    freeze,
+    pack,
+    unpack,
+)
 
 __all__ = [
     "MaskedConv1d",
@@ -34,6 +51,12 @@ __all__ = [
     "MaskedConvTranspose2d",
     "MaskedConvTranspose3d",
     "MaskedLinear",
+    "PackedConv1d",
+    "PackedConv2d",
+    "PackedConv3d",
+    "PackedConvTranspose1d",
+    "PackedConvTranspose2d",
+    "PackedConvTranspose3d",
     "PackedLinear",
     "__version__",
     "apply_mask",
@@ -49,6 +72,12 @@ __all__ = [
     "masked_conv_transpose3d",
     "masked_linear",
     "pack",
+    "packed_conv1d",
+    "packed_conv2d",
+    "packed_conv3d",
+    "packed_conv_transpose1d",
+    "packed_conv_transpose2d",
+    "packed_conv_transpose3d",
     "packed_linear",
     "prune",
     "report",

@@ -26,6 +26,7 @@ _GEOMETRY = (
 )
 _MASKED = "Tensor weight, Tensor mask"
 _PACKED = "Tensor weight_values, Tensor weight_bits, SymInt in_features"
+_PACKED_CONV = "Tensor weight_values, Tensor weight_bits, SymInt[] weight_size"
 _SCHEMAS = (
     f"apply_mask({_MASKED}) -> Tensor",
     f"linear(Tensor input, {_MASKED}, Tensor? bias=None) -> Tensor",
@@ -39,9 +40,14 @@ _SCHEMAS = (
     f"packed_linear(Tensor input, {_PACKED}, Tensor? bias=None) -> Tensor",
     f"packed_linear_grad_input(Tensor grad_output, {_PACKED}) -> Tensor",
     "packed_linear_grad_values(Tensor grad_output, Tensor input, Tensor weight_bits, SymInt nnz) -> Tensor",
+    f"packed_convolution(Tensor input, {_PACKED_CONV}, Tensor? bias, {_GEOMETRY}) -> Tensor",
+    f"packed_convolution_grad_input(Tensor grad_output, {_PACKED_CONV}, SymInt[] input_size, {_GEOMETRY}) -> Tensor",
+    "packed_convolution_grad_values"
+    f"(Tensor grad_output, Tensor input, Tensor weight_bits, SymInt[] weight_size, SymInt nnz, {_GEOMETRY}) -> Tensor",
     f"unpack_values({_PACKED}) -> Tensor",
     "pack_values(Tensor weight, Tensor weight_bits, SymInt nnz) -> Tensor",
     "explain_packed_linear(Tensor weight_values, Tensor weight_bits, int in_features, int batch) -> (str, str)",
+    f"explain_packed_convolution({_PACKED_CONV}, SymInt[] input_size, bool channels_last, {_GEOMETRY}) -> (str, str)",
 )
 
 _library = torch.library.Library("masked_ops", "DEF")
@@ -58,6 +64,9 @@ apply_mask = torch.ops.masked_ops.apply_mask.default
 packed_linear = torch.ops.masked_ops.packed_linear.default
 packed_linear_grad_input = torch.ops.masked_ops.packed_linear_grad_input.default
 packed_linear_grad_values = torch.ops.masked_ops.packed_linear_grad_values.default
+packed_convolution = torch.ops.masked_ops.packed_convolution.default
+packed_convolution_grad_input = torch.ops.masked_ops.packed_convolution_grad_input.default
+packed_convolution_grad_values = torch.ops.masked_ops.packed_convolution_grad_values.default
 unpack_values = torch.ops.masked_ops.unpack_values.default
 pack_values = torch.ops.masked_ops.pack_values.default
 
@@ -73,6 +82,9 @@ OPERATIONS = (
     packed_linear,
     packed_linear_grad_input,
     packed_linear_grad_values,
+    packed_convolution,
+    packed_convolution_grad_input,
+    packed_convolution_grad_values,
     unpack_values,
     pack_values,
 )
@@ -231,10 +243,26 @@ def explain_linear(weight: Tensor, mask: Tensor, batch: int) -> tuple[str, str]:
 
 def explain_packed_linear(weight_values: Tensor, weight_bits: Tensor, in_features: int, batch: int) -> tuple[str, str]:
     """The path that ``packed_linear`` takes for ``batch`` rows of input, and why."""
+    return _explain_packed("linear", weight_values, weight_bits, in_features, batch)
+
+
+def explain_packed_convolution(
+    weight_values: Tensor,
+    weight_bits: Tensor,
+    weight_size: Sequence[int],
+    input_size: Sequence[int],
+    channels_last: bool,
+    *geometry: Any,
+) -> tuple[str, str]:
+    """The path that ``packed_convolution`` takes for an input of this size and layout, and why."""
+    return _explain_packed("convolution", weight_values, weight_bits, weight_size, input_size, channels_last, *geometry)
+
+
+def _explain_packed(family: str, weight_values: Tensor, *arguments: Any) -> tuple[str, str]:
     module = _compiled()
     if module is None or not (weight_values.is_cpu or weight_values.is_cuda):
         return "reference", _fallback_reason or "no compiled kernels for this device"
-    path, reason = torch.ops.masked_ops.explain_packed_linear(weight_values.detach(), weight_bits, in_features, batch)
+    path, reason = getattr(torch.ops.masked_ops, f"explain_packed_{family}")(weight_values.detach(), *arguments)
     return path, reason
 
 
@@ -337,6 +365,40 @@ def _(grad_output: Tensor, weight_values: Tensor, weight_bits: Tensor, in_featur
 
 @torch.library.register_fake("masked_ops::packed_linear_grad_values", lib=_library)
 def _(grad_output: Tensor, input: Tensor, weight_bits: Tensor, nnz: int) -> Tensor:
+    return grad_output.new_empty((nnz,))
+
+
+@torch.library.register_fake("masked_ops::packed_convolution", lib=_library)
+def _(
+    input: Tensor,
+    weight_values: Tensor,
+    weight_bits: Tensor,
+    weight_size: list[int],
+    bias: Tensor | None,
+    *geometry: Any,
+) -> Tensor:
+    reference.check_packed_convolution(weight_values, weight_bits, weight_size, *geometry)
+    return torch.ops.aten.convolution(input, weight_values.new_empty(weight_size), bias, *geometry)
+
+
+@torch.library.register_fake("masked_ops::packed_convolution_grad_input", lib=_library)
+def _(
+    grad_output: Tensor,
+    weight_values: Tensor,
+    weight_bits: Tensor,
+    weight_size: list[int],
+    input_size: list[int],
+    *geometry: Any,
+) -> Tensor:
+    reference.check_packed_convolution(weight_values, weight_bits, weight_size, *geometry)
+    weight, input = weight_values.new_empty(weight_size), grad_output.new_empty(input_size)
+    return torch.ops.aten.convolution_backward(grad_output, input, weight, None, *geometry, [True, False, False])[0]
+
+
+@torch.library.register_fake("masked_ops::packed_convolution_grad_values", lib=_library)
+def _(
+    grad_output: Tensor, input: Tensor, weight_bits: Tensor, weight_size: list[int], nnz: int, *geometry: Any
+) -> Tensor:
     return grad_output.new_empty((nnz,))
 
 

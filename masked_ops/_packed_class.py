@@ -3,14 +3,16 @@
 What a mask keeps of a weight ``[N, K]`` is the Parameter ``weight_values`` ``[nnz]``, in row-major order. Where it
 belongs says the buffer ``weight_bits``, uint8 ``[N, ceil(K / 8)]``: entry (n, k) of the mask is bit ``k % 8`` of byte
 ``[n, k // 8]``, the lowest bit first; bits beyond K are 0. ``weight`` is a property that scatters when it is read.
+A weight of more dimensions is the matrix ``weight.flatten(1)``.
 
 The class of a packed ``X`` is made on demand, as that of a masked one is (``_masked_class``).
 """
 
 from __future__ import annotations
 
+import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -30,17 +32,22 @@ BITS = "weight_bits"
 # --- the form --------------------------------------------------------------------------------------------------------
 
 
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of a weight of this shape."""
+    return shape[0], math.prod(shape[1:])
+
+
 def bits_of(mask: Tensor) -> Tensor:
-    """The bits of a matrix, one where it is not 0."""
-    rows, cols = mask.shape
+    """The bits of a mask, one where it is not 0."""
+    rows, cols = matrix_shape(mask.shape)
     width = (cols + 7) // 8
-    octets = F.pad((mask != 0).to(torch.uint8), (0, 8 * width - cols)).view(rows, width, 8)
+    octets = F.pad((mask != 0).to(torch.uint8).view(rows, cols), (0, 8 * width - cols)).view(rows, width, 8)
     return (octets << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(-1, dtype=torch.uint8)
 
 
-def bits_problem(bits: Tensor, nnz: int, shape: tuple[int, int]) -> str | None:
+def bits_problem(bits: Tensor, nnz: int, shape: Sequence[int]) -> str | None:
     """What keeps ``bits`` from placing ``nnz`` values in a weight of ``shape``, as the end of a sentence about them."""
-    rows, cols = shape
+    rows, cols = matrix_shape(shape)
     expected = (rows, (cols + 7) // 8)
     if bits.dtype != torch.uint8 or tuple(bits.shape) != expected:
         return f"must be torch.uint8 of shape {expected}, got {bits.dtype} of shape {tuple(bits.shape)}"
@@ -59,8 +66,9 @@ def count_bits(bits: Tensor) -> int:
     return int(((nibbles + (nibbles >> 4)) & 0x0F).sum())
 
 
-def set_leading(bits: Tensor, nnz: int, cols: int) -> None:
+def set_leading(bits: Tensor, nnz: int, shape: Sequence[int]) -> None:
     """Make ``bits`` those of a mask whose first ``nnz`` entries are 1."""
+    cols = matrix_shape(shape)[1]
     full, rest = divmod(nnz, cols) if cols else (0, 0)
     first = torch.arange(cols, device=bits.device)[None]
     bits.zero_()
@@ -69,16 +77,16 @@ def set_leading(bits: Tensor, nnz: int, cols: int) -> None:
         bits[full] = bits_of(first < rest)[0]
 
 
-def scatter(values: Tensor, bits: Tensor, cols: int) -> Tensor:
+def scatter(values: Tensor, bits: Tensor, shape: Sequence[int]) -> Tensor:
     """The dense weight; differentiable in ``values``."""
     _ops.load()
-    return _ops.unpack_values(values, bits, cols)
+    return _ops.unpack_values(values, bits, matrix_shape(shape)[1]).view(shape)
 
 
 def gather(weight: Tensor, bits: Tensor, nnz: int) -> Tensor:
     """The entries of ``weight`` whose bit is set; differentiable."""
     _ops.load()
-    return _ops.pack_values(weight, bits, nnz)
+    return _ops.pack_values(weight.reshape(matrix_shape(weight.shape)), bits, nnz)
 
 
 # --- the classes -----------------------------------------------------------------------------------------------------
@@ -89,9 +97,20 @@ class Packed(nn.Module):
 
     _packed_dense: ClassVar[type[nn.Module]] = nn.Module  # what the class becomes when it is unpacked
 
-    def _packed_shape(self) -> tuple[int, int]:
-        """Rows and columns of the weight."""
+    def _packed_shape(self) -> tuple[int, ...]:
+        """The shape of the weight."""
         raise NotImplementedError
+
+    def _packed_operands(self) -> tuple[Any, Any, Any]:
+        """``weight_values``, ``weight_bits`` and ``bias``, for ``forward``."""
+        # They are read on every call, of a frozen layer too: whatever is written to the values is seen.
+        try:
+            # Module.__getattr__ would cost 0.45 µs for each of the three.
+            parameters = self._parameters
+            return parameters[VALUES], self._buffers[BITS], parameters["bias"]
+        except KeyError:
+            # Parametrized, or an attribute of a replica (DataParallel), or a bias that is masked.
+            return getattr(self, VALUES), getattr(self, BITS), self.bias
 
     def set_mask(self, mask: Tensor) -> None:
         """Refused: packed values fit one mask; ``masked_ops.unpack`` makes a masked module, whose mask can be set."""
@@ -116,7 +135,7 @@ class Packed(nn.Module):
             self._buffers[BITS] = after = after.to(torch.uint8)
         if before.is_meta and not after.is_meta:
             # What gets memory only now (to_empty, skip_init) has noise for values, but not for bits: they must agree.
-            set_leading(after, getattr(self, VALUES).numel(), self._packed_shape()[1])
+            set_leading(after, getattr(self, VALUES).numel(), self._packed_shape())
         return self
 
     def _load_from_state_dict(
@@ -204,9 +223,18 @@ def can_be_packed(module: nn.Module) -> bool:
     return isinstance(module, tuple(_packed_classes))
 
 
+def _base_of(dense: type[nn.Module]) -> type[Packed]:
+    return next(cls for torch_class, cls in _packed_classes.items() if issubclass(dense, torch_class))
+
+
+def shape_when_packed(module: nn.Module) -> tuple[int, ...]:
+    """The shape that the weight of ``module``, not packed yet, must have by the module's own numbers."""
+    return _base_of(type(module))._packed_shape(module)  # type: ignore[arg-type]
+
+
 def packed_class(dense: type[nn.Module]) -> type[Packed]:
     """The class of a ``dense`` module that is packed; the same one for the same argument."""
-    base = next(cls for torch_class, cls in _packed_classes.items() if issubclass(dense, torch_class))
+    base = _base_of(dense)
     if dense is base._packed_dense:
         return base
     # Right before torch's class, for whoever calls super(); but before all that a subclass of a masked layer inherits.
@@ -250,7 +278,7 @@ def _get_weight(self: nn.Module) -> Any:
         values: Any = getattr(self, VALUES)
         if is_sharded(values):
             raise RuntimeError(f"'weight' of {type(self).__name__} cannot be read while '{VALUES}' is sharded")
-        return scatter(values, getattr(self, BITS), self._packed_shape()[1])  # type: ignore[operator]
+        return scatter(values, getattr(self, BITS), self._packed_shape())  # type: ignore[operator]
     except AttributeError as error:
         # Module.__getattr__ would replace it by "no attribute 'weight'".
         raise RuntimeError(f"{type(self).__name__}.weight cannot be computed: {error}") from error
@@ -274,8 +302,8 @@ def _overrides(dense: type[nn.Module]) -> dict[str, Any]:
             return dense.extra_repr(self)
         # A user's extra_repr may read the weight, and call super()'s.
         view = self if dense in _packed_classes else _dense_view(self, {"weight": _get_weight(self)}, dense)
-        nnz, (rows, cols) = getattr(self, VALUES).numel(), self._packed_shape()
-        parts = [dense.extra_repr(view), f"nnz={nnz}", f"sparsity={sparsity_of(nnz, rows * cols):.4g}"]
+        nnz = getattr(self, VALUES).numel()
+        parts = [dense.extra_repr(view), f"nnz={nnz}", f"sparsity={sparsity_of(nnz, self._packed_shape()):.4g}"]
         return ", ".join(part for part in parts if part)
 
     namespace: dict[str, Any] = {
@@ -303,6 +331,7 @@ def _overrides(dense: type[nn.Module]) -> dict[str, Any]:
     return namespace
 
 
-def sparsity_of(nnz: int, entries: int) -> float:
-    """The fraction of zeros; 0 for nothing."""
+def sparsity_of(nnz: int, shape: Sequence[int]) -> float:
+    """The fraction of zeros in a weight of this shape; 0 for an empty one."""
+    entries = math.prod(shape)
     return 1 - nnz / entries if entries else 0.0

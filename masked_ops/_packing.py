@@ -23,6 +23,7 @@ from ._packed_class import (
     count_bits,
     gather,
     is_packed,
+    matrix_shape,
     packed_class,
     scatter,
     set_leading,
@@ -49,9 +50,9 @@ def compress(weight: Parameter, mask: Tensor) -> tuple[Parameter, Tensor]:
 def keep_all(weight: Parameter) -> tuple[Parameter, Tensor]:
     """:func:`compress` of a weight of which nothing is pruned; on the meta device too."""
     with torch.inference_mode(False), torch.no_grad():
-        rows, cols = weight.shape
+        rows, cols = matrix_shape(weight.shape)
         bits = torch.empty(rows, (cols + 7) // 8, dtype=torch.uint8, device=weight.device)
-        set_leading(bits, weight.numel(), cols)
+        set_leading(bits, weight.numel(), weight.shape)
         return Parameter(weight.detach().flatten(), requires_grad=weight.requires_grad), bits
 
 
@@ -85,13 +86,13 @@ def make_dense(module: nn.Module) -> None:
             f"{type(module).__name__} cannot be unpacked: its class is not one that packing made, or something else "
             f"computes '{VALUES}' (a parametrization, for one), which must be removed first"
         )
-    cols = module._packed_shape()[1]  # type: ignore[operator]
+    shape = module._packed_shape()  # type: ignore[operator]
     made = _made_before()
     if id(values) not in made:
         with torch.inference_mode(False), torch.no_grad():
-            weight = Parameter(scatter(values.detach(), bits, cols), requires_grad=values.requires_grad)
+            weight = Parameter(scatter(values.detach(), bits, shape), requires_grad=values.requires_grad)
             if values.grad is not None:
-                weight.grad = scatter(values.grad, bits, cols)
+                weight.grad = scatter(values.grad, bits, shape)
         made[id(values)] = values, weight
     with atomic([module]):
         module.__class__ = cls
@@ -106,7 +107,7 @@ def unpack_weight(module: nn.Module) -> None:
         values, bits = getattr(module, VALUES), getattr(module, BITS)
         make_dense(module)
         with torch.inference_mode(False), torch.no_grad():
-            mask = scatter(torch.ones_like(values), bits, module._parameters["weight"].shape[1])  # type: ignore[union-attr]
+            mask = scatter(torch.ones_like(values), bits, module._parameters["weight"].shape)  # type: ignore[union-attr]
         attach(module, "weight", mask)
 
 
@@ -186,21 +187,20 @@ def convert_checkpoint(module: nn.Module, prefix: str, state: dict[str, Any]) ->
         state[values], state[bits] = gather(weight.detach(), own, count_bits(own)), own
         return
     param = module._parameters.get("weight_orig", module._parameters.get("weight"))
-    if param is None or param.dim() != 2 or not all_tensors(values, bits):
+    if param is None or param.dim() < 2 or not all_tensors(values, bits):
         return
-    rows, cols = param.shape
     if state[values].dim() != 1:
         raise RuntimeError(f"{values} must have one dimension, got shape {tuple(state[values].shape)}")
-    problem = bits_problem(state[bits], state[values].numel(), (rows, cols))
+    problem = bits_problem(state[bits], state[values].numel(), param.shape)
     if problem is not None:
         raise RuntimeError(f"{bits} {problem}")
     with torch.no_grad():
         kept, places = state.pop(values).detach(), state.pop(bits)
         places = places.to(kept.device)
-        state[orig], state[mask] = scatter(kept, places, cols), scatter(torch.ones_like(kept), places, cols)
+        state[orig], state[mask] = (scatter(t, places, param.shape) for t in (kept, torch.ones_like(kept)))
 
 
-def _require_shape(key: str, tensor: Tensor, shape: tuple[int, int]) -> None:
+def _require_shape(key: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape:
         raise RuntimeError(
             f"size mismatch for {key}: {list(tensor.shape)} in the checkpoint, {list(shape)} in the model"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, overload
 
@@ -266,14 +266,16 @@ def _describe_packed(label: str, module: Any, call: _Call | None, seen: set[int]
     path, reason = "packed", "not called by the example input"
     if is_sharded(values):
         reason = "sharded: chosen within forward, where the values are whole"
-    elif call is not None:
+    elif call is not None and isinstance(module, Linear):
         path, reason = _ops.explain_packed_linear(values, bits, shape[1], call.batch)
+    elif call is not None:
+        path, reason = _explain_convolution(_ops.explain_packed_convolution, module, (values, bits, shape), call)
     report = LayerReport(
         name=label,
         kind=_kind(module),
         shape=shape,
         nnz=values.numel(),
-        sparsity=sparsity_of(values.numel(), entries),
+        sparsity=sparsity_of(values.numel(), shape),
         parameter_bytes=0 if id(values) in seen else values.numel() * values.element_size(),
         mask_bytes=bits.numel(),
         path=path,
@@ -297,7 +299,7 @@ def _path(module: Module, name: str, parameter: Tensor, mask: Tensor | None, cal
         if call is None:
             return path, "not called by the example input"
         if isinstance(module, _ConvNd):
-            return _explain_convolution(module, parameter, mask, call)
+            return _explain_convolution(_ops.explain_convolution, module, (parameter, mask), call)
         return _ops.explain_linear(parameter, mask, call.batch)
     if path == "hook":
         return path, "the class cannot be swapped: masked in Python before each forward"
@@ -306,14 +308,15 @@ def _path(module: Module, name: str, parameter: Tensor, mask: Tensor | None, cal
     return path, "no fused kernel for this parameter: masked in one pass when it is read"
 
 
-def _explain_convolution(module: _ConvNd, weight: Tensor, mask: Tensor, call: _Call) -> tuple[str, str]:
+def _explain_convolution(
+    explain: Callable[..., tuple[str, str]], module: _ConvNd, weight: tuple[Any, ...], call: _Call
+) -> tuple[str, str]:
     extents = [d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
     size = call.input_size or (call.batch, module.in_channels, *(max(_USUAL_SIZE, extent) for extent in extents))
     # The halves of padding='same' differ by one at most, which says nothing about the path.
     padding = [(e - 1) // 2 for e in extents] if module.padding == "same" else module.padding
-    path, reason = _ops.explain_convolution(
-        weight,
-        mask,
+    path, reason = explain(
+        *weight,
         size,
         call.channels_last,
         module.stride,

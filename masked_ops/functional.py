@@ -4,11 +4,14 @@
 with its gradients; ``grad_weight`` is masked and the mask gets no gradient. ``mask`` has exactly the shape of
 ``weight`` and any dtype. If all of its values are 0 or 1 it is binary, and the fused kernels run: a pruned weight
 counts as absent, whatever it holds, Inf and NaN included. Any other mask is soft and multiplies.
+
+``packed_X`` is the same of a weight that is stored as the values that are left and one bit a weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,6 +27,12 @@ __all__ = [
     "masked_conv_transpose2d",
     "masked_conv_transpose3d",
     "masked_linear",
+    "packed_conv1d",
+    "packed_conv2d",
+    "packed_conv3d",
+    "packed_conv_transpose1d",
+    "packed_conv_transpose2d",
+    "packed_conv_transpose3d",
     "packed_linear",
 ]
 
@@ -120,11 +129,7 @@ def _expand(name: str, value: _IntOrInts, n: int) -> list[int]:
     return [value] * n
 
 
-def _check_rank(input: Tensor, weight: Tensor, n: int) -> None:
-    if not (isinstance(input, Tensor) and isinstance(weight, Tensor)):
-        reference.check_tensors(input=input, weight=weight)
-    if weight.dim() != n + 2:
-        raise RuntimeError(f"weight must have {n + 2} dimensions, got shape {list(weight.shape)}")
+def _check_rank(n: int, input: Tensor) -> None:
     if input.dim() not in (n + 1, n + 2):
         raise RuntimeError(
             f"input must have {n + 2} dimensions, or {n + 1} without a batch, got shape {list(input.shape)}"
@@ -145,48 +150,87 @@ def _conv(
     output_padding: _IntOrInts = 0,
 ) -> Tensor:
     _ops.load()
-    _check_rank(input, weight, n)
+    if not (isinstance(input, Tensor) and isinstance(weight, Tensor)):
+        reference.check_tensors(input=input, weight=weight)
+    if weight.dim() != n + 2:
+        raise RuntimeError(f"weight must have {n + 2} dimensions, got shape {list(weight.shape)}")
+    _check_rank(n, input)
+    op: Callable[..., Tensor] = _ops.convolution
+    operands: tuple[Any, ...] = (weight, mask)
+    if weight.is_complex():
+        op, operands = _complex_conv, (_ops.apply_mask(weight, mask),)
+    geometry = (stride, padding, dilation, groups, transposed, output_padding)
+    return _convolve(op, n, input, operands, bias, weight.shape, *geometry)
+
+
+def _packed_conv(
+    n: int,
+    input: Tensor,
+    weight_values: Tensor,
+    weight_bits: Tensor,
+    weight_size: Sequence[int],
+    bias: Tensor | None,
+    stride: _IntOrInts,
+    padding: str | _IntOrInts,
+    dilation: _IntOrInts,
+    groups: int,
+    transposed: bool = False,
+    output_padding: _IntOrInts = 0,
+) -> Tensor:
+    _ops.load()
+    if not isinstance(input, Tensor):
+        reference.check_tensors(input=input)
+    if len(weight_size) != n + 2:
+        raise RuntimeError(f"weight_size must have {n + 2} numbers, got {list(weight_size)}")
+    _check_rank(n, input)
+    geometry = (stride, padding, dilation, groups, transposed, output_padding)
+    operands = (weight_values, weight_bits, weight_size)
+    return _convolve(_ops.packed_convolution, n, input, operands, bias, weight_size, *geometry)
+
+
+def _convolve(
+    op: Callable[..., Tensor],
+    n: int,
+    input: Tensor,
+    operands: tuple[Any, ...],
+    bias: Tensor | None,
+    weight_size: Sequence[int],
+    stride: _IntOrInts,
+    padding: str | _IntOrInts,
+    dilation: _IntOrInts,
+    groups: int,
+    transposed: bool,
+    output_padding: _IntOrInts,
+) -> Tensor:
+    """``op``, one of the convolutions, with the numbers as it takes them and a batch; ``operands`` are the weight."""
     stride = _expand("stride", stride, n)
     dilation = _expand("dilation", dilation, n)
     if isinstance(padding, str):
         if transposed:
             raise TypeError(f"padding of a transposed convolution must be integers, got {padding!r}")
-        input, padding = _pad_by_name(input, weight, padding, stride, dilation)
+        input, padding = _pad_by_name(input, weight_size, padding, stride, dilation)
     else:
         padding = _expand("padding", padding, n)
     output_padding = _expand("output_padding", output_padding, n)
-    if weight.is_complex():
-        masked = _ops.apply_mask(weight, mask)
-        return _complex_conv(n, input, masked, bias, stride, padding, dilation, groups, transposed, output_padding)
+    geometry = (stride, padding, dilation, transposed, output_padding, groups)
     batched = input.dim() == n + 2
-    out = _ops.convolution(
-        input if batched else input.unsqueeze(0),
-        weight,
-        mask,
-        bias,
-        stride,
-        padding,
-        dilation,
-        transposed,
-        output_padding,
-        groups,
-    )
+    out = op(input if batched else input.unsqueeze(0), *operands, bias, *geometry)
     return out if batched else out.squeeze(0)
 
 
 def _complex_conv(
-    n: int,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     stride: list[int],
     padding: list[int],
     dilation: list[int],
-    groups: int,
     transposed: bool,
     output_padding: list[int],
+    groups: int,
 ) -> Tensor:
     """Over a masked weight, by torch's functions: they take real and imaginary parts apart, its operation cannot."""
+    n = len(stride)
     if transposed:
         conv_transpose = getattr(F, f"conv_transpose{n}d")
         return conv_transpose(input, weight, bias, stride, padding, output_padding, groups, dilation)
@@ -194,7 +238,7 @@ def _complex_conv(
 
 
 def _pad_by_name(
-    input: Tensor, weight: Tensor, padding: str, stride: list[int], dilation: list[int]
+    input: Tensor, weight_size: Sequence[int], padding: str, stride: list[int], dilation: list[int]
 ) -> tuple[Tensor, list[int]]:
     """``'valid'`` and ``'same'`` as numbers; an odd total goes to the right, where torch puts it."""
     if padding == "valid":
@@ -203,7 +247,7 @@ def _pad_by_name(
         raise RuntimeError(f"padding must be integers, 'valid' or 'same', got {padding!r}")
     if any(s != 1 for s in stride):
         raise RuntimeError(f"padding='same' is not supported for strided convolutions, got stride {stride}")
-    total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    total = [d * (k - 1) for d, k in zip(dilation, weight_size[2:], strict=True)]
     left = [t // 2 for t in total]
     if any(t % 2 for t in total):
         extra = [side for t in reversed(total) for side in (0, t % 2)]
@@ -412,3 +456,237 @@ def masked_conv_transpose3d(
         torch.Size([1, 4, 5, 5, 5])
     """
     return _conv(3, input, weight, mask, bias, stride, padding, dilation, groups, True, output_padding)
+
+
+def packed_conv1d(
+    input: Tensor,
+    weight_values: Tensor,
+    weight_bits: Tensor,
+    weight_size: Sequence[int],
+    bias: Tensor | None = None,
+    stride: _IntOrInts = 1,
+    padding: str | _IntOrInts = 0,
+    dilation: _IntOrInts = 1,
+    groups: int = 1,
+) -> Tensor:
+    """1-D convolution whose weight is stored as its remaining values and one bit a weight.
+
+    Args:
+        input: ``[B, C, L]`` or ``[C, L]``.
+        weight_values: ``[nnz]``, the weights whose bit is set, in row-major order, of the input's dtype.
+        weight_bits: uint8 ``[O, ceil(K / 8)]`` for the K weights of a row of ``weight.flatten(1)``, little bit
+            order; bits beyond K are 0.
+        weight_size: that of the weight, ``[O, C / groups, k]``.
+        bias: ``[O]`` or None.
+        stride, padding, dilation, groups: as in ``F.conv1d``.
+
+    Returns:
+        ``[B, O, L']`` or ``[O, L']``, of the input's dtype;
+        differentiable in ``input``, ``weight_values`` and ``bias``.
+
+    Raises:
+        RuntimeError: naming the argument that does not fit.
+
+    Example:
+        >>> bits = torch.tensor([[0b01]], dtype=torch.uint8)
+        >>> masked_ops.packed_conv1d(torch.ones(1, 1, 4), torch.tensor([3.0]), bits, (1, 1, 2))
+        tensor([[[3., 3., 3.]]])
+    """
+    return _packed_conv(1, input, weight_values, weight_bits, weight_size, bias, stride, padding, dilation, groups)
+
+
+def packed_conv2d(
+    input: Tensor,
+    weight_values: Tensor,
+    weight_bits: Tensor,
+    weight_size: Sequence[int],
+    bias: Tensor | None = None,
+    stride: _IntOrInts = 1,
+    padding: str | _IntOrInts = 0,
+    dilation: _IntOrInts = 1,
+    groups: int = 1,
+) -> Tensor:
+    """2-D convolution whose weight is stored as its remaining values and one bit a weight.
+
+    Args:
+        input: ``[B, C, H, W]`` or ``[C, H, W]``, contiguous or channels_last.
+        weight_values: ``[nnz]``, the weights whose bit is set, in row-major order, of the input's dtype.
+        weight_bits: uint8 ``[O, ceil(K / 8)]`` for the K weights of a row of ``weight.flatten(1)``, little bit
+            order; bits beyond K are 0.
+        weight_size: that of the weight, ``[O, C / groups, kH, kW]``.
+        bias: ``[O]`` or None.
+        stride, padding, dilation, groups: as in ``F.conv2d``.
+
+    Returns:
+        ``[B, O, H', W']`` or ``[O, H', W']``, of the input's dtype;
+        differentiable in ``input``, ``weight_values`` and ``bias``.
+
+    Raises:
+        RuntimeError: naming the argument that does not fit.
+
+    Example:
+        >>> bits = torch.tensor([[0b1001]], dtype=torch.uint8)
+        >>> masked_ops.packed_conv2d(torch.ones(1, 1, 3, 3), torch.tensor([1.0, 2.0]), bits, (1, 1, 2, 2))
+        tensor([[[[3., 3.],
+                  [3., 3.]]]])
+    """
+    return _packed_conv(2, input, weight_values, weight_bits, weight_size, bias, stride, padding, dilation, groups)
+
+
+def packed_conv3d(
+    input: Tensor,
+    weight_values: Tensor,
+    weight_bits: Tensor,
+    weight_size: Sequence[int],
+    bias: Tensor | None = None,
+    stride: _IntOrInts = 1,
+    padding: str | _IntOrInts = 0,
+    dilation: _IntOrInts = 1,
+    groups: int = 1,
+) -> Tensor:
+    """3-D convolution whose weight is stored as its remaining values and one bit a weight.
+
+    Args:
+        input: ``[B, C, D, H, W]`` or ``[C, D, H, W]``.
+        weight_values: ``[nnz]``, the weights whose bit is set, in row-major order, of the input's dtype.
+        weight_bits: uint8 ``[O, ceil(K / 8)]`` for the K weights of a row of ``weight.flatten(1)``, little bit
+            order; bits beyond K are 0.
+        weight_size: that of the weight, ``[O, C / groups, kD, kH, kW]``.
+        bias: ``[O]`` or None.
+        stride, padding, dilation, groups: as in ``F.conv3d``.
+
+    Returns:
+        ``[B, O, D', H', W']`` or ``[O, D', H', W']``, of the input's dtype;
+        differentiable in ``input``, ``weight_values`` and ``bias``.
+
+    Raises:
+        RuntimeError: naming the argument that does not fit.
+
+    Example:
+        >>> bits = torch.zeros(4, 7, dtype=torch.uint8)
+        >>> masked_ops.packed_conv3d(torch.ones(1, 2, 3, 3, 3), torch.zeros(0), bits, (4, 2, 3, 3, 3)).shape
+        torch.Size([1, 4, 1, 1, 1])
+    """
+    return _packed_conv(3, input, weight_values, weight_bits, weight_size, bias, stride, padding, dilation, groups)
+
+
+def packed_conv_transpose1d(
+    input: Tensor,
+    weight_values: Tensor,
+    weight_bits: Tensor,
+    weight_size: Sequence[int],
+    bias: Tensor | None = None,
+    stride: _IntOrInts = 1,
+    padding: _IntOrInts = 0,
+    output_padding: _IntOrInts = 0,
+    groups: int = 1,
+    dilation: _IntOrInts = 1,
+) -> Tensor:
+    """Transposed 1-D convolution whose weight is stored as its remaining values and one bit a weight.
+
+    Args:
+        input: ``[B, C, L]`` or ``[C, L]``.
+        weight_values: ``[nnz]``, the weights whose bit is set, in row-major order, of the input's dtype.
+        weight_bits: uint8 ``[C, ceil(K / 8)]`` for the K weights of a row of ``weight.flatten(1)``, little bit
+            order; bits beyond K are 0.
+        weight_size: that of the weight, ``[C, O / groups, k]``.
+        bias: ``[O]`` or None.
+        stride, padding, output_padding, groups, dilation: as in ``F.conv_transpose1d``.
+
+    Returns:
+        ``[B, O, L']`` or ``[O, L']``, of the input's dtype;
+        differentiable in ``input``, ``weight_values`` and ``bias``.
+
+    Raises:
+        RuntimeError: naming the argument that does not fit.
+
+    Example:
+        >>> bits = torch.tensor([[0b01]], dtype=torch.uint8)
+        >>> masked_ops.packed_conv_transpose1d(torch.ones(1, 1, 2), torch.tensor([3.0]), bits, (1, 1, 2))
+        tensor([[[3., 3., 0.]]])
+    """
+    return _packed_conv(
+        1, input, weight_values, weight_bits, weight_size, bias, stride, padding, dilation, groups, True, output_padding
+    )
+
+
+def packed_conv_transpose2d(
+    input: Tensor,
+    weight_values: Tensor,
+    weight_bits: Tensor,
+    weight_size: Sequence[int],
+    bias: Tensor | None = None,
+    stride: _IntOrInts = 1,
+    padding: _IntOrInts = 0,
+    output_padding: _IntOrInts = 0,
+    groups: int = 1,
+    dilation: _IntOrInts = 1,
+) -> Tensor:
+    """Transposed 2-D convolution whose weight is stored as its remaining values and one bit a weight.
+
+    Args:
+        input: ``[B, C, H, W]`` or ``[C, H, W]``, contiguous or channels_last.
+        weight_values: ``[nnz]``, the weights whose bit is set, in row-major order, of the input's dtype.
+        weight_bits: uint8 ``[C, ceil(K / 8)]`` for the K weights of a row of ``weight.flatten(1)``, little bit
+            order; bits beyond K are 0.
+        weight_size: that of the weight, ``[C, O / groups, kH, kW]``.
+        bias: ``[O]`` or None.
+        stride, padding, output_padding, groups, dilation: as in ``F.conv_transpose2d``.
+
+    Returns:
+        ``[B, O, H', W']`` or ``[O, H', W']``, of the input's dtype;
+        differentiable in ``input``, ``weight_values`` and ``bias``.
+
+    Raises:
+        RuntimeError: naming the argument that does not fit.
+
+    Example:
+        >>> bits = torch.tensor([[0b1001]], dtype=torch.uint8)
+        >>> masked_ops.packed_conv_transpose2d(torch.ones(1, 1, 1, 1), torch.tensor([1.0, 2.0]), bits, (1, 1, 2, 2))
+        tensor([[[[1., 0.],
+                  [0., 2.]]]])
+    """
+    return _packed_conv(
+        2, input, weight_values, weight_bits, weight_size, bias, stride, padding, dilation, groups, True, output_padding
+    )
+
+
+def packed_conv_transpose3d(
+    input: Tensor,
+    weight_values: Tensor,
+    weight_bits: Tensor,
+    weight_size: Sequence[int],
+    bias: Tensor | None = None,
+    stride: _IntOrInts = 1,
+    padding: _IntOrInts = 0,
+    output_padding: _IntOrInts = 0,
+    groups: int = 1,
+    dilation: _IntOrInts = 1,
+) -> Tensor:
+    """Transposed 3-D convolution whose weight is stored as its remaining values and one bit a weight.
+
+    Args:
+        input: ``[B, C, D, H, W]`` or ``[C, D, H, W]``.
+        weight_values: ``[nnz]``, the weights whose bit is set, in row-major order, of the input's dtype.
+        weight_bits: uint8 ``[C, ceil(K / 8)]`` for the K weights of a row of ``weight.flatten(1)``, little bit
+            order; bits beyond K are 0.
+        weight_size: that of the weight, ``[C, O / groups, kD, kH, kW]``.
+        bias: ``[O]`` or None.
+        stride, padding, output_padding, groups, dilation: as in ``F.conv_transpose3d``.
+
+    Returns:
+        ``[B, O, D', H', W']`` or ``[O, D', H', W']``, of the input's dtype;
+        differentiable in ``input``, ``weight_values`` and ``bias``.
+
+    Raises:
+        RuntimeError: naming the argument that does not fit.
+
+    Example:
+        >>> bits = torch.zeros(2, 14, dtype=torch.uint8)
+        >>> x = torch.ones(1, 2, 3, 3, 3)
+        >>> masked_ops.packed_conv_transpose3d(x, torch.zeros(0), bits, (2, 4, 3, 3, 3)).shape
+        torch.Size([1, 4, 5, 5, 5])
+    """
+    return _packed_conv(
+        3, input, weight_values, weight_bits, weight_size, bias, stride, padding, dilation, groups, True, output_padding
+    )

@@ -197,17 +197,20 @@ class MaskedLinear(_MaskedWeight, nn.Linear):
 
 
 @torch.fx.wrap  # a node of its own in a symbolic trace, as a torch.nn module is: it asks for the input's rank
-def _convolve(op: str, *args: Any) -> Tensor:
+def convolve(op: str, *args: Any) -> Tensor:
     return getattr(functional, op)(*args)
+
+
+def pad(module: Any, input: Tensor) -> tuple[Tensor, Any]:
+    """The input of a convolution, padded if its mode is not the function's own; and what is left of the padding."""
+    if module.padding_mode == "zeros":
+        return input, module.padding
+    return F.pad(input, module._reversed_padding_repeated_twice, mode=module.padding_mode), 0
 
 
 class _MaskedConv(_MaskedWeight):
     _masked_op: ClassVar[str]
     _masked_torch: ClassVar[type[_ConvNd]]
-
-    padding: Any
-    padding_mode: Any
-    _reversed_padding_repeated_twice: list[int]
 
     def __init__(
         self,
@@ -235,11 +238,8 @@ class _MaskedConv(_MaskedWeight):
         if operands is None or not self._calls_torch_conv():
             return super().forward(input)
         weight, mask, bias = operands
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = 0
-        return _convolve(self._masked_op, input, weight, mask, bias, self.stride, padding, self.dilation, self.groups)
+        input, padding = pad(self, input)
+        return convolve(self._masked_op, input, weight, mask, bias, self.stride, padding, self.dilation, self.groups)
 
     def _calls_torch_conv(self) -> bool:
         """A subclass may change what becomes of the weight by a ``_conv_forward`` of its own."""
@@ -296,7 +296,7 @@ class _MaskedConvTranspose(_MaskedWeight):
         output_padding = self._output_padding(
             input, output_size, self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation
         )
-        return _convolve(
+        return convolve(
             self._masked_op,
             input,
             weight,

@@ -1,10 +1,10 @@
 """Packed layers: what is left of a pruned weight, and nothing else.
 
-A packed linear layer keeps the weights that were not pruned, ``weight_values``, and one bit for each place,
-``weight_bits``. Forward and all gradients work on these alone, so that parameters, gradients, the state of the
+A packed linear layer or convolution keeps the weights that were not pruned, ``weight_values``, and one bit for each
+place, ``weight_bits``. Forward and all gradients work on these alone, so that parameters, gradients, the state of the
 optimizer and checkpoints shrink with the density.
 
-    prune.global_unstructured([(m, "weight") for m in linears], prune.L1Unstructured, amount=0.9)
+    prune.global_unstructured([(m, "weight") for m in layers], prune.L1Unstructured, amount=0.9)
     masked_ops.pack(model)
     optimizer = torch.optim.Adam(model.parameters())  # over the new, short Parameters
 """
@@ -12,8 +12,8 @@ optimizer and checkpoints shrink with the density.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,27 +22,93 @@ from torch.nn.utils import parametrize
 from . import functional
 from . import nn as masked_nn
 from ._masking import _refuse_sharded
-from ._packed_class import BITS, VALUES, Packed, can_be_packed, is_packed, packs, sparsity_of
+from ._packed_class import BITS, VALUES, Packed, can_be_packed, is_packed, packs, shape_when_packed, sparsity_of
 from ._packing import compress, install, is_binary, keep_all, keep_ties
 from ._pruning_methods import adopt, drop_hook, pruned_names
 
-__all__ = ["PackedLinear", "freeze", "pack", "unpack"]
+__all__ = [
+    "PackedConv1d",
+    "PackedConv2d",
+    "PackedConv3d",
+    "PackedConvTranspose1d",
+    "PackedConvTranspose2d",
+    "PackedConvTranspose3d",
+    "PackedLinear",
+    "freeze",
+    "pack",
+    "unpack",
+]
 
 _M = TypeVar("_M", bound=nn.Module)
+_W = TypeVar("_W", bound="_PackedWeight")
+_Ints = int | tuple[int, ...]
 
 
 class _Sparsity:
     """A non-data descriptor: an attribute ``sparsity`` that a user's own module sets wins over it."""
 
     def __get__(self, module: Any, owner: type | None = None) -> Any:
-        if module is None:
-            return self
-        rows, cols = module._packed_shape()
-        return sparsity_of(module.weight_values.numel(), rows * cols)
+        return self if module is None else sparsity_of(module.weight_values.numel(), module._packed_shape())
+
+
+class _PackedWeight(Packed):
+    """What the packed layers have in common."""
+
+    weight: Any
+    bias: Any
+    weight_values: nn.Parameter
+    weight_bits: Tensor
+
+    sparsity: float = _Sparsity()  # type: ignore[assignment]
+    """The fraction of the weight that is pruned."""
+
+    def _pack_under(self, mask: Tensor | None) -> None:
+        """The end of a constructor."""
+        weight = self._parameters.get("weight", self._parameters.get("weight_orig"))  # of a masked layer's subclass
+        assert weight is not None
+        install(self, *(keep_all(weight) if mask is None else compress(weight, _checked(mask, weight))))
+
+    @classmethod
+    def from_masked(cls: type[_W], module: nn.Module) -> _W:
+        """An independent packed copy of a layer with a masked weight; :func:`pack` packs a module in place.
+
+        Raises:
+            TypeError: if ``module`` is not of the torch class behind this one.
+            ValueError: as :func:`pack`.
+
+        Example:
+            >>> masked = masked_ops.MaskedLinear(4, 2, mask=torch.eye(4)[:2])
+            >>> masked_ops.PackedLinear.from_masked(masked).weight_values.shape
+            torch.Size([2])
+        """
+        if not isinstance(module, cls._packed_dense):
+            raise TypeError(f"module: torch.nn.{cls._packed_dense.__name__} expected, got {type(module).__name__}")
+        twin: Any = pack(copy.deepcopy(module))
+        return twin
+
+    def to_masked(self) -> nn.Module:
+        """An independent masked copy, pruned weights 0; :func:`unpack` unpacks a module in place.
+
+        Example:
+            >>> masked_ops.PackedLinear(4, 2, mask=torch.eye(4)[:2]).to_masked()
+            MaskedLinear(in_features=4, out_features=2, bias=True, sparsity=0.75)
+        """
+        return unpack(copy.deepcopy(self))
+
+    def to_dense(self) -> nn.Module:
+        """An independent dense copy, pruned weights 0; ``prune.remove`` makes a module dense in place.
+
+        Example:
+            >>> masked_ops.PackedLinear(4, 2, mask=torch.eye(4)[:2]).to_dense()
+            Linear(in_features=4, out_features=2, bias=True)
+        """
+        masked: Any = self.to_masked()
+        dense: nn.Module = masked.to_dense()
+        return dense
 
 
 @packs(nn.Linear)
-class PackedLinear(Packed, nn.Linear):
+class PackedLinear(_PackedWeight, nn.Linear):
     """A linear layer that holds only the weights that its mask keeps: :class:`torch.nn.Linear` plus ``mask``.
 
     ``weight`` is scattered from ``weight_values`` when it is read; it is differentiable, and cannot be assigned to.
@@ -73,13 +139,6 @@ class PackedLinear(Packed, nn.Linear):
         ['bias', 'weight_values', 'weight_bits']
     """
 
-    weight: Any
-    weight_values: nn.Parameter
-    weight_bits: Tensor
-
-    sparsity: float = _Sparsity()  # type: ignore[assignment]
-    """The fraction of the weight that is pruned."""
-
     def __init__(
         self,
         in_features: int,
@@ -91,60 +150,305 @@ class PackedLinear(Packed, nn.Linear):
         mask: Tensor | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        weight = self._parameters.get("weight", self._parameters.get("weight_orig"))  # of a masked layer's subclass
-        assert weight is not None
-        install(self, *(keep_all(weight) if mask is None else compress(weight, _checked(mask, weight))))
+        self._pack_under(mask)
 
-    def _packed_shape(self) -> tuple[int, int]:
+    in_features: int
+    out_features: int
+
+    def _packed_shape(self) -> tuple[int, ...]:
         return self.out_features, self.in_features
 
     def forward(self, input: Tensor) -> Tensor:
-        # The values are read on every call, of a frozen layer too: whatever is written to them is seen.
-        try:
-            # Module.__getattr__ would cost 0.45 µs for each of the three.
-            parameters = self._parameters
-            values, bits, bias = parameters["weight_values"], self._buffers["weight_bits"], parameters["bias"]
-        except KeyError:
-            # Parametrized, or an attribute of a replica (DataParallel), or a bias that is masked.
-            values, bits, bias = self.weight_values, self.weight_bits, self.bias
-        return functional.packed_linear(input, values, bits, self.in_features, bias)  # type: ignore[arg-type]
+        values, bits, bias = self._packed_operands()
+        return functional.packed_linear(input, values, bits, self.in_features, bias)
 
-    @staticmethod
-    def from_masked(module: nn.Linear) -> PackedLinear:
-        """An independent packed copy of a linear layer with a masked weight; :func:`pack` packs a module in place.
 
-        Raises:
-            TypeError: if ``module`` is no linear layer.
-            ValueError: as :func:`pack`.
+class _PackedConv(_PackedWeight):
+    _packed_op: ClassVar[str]
 
-        Example:
-            >>> masked = masked_ops.MaskedLinear(4, 2, mask=torch.eye(4)[:2])
-            >>> masked_ops.PackedLinear.from_masked(masked).weight_values.shape
-            torch.Size([2])
-        """
-        if not isinstance(module, nn.Linear):
-            raise TypeError(f"module: torch.nn.Linear expected, got {type(module).__name__}")
-        twin: Any = pack(copy.deepcopy(module))
-        return twin
+    in_channels: int
+    out_channels: int
+    groups: int
+    kernel_size: Any
 
-    def to_masked(self) -> nn.Linear:
-        """An independent masked copy, pruned weights 0; :func:`unpack` unpacks a module in place.
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: _Ints,
+        stride: _Ints = 1,
+        padding: str | _Ints = 0,
+        dilation: _Ints = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        mask: Tensor | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+        )
+        self._pack_under(mask)
 
-        Example:
-            >>> masked_ops.PackedLinear(4, 2, mask=torch.eye(4)[:2]).to_masked()
-            MaskedLinear(in_features=4, out_features=2, bias=True, sparsity=0.75)
-        """
-        return unpack(copy.deepcopy(self))
+    def _packed_shape(self) -> tuple[int, ...]:
+        return self.out_channels, self.in_channels // self.groups, *self.kernel_size
 
-    def to_dense(self) -> nn.Linear:
-        """An independent dense copy, pruned weights 0; ``prune.remove`` makes a module dense in place.
+    def forward(self, input: Tensor) -> Tensor:
+        values, bits, bias = self._packed_operands()
+        input, padding = masked_nn.pad(self, input)
+        return masked_nn.convolve(
+            self._packed_op,
+            input,
+            values,
+            bits,
+            self._packed_shape(),
+            bias,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+        )
 
-        Example:
-            >>> masked_ops.PackedLinear(4, 2, mask=torch.eye(4)[:2]).to_dense()
-            Linear(in_features=4, out_features=2, bias=True)
-        """
-        masked: Any = self.to_masked()
-        return masked.to_dense()
+
+class _PackedConvTranspose(_PackedWeight):
+    _packed_op: ClassVar[str]
+
+    in_channels: int
+    out_channels: int
+    groups: int
+    kernel_size: Any
+    _output_padding: Callable[..., list[int]]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: _Ints,
+        stride: _Ints = 1,
+        padding: _Ints = 0,
+        output_padding: _Ints = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: _Ints = 1,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        mask: Tensor | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            output_padding,
+            groups,
+            bias,
+            dilation,
+            padding_mode,
+            device,
+            dtype,
+        )
+        self._pack_under(mask)
+
+    def _packed_shape(self) -> tuple[int, ...]:
+        return self.in_channels, self.out_channels // self.groups, *self.kernel_size
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        values, bits, bias = self._packed_operands()
+        output_padding = self._output_padding(
+            input, output_size, self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation
+        )
+        return masked_nn.convolve(
+            self._packed_op,
+            input,
+            values,
+            bits,
+            self._packed_shape(),
+            bias,
+            self.stride,
+            self.padding,
+            output_padding,
+            self.groups,
+            self.dilation,
+        )
+
+
+@packs(nn.Conv1d)
+class PackedConv1d(_PackedConv, nn.Conv1d):
+    """A 1-dimensional convolution that holds only the weights that are left: :class:`torch.nn.Conv1d` plus ``mask``.
+
+    Takes all arguments of torch's class, every padding mode and ``padding="same"`` included. What is said of
+    :class:`PackedLinear` holds here too.
+
+    Args:
+        mask: ``[out_channels, in_channels / groups, k]``, any dtype, of zeros and ones; by default ones.
+
+    Shape:
+        input and output as those of torch's class; ``weight_values`` ``[nnz]`` in row-major order, ``weight_bits``
+        uint8 ``[out_channels, ceil(K / 8)]`` for the K weights of a row of ``weight.flatten(1)``, the lowest bit first.
+
+    Raises:
+        TypeError: if ``mask`` is not a tensor.
+        ValueError: if its shape is not the weight's, or it has other values than 0 and 1.
+
+    Example:
+        >>> layer = masked_ops.PackedConv1d(1, 2, kernel_size=2, bias=False, mask=torch.zeros(2, 1, 2))
+        >>> layer
+        PackedConv1d(1, 2, kernel_size=(2,), stride=(1,), bias=False, nnz=0, sparsity=1)
+        >>> layer(torch.ones(1, 1, 3)).count_nonzero()
+        tensor(0)
+    """
+
+    _packed_op = "packed_conv1d"
+
+
+@packs(nn.Conv2d)
+class PackedConv2d(_PackedConv, nn.Conv2d):
+    """A 2-dimensional convolution that holds only the weights that are left: :class:`torch.nn.Conv2d` plus ``mask``.
+
+    Takes all arguments of torch's class, every padding mode and ``padding="same"`` included. What is said of
+    :class:`PackedLinear` holds here too.
+
+    Args:
+        mask: ``[out_channels, in_channels / groups, kH, kW]``, any dtype, of zeros and ones; by default ones.
+
+    Shape:
+        input and output as those of torch's class; ``weight_values`` ``[nnz]`` in row-major order, ``weight_bits``
+        uint8 ``[out_channels, ceil(K / 8)]`` for the K weights of a row of ``weight.flatten(1)``, the lowest bit first.
+
+    Raises:
+        TypeError: if ``mask`` is not a tensor.
+        ValueError: if its shape is not the weight's, or it has other values than 0 and 1.
+
+    Example:
+        >>> layer = masked_ops.PackedConv2d(1, 2, kernel_size=2, bias=False, mask=torch.zeros(2, 1, 2, 2))
+        >>> layer
+        PackedConv2d(1, 2, kernel_size=(2, 2), stride=(1, 1), bias=False, nnz=0, sparsity=1)
+        >>> layer(torch.ones(1, 1, 3, 3)).count_nonzero()
+        tensor(0)
+    """
+
+    _packed_op = "packed_conv2d"
+
+
+@packs(nn.Conv3d)
+class PackedConv3d(_PackedConv, nn.Conv3d):
+    """A 3-dimensional convolution that holds only the weights that are left: :class:`torch.nn.Conv3d` plus ``mask``.
+
+    Takes all arguments of torch's class, every padding mode and ``padding="same"`` included. What is said of
+    :class:`PackedLinear` holds here too.
+
+    Args:
+        mask: ``[out_channels, in_channels / groups, kD, kH, kW]``, any dtype, of zeros and ones; by default ones.
+
+    Shape:
+        input and output as those of torch's class; ``weight_values`` ``[nnz]`` in row-major order, ``weight_bits``
+        uint8 ``[out_channels, ceil(K / 8)]`` for the K weights of a row of ``weight.flatten(1)``, the lowest bit first.
+
+    Raises:
+        TypeError: if ``mask`` is not a tensor.
+        ValueError: if its shape is not the weight's, or it has other values than 0 and 1.
+
+    Example:
+        >>> layer = masked_ops.PackedConv3d(1, 2, kernel_size=2, bias=False, mask=torch.zeros(2, 1, 2, 2, 2))
+        >>> layer
+        PackedConv3d(1, 2, kernel_size=(2, 2, 2), stride=(1, 1, 1), bias=False, nnz=0, sparsity=1)
+        >>> layer(torch.ones(1, 1, 3, 3, 3)).count_nonzero()
+        tensor(0)
+    """
+
+    _packed_op = "packed_conv3d"
+
+
+@packs(nn.ConvTranspose1d)
+class PackedConvTranspose1d(_PackedConvTranspose, nn.ConvTranspose1d):
+    """A 1-dimensional transposed convolution of the weights left: :class:`torch.nn.ConvTranspose1d` plus ``mask``.
+
+    Takes all arguments of torch's class; ``forward`` takes ``output_size`` as well. What is said of
+    :class:`PackedLinear` holds here too.
+
+    Args:
+        mask: ``[in_channels, out_channels / groups, k]``, any dtype, of zeros and ones; by default ones.
+
+    Shape:
+        input and output as those of torch's class; ``weight_values`` ``[nnz]`` in row-major order, ``weight_bits``
+        uint8 ``[in_channels, ceil(K / 8)]`` for the K weights of a row of ``weight.flatten(1)``, the lowest bit first.
+
+    Raises:
+        TypeError: if ``mask`` is not a tensor.
+        ValueError: if its shape is not the weight's, or it has other values than 0 and 1.
+
+    Example:
+        >>> layer = masked_ops.PackedConvTranspose1d(1, 2, kernel_size=2, bias=False, mask=torch.zeros(1, 2, 2))
+        >>> layer
+        PackedConvTranspose1d(1, 2, kernel_size=(2,), stride=(1,), bias=False, nnz=0, sparsity=1)
+        >>> layer(torch.ones(1, 1, 3)).count_nonzero()
+        tensor(0)
+    """
+
+    _packed_op = "packed_conv_transpose1d"
+
+
+@packs(nn.ConvTranspose2d)
+class PackedConvTranspose2d(_PackedConvTranspose, nn.ConvTranspose2d):
+    """A 2-dimensional transposed convolution of the weights left: :class:`torch.nn.ConvTranspose2d` plus ``mask``.
+
+    Takes all arguments of torch's class; ``forward`` takes ``output_size`` as well. What is said of
+    :class:`PackedLinear` holds here too.
+
+    Args:
+        mask: ``[in_channels, out_channels / groups, kH, kW]``, any dtype, of zeros and ones; by default ones.
+
+    Shape:
+        input and output as those of torch's class; ``weight_values`` ``[nnz]`` in row-major order, ``weight_bits``
+        uint8 ``[in_channels, ceil(K / 8)]`` for the K weights of a row of ``weight.flatten(1)``, the lowest bit first.
+
+    Raises:
+        TypeError: if ``mask`` is not a tensor.
+        ValueError: if its shape is not the weight's, or it has other values than 0 and 1.
+
+    Example:
+        >>> layer = masked_ops.PackedConvTranspose2d(1, 2, kernel_size=2, bias=False, mask=torch.zeros(1, 2, 2, 2))
+        >>> layer
+        PackedConvTranspose2d(1, 2, kernel_size=(2, 2), stride=(1, 1), bias=False, nnz=0, sparsity=1)
+        >>> layer(torch.ones(1, 1, 3, 3)).count_nonzero()
+        tensor(0)
+    """
+
+    _packed_op = "packed_conv_transpose2d"
+
+
+@packs(nn.ConvTranspose3d)
+class PackedConvTranspose3d(_PackedConvTranspose, nn.ConvTranspose3d):
+    """A 3-dimensional transposed convolution of the weights left: :class:`torch.nn.ConvTranspose3d` plus ``mask``.
+
+    Takes all arguments of torch's class; ``forward`` takes ``output_size`` as well. What is said of
+    :class:`PackedLinear` holds here too.
+
+    Args:
+        mask: ``[in_channels, out_channels / groups, kD, kH, kW]``, any dtype, of zeros and ones; by default ones.
+
+    Shape:
+        input and output as those of torch's class; ``weight_values`` ``[nnz]`` in row-major order, ``weight_bits``
+        uint8 ``[in_channels, ceil(K / 8)]`` for the K weights of a row of ``weight.flatten(1)``, the lowest bit first.
+
+    Raises:
+        TypeError: if ``mask`` is not a tensor.
+        ValueError: if its shape is not the weight's, or it has other values than 0 and 1.
+
+    Example:
+        >>> layer = masked_ops.PackedConvTranspose3d(1, 2, kernel_size=2, bias=False, mask=torch.zeros(1, 2, 2, 2, 2))
+        >>> layer
+        PackedConvTranspose3d(1, 2, kernel_size=(2, 2, 2), stride=(1, 1, 1), bias=False, nnz=0, sparsity=1)
+        >>> layer(torch.ones(1, 1, 3, 3, 3)).count_nonzero()
+        tensor(0)
+    """
+
+    _packed_op = "packed_conv_transpose3d"
 
 
 def _checked(mask: Tensor, weight: Tensor) -> Tensor:
@@ -158,7 +462,7 @@ def _checked(mask: Tensor, weight: Tensor) -> Tensor:
             f"mask: a meta tensor has no values; the parameter is on '{weight.device}' and the mask on '{mask.device}'"
         )
     if not is_binary(mask, weight.dtype):
-        raise ValueError("mask: zeros and ones expected, got other values; a MaskedLinear takes such a soft mask")
+        raise ValueError("mask: zeros and ones expected, got other values; a masked layer takes such a soft mask")
     return mask.to(weight.device)
 
 
@@ -166,11 +470,12 @@ def _checked(mask: Tensor, weight: Tensor) -> Tensor:
 
 
 def pack(model: _M) -> _M:
-    """Keep of the masked linear layers in ``model`` only what is not pruned: turn each into a packed one, in place.
+    """Keep of the masked layers in ``model`` only what is not pruned: turn each into a packed one, in place.
 
-    Packed are ``MaskedLinear`` and pruned instances of ``nn.Linear`` and of subclasses that keep its ``forward``,
-    ``model`` itself included. All else stays as it is: layers that are not pruned, other pruned parameters (of
-    convolutions, a bias), linear layers with a ``forward`` of their own. :func:`masked_ops.report` lists who is what.
+    Packed are linear layers and convolutions, transposed ones included: ``MaskedLinear`` and its like, and pruned
+    instances of torch's classes and of subclasses that keep their ``forward``, ``model`` itself included. All else
+    stays as it is: layers that are not pruned, other pruned parameters (a bias, an embedding), layers with a
+    ``forward`` of their own. :func:`masked_ops.report` lists who is what.
 
     A packed module is the same object with the same hooks, but its ``weight_values`` is a new Parameter: build the
     optimizer, ``DistributedDataParallel`` and the like after it. ``requires_grad`` and the values of a gradient are
@@ -200,8 +505,8 @@ def pack(model: _M) -> _M:
         if not _pack(model):
             packed = any(is_packed(module) for module in model.modules())
             raise ValueError(
-                f"nothing to pack in {type(model).__name__}: linear layers with a masked weight expected, "
-                f"got {'packed ones only' if packed else 'none'}"
+                f"nothing to pack in {type(model).__name__}: linear layers or convolutions with a masked weight "
+                f"expected, got {'packed ones only' if packed else 'none'}"
             )
     return model
 
@@ -234,7 +539,7 @@ def unpack(model: _M) -> _M:
 
 
 def freeze(model: _M) -> _M:
-    """Make ``model`` ready for inference, in place: masked linear layers packed, and nothing requires a gradient.
+    """Make ``model`` ready for inference, in place: masked layers packed, and nothing requires a gradient.
 
     What :func:`pack` leaves masked stays masked. Values that are written to ``weight_values`` later, in whatever way,
     take part in the next call. The training mode of layers like dropout is left alone: that is ``model.eval()``'s.
@@ -259,7 +564,8 @@ def freeze(model: _M) -> _M:
     with masked_nn.atomic(model.modules()):
         if not _pack(model) and not any(is_packed(module) for module in model.modules()):
             raise ValueError(
-                f"nothing to freeze in {type(model).__name__}: linear layers with a packed or masked weight expected"
+                f"nothing to freeze in {type(model).__name__}: linear layers or convolutions with a packed or masked "
+                "weight expected"
             )
         model.requires_grad_(False)
     return model
@@ -300,7 +606,7 @@ def _require_packable(label: str, module: Any) -> None:
     except ValueError as error:
         raise ValueError(f"'{label}' cannot be packed: {error}") from None
     weight, mask = module.weight_orig, module.weight_mask
-    shape = module.out_features, module.in_features
+    shape = shape_when_packed(module)
     for name in (VALUES, BITS):
         if hasattr(module, name):
             raise ValueError(f"'{label}' cannot be packed: it has an attribute '{name}' already")
@@ -308,7 +614,7 @@ def _require_packable(label: str, module: Any) -> None:
         raise ValueError(f"'{label}' cannot be packed: a plain Parameter expected, got {type(weight).__name__}")
     if tuple(weight.shape) != shape:
         raise ValueError(
-            f"'{label}' cannot be packed: out_features and in_features are {shape}, "
+            f"'{label}' cannot be packed: the sizes that it states are {shape}, "
             f"but the weight has shape {tuple(weight.shape)}"
         )
     if mask.is_meta:

@@ -6,6 +6,7 @@ torch's own operations, so that it works under every transform (``vmap``, forwar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -161,6 +162,24 @@ def check_grad_output(
         input.numel() == 0 or grad_output.shape == wanted,
         lambda: f"grad_output must have the shape of the output, {list(wanted)}, got {list(grad_output.shape)}",
     )
+
+
+def check_packed_convolution(
+    weight_values: Tensor, weight_bits: Tensor, weight_size: Sequence[int], *geometry: Any
+) -> None:
+    check_tensors(weight_values=weight_values, weight_bits=weight_bits)
+    torch._check(
+        len(weight_size) >= 3 and all(size >= 0 for size in weight_size),
+        lambda: f"weight_size must have at least 3 numbers, none of them negative, got {list(weight_size)}",
+    )
+    torch._check(
+        weight_values.dim() == 1 and weight_values.is_floating_point(),
+        lambda: (
+            "weight_values must be a floating-point tensor of one dimension, "
+            f"got {weight_values.dtype} of shape {list(weight_values.shape)}"
+        ),
+    )
+    check_geometry(weight_size, *geometry)
 
 
 # --- operations ------------------------------------------------------------------------------------------------------
@@ -333,3 +352,71 @@ def packed_linear_grad_input(
 def packed_linear_grad_values(grad_output: Tensor, input: Tensor, weight_bits: Tensor, nnz: int) -> Tensor:
     rows = list(range(grad_output.dim() - 1))
     return pack_values(torch.tensordot(grad_output, input, (rows, rows)), weight_bits, nnz)
+
+
+def _dense_kernel(weight_values: Tensor, weight_bits: Tensor, weight_size: Sequence[int]) -> Tensor:
+    return unpack_values(weight_values, weight_bits, math.prod(weight_size[1:])).view(weight_size)
+
+
+def packed_convolution(
+    input: Tensor,
+    weight_values: Tensor,
+    weight_bits: Tensor,
+    weight_size: list[int],
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+) -> Tensor:
+    geometry = (stride, padding, dilation, transposed, output_padding, groups)
+    check_packed_convolution(weight_values, weight_bits, weight_size, *geometry)
+    weight = _dense_kernel(weight_values, weight_bits, weight_size)
+    return torch.ops.aten.convolution(input, weight, bias, *geometry)
+
+
+def packed_convolution_grad_input(
+    grad_output: Tensor,
+    weight_values: Tensor,
+    weight_bits: Tensor,
+    weight_size: list[int],
+    input_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+) -> Tensor:
+    geometry = (stride, padding, dilation, transposed, output_padding, groups)
+    check_packed_convolution(weight_values, weight_bits, weight_size, *geometry)
+    check_grad_output(grad_output, input_size, weight_size, *geometry)
+    weight = _dense_kernel(weight_values, weight_bits, weight_size)
+    input = grad_output.new_zeros(()).expand(input_size)
+    grads = torch.ops.aten.convolution_backward(grad_output, input, weight, None, *geometry, [True, False, False])
+    return grads[0]
+
+
+def packed_convolution_grad_values(
+    grad_output: Tensor,
+    input: Tensor,
+    weight_bits: Tensor,
+    weight_size: list[int],
+    nnz: int,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+) -> Tensor:
+    geometry = (stride, padding, dilation, transposed, output_padding, groups)
+    check_same_kind("input", input, "grad_output", grad_output)
+    check_grad_output(grad_output, input.shape, weight_size, *geometry)
+    weight = grad_output.new_zeros(()).expand(weight_size)
+    grads = torch.ops.aten.convolution_backward(grad_output, input, weight, None, *geometry, [False, True, False])
+    # No flatten: the older vmap, behind is_grads_batched, has no rule for it.
+    rows = grads[1].reshape(weight_size[0], math.prod(weight_size[1:]))
+    return pack_values(rows, weight_bits, nnz)

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 import masked_ops
 from masked_ops import _ops
+from masked_ops._packed_class import bits_of
 
 # Torch's own, of which there are many on these ways.
 pytestmark = [
@@ -102,12 +103,29 @@ def _samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
                 ),
             }
     bits = torch.tensor([[0b101], [0], [0b111]], dtype=torch.uint8)
+    kernel_bits, kept = bits_of(kernel), int(kernel.sum())
     samples |= {
         "packed_linear": (_ops.packed_linear, (leaf(2, 3), leaf(5), bits, 3, leaf(3))),
         "packed_linear, no bias, 3-D": (_ops.packed_linear, (leaf(2, 2, 3), leaf(5), bits, 3, None)),
         "packed_linear, 1-D": (_ops.packed_linear, (leaf(3), leaf(5), bits, 3, leaf(3))),
         "packed_linear_grad_input": (_ops.packed_linear_grad_input, (leaf(2, 3), leaf(5), bits, 3)),
         "packed_linear_grad_values": (_ops.packed_linear_grad_values, (leaf(2, 3), leaf(2, 3), bits, 5)),
+        "packed_convolution": (
+            _ops.packed_convolution,
+            (leaf(2, 4, 5, 4), leaf(kept), kernel_bits, [4, 2, 3, 2], leaf(4), *forward),
+        ),
+        "packed_convolution, channels_last, transposed": (
+            _ops.packed_convolution,
+            (leaf(2, 4, 5, 4, like=channels_last), leaf(kept), kernel_bits, [4, 2, 3, 2], None, *back),
+        ),
+        "packed_convolution_grad_input": (
+            _ops.packed_convolution_grad_input,
+            (leaf(2, 4, 3, 2), leaf(kept), kernel_bits, [4, 2, 3, 2], [2, 4, 5, 4], *forward),
+        ),
+        "packed_convolution_grad_values": (
+            _ops.packed_convolution_grad_values,
+            (leaf(2, 4, 3, 2), leaf(2, 4, 5, 4, like=channels_last), kernel_bits, [4, 2, 3, 2], kept, *forward),
+        ),
         "unpack_values": (_ops.unpack_values, (leaf(5), bits, 3)),
         "pack_values": (_ops.pack_values, (leaf(3, 3), bits, 5)),
         "convolution, weight channels_last": (

@@ -71,7 +71,7 @@ def pruned_linear(rows: int = 5, cols: int = 11, amount: float = 0.5) -> Any:
 
 
 def network() -> nn.Sequential:
-    """A convolution and two linear layers, all pruned."""
+    """A convolution and two linear layers, all pruned; all are packed."""
     net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 7), nn.ReLU(), nn.Linear(7, 5))
     prune.random_unstructured([(net[0], "weight"), (net[3], "weight"), (net[5], "weight")], amount=0.5)
     return net
@@ -418,22 +418,22 @@ def test_pack_turns_the_same_object() -> None:
     model[3].register_forward_hook(lambda *args: calls.append(args))
     model[3].eval()
     before = [(id(m), m.training) for m in model.modules()]
-    biases, others = [model[3].bias, model[5].bias], [model[0].weight_orig, model[0].bias]
+    biases = [model[index].bias for index in (0, 3, 5)]
     x = image()
     expected = model(x)
     assert masked_ops.pack(model) is model
     assert [(id(m), m.training) for m in model.modules()] == before
     assert [type(m) for m in model] == [
-        masked_ops.MaskedConv2d,
+        masked_ops.PackedConv2d,
         nn.ReLU,
         nn.Flatten,
         PackedLinear,
         nn.ReLU,
         PackedLinear,
     ]
-    assert [model[3].bias, model[5].bias, model[0].weight_orig, model[0].bias] == biases + others
+    assert all(model[index].bias is bias for index, bias in zip((0, 3, 5), biases, strict=True))
     assert list(model[3].state_dict()) == ["bias", "weight_values", "weight_bits"]
-    assert not model[3]._forward_pre_hooks and model[0]._forward_pre_hooks
+    assert not model[3]._forward_pre_hooks and not model[0]._forward_pre_hooks
     calls.clear()
     torch.testing.assert_close(model(x), expected)
     assert len(calls) == 1
@@ -493,7 +493,7 @@ def test_what_has_no_packed_kernel_stays() -> None:
     patched.forward = lambda input: input
     cplx: Any = nn.Linear(4, 3, dtype=torch.complex64)
     attach(cplx, "weight", torch.eye(3, 4))
-    others = [gain, patched, cplx, nn.Linear(2, 2), prune.identity(nn.Embedding(3, 4), "weight")]
+    others = [gain, patched, cplx, nn.Linear(2, 2), nn.Conv1d(2, 2, 2), prune.identity(nn.Embedding(3, 4), "weight")]
     before = fingerprint(nn.ModuleList(others))
     masked_ops.pack(nn.ModuleList([*others, pruned_linear()]))
     assert fingerprint(nn.ModuleList(others)) == before

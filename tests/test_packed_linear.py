@@ -183,7 +183,7 @@ ERRORS: dict[str, tuple[dict, str]] = {
     "bits of another dtype": ({"weight_bits": BITS.int()}, "weight_bits must be uint8"),
     "bits of one dimension": ({"weight_bits": BITS[0]}, "weight_bits must be uint8"),
     "bits too narrow": ({"weight_bits": BITS[:, :1]}, "weight_bits must be uint8 of shape"),
-    "bits beyond the features": ({"weight_bits": BITS * 2}, "weight_bits must have zero bits beyond in_features"),
+    "bits beyond the features": ({"weight_bits": BITS * 2}, "weight_bits must have zero bits beyond the 9 columns"),
     "in_features": ({"in_features": 8}, "weight_bits must be uint8 of shape"),
     "in_features negative": ({"in_features": -1}, "in_features must not be negative"),
     "in_features near 64 bits": ({"in_features": 2**63 - 1}, "weight_bits must be uint8 of shape"),

@@ -235,6 +235,31 @@ def test_packed_linear(cuda: FakeCuda, path: str | None, dtype: torch.dtype) -> 
     assert cuda.calls("decode") - before == (0 if path == "copy" or dtype == torch.float64 else calls)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_packed_convolution(cuda: FakeCuda, transposed: bool) -> None:
+    name = "conv_transpose2d" if transposed else "conv2d"
+    ours, theirs = getattr(masked_ops, f"packed_{name}"), getattr(F, name)
+    x, weight, bias = whole(2, 4, 6, 5), whole(4, 2, 3, 3), whole(4)
+    mask = binary(*weight.shape)
+    values, bits = packed(weight.flatten(1), mask.flatten(1))
+    leaves = [t.requires_grad_() for t in (x, values, bias)]
+    cpu = [t.detach().cpu().requires_grad_() for t in (x, weight, bias)]
+    plain = theirs(cpu[0], cpu[1] * mask.cpu(), cpu[2], groups=2)
+    dy = whole(*plain.shape)
+    wanted = list(torch.autograd.grad(plain, cpu, dy.cpu()))
+    wanted[1] = wanted[1][mask.cpu() != 0]
+    y = ours(x, values, bits, weight.shape, bias, groups=2)
+    assert torch.equal(y.cpu(), plain)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(torch.autograd.grad(y, leaves, dy), wanted, strict=True))
+    one = [1, 1]
+    assert (
+        _ops.explain_packed_convolution(
+            values, bits, weight.shape, x.shape, False, one, [0, 0], one, transposed, [0, 0], 2
+        )[0]
+        == "copy"
+    )
+
+
 def test_packed_bits_are_checked(cuda: FakeCuda) -> None:
     x, weight, mask, _, _ = case(2, 5, 11, torch.float32)
     values, bits = packed(weight, mask)

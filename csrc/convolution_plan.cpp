@@ -1,0 +1,77 @@
+#include "convolution_plan.h"
+
+#include <ATen/native/ConvUtils.h>
+#include <ATen/ops/empty.h>
+
+#include "parallel.h"
+
+namespace masked_ops {
+namespace {
+
+// A tensor as images in one of the two layouts that the kernels know.
+class ImagesOf {
+ public:
+  explicit ImagesOf(const at::Tensor& t) : channels_last_(suggests_channels_last(t)) {
+    tensor_ = t.contiguous(channels_last_ ? channels_last_of(t.dim()) : at::MemoryFormat::Contiguous);
+  }
+  cpu::Images<const float> input() const { return {tensor_.const_data_ptr<float>(), channels_last_}; }
+
+ private:
+  bool channels_last_;
+  at::Tensor tensor_;
+};
+
+}  // namespace
+
+at::MemoryFormat result_format(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                               const Geometry& of) {
+  if (input.dim() < 4) return at::MemoryFormat::Contiguous;
+  const auto numbers = [](at::IntArrayRef values) { return c10::fromIntArrayRefSlow(values); };
+  const auto backend = at::native::select_conv_backend(input, weight, bias, numbers(of.stride), numbers(of.padding),
+                                                       numbers(of.dilation), of.transposed, numbers(of.output_padding),
+                                                       of.groups, at::OptionalSymIntArrayRef());
+  return at::native::_determine_backend_memory_format(input, weight, backend);
+}
+
+ConvolutionPlan::ConvolutionPlan(Pass pass, const Geometry& of, at::IntArrayRef input, bool channels_last,
+                                 const at::Tensor& weight, PatternPtr of_mask, bool have_values, bool packed)
+    : of(of), pattern(std::move(of_mask)) {
+  const bool known = of.weight.size() <= 5 && of.consistent(input);
+  if (known) geometry = of.for_kernels(input);
+  const auto empty = [](at::IntArrayRef sizes) { return std::find(sizes.begin(), sizes.end(), 0) != sizes.end(); };
+  // Torch refuses what does not fit in its own words, and knows the shapes of nothing.
+  const bool trivial = !known || empty(input) || empty(of.output_sizes(input)) || empty(of.weight);
+  const Pass seen = !of.transposed || pass == Pass::kGradWeight ? pass
+                    : pass == Pass::kForward                    ? Pass::kGradInput
+                                                                : Pass::kForward;
+  const Choice choice =
+      choose_convolution(seen, known ? &geometry : nullptr, channels_last, weight, pattern.get(), have_values, packed);
+  path = trivial ? Path::kCopy : choice.path;
+  reason = choice.reason;
+}
+
+// The product with the weight, or the weight transposed, whichever the pass means.
+at::Tensor ConvolutionPlan::multiply(bool transposed, const at::Tensor& from, const at::Tensor& values,
+                                     const at::Tensor& bias, at::IntArrayRef sizes, at::MemoryFormat format) const {
+  at::Tensor to = at::empty(sizes, from.options(), format);
+  const auto index = pattern->conv_index(geometry, transposed);
+  const cpu::Images<float> images = {to.mutable_data_ptr<float>(), format != at::MemoryFormat::Contiguous};
+  index->kernels().conv_spmm(team(), geometry, index->get(), values.const_data_ptr<float>(), ImagesOf(from).input(),
+                             bias.defined() ? bias.const_data_ptr<float>() : nullptr, images);
+  return to;
+}
+
+at::Tensor ConvolutionPlan::grad_values(const at::Tensor& grad_output, const at::Tensor& input) const {
+  at::Tensor values = at::empty({pattern->nnz()}, grad_output.options());
+  const auto index = pattern->conv_index(geometry, /*transposed=*/false);
+  const ImagesOf dy(of.transposed ? input : grad_output), x(of.transposed ? grad_output : input);
+  index->kernels().conv_sddmm(team(), geometry, index->get(), dy.input(), x.input(), values.mutable_data_ptr<float>());
+  return values;
+}
+
+cpu::Team ConvolutionPlan::team() const {
+  const int64_t positions = geometry.batch * geometry.output[0] * geometry.output[1] * geometry.output[2];
+  return team_for(positions * std::max<int64_t>(pattern->nnz(), geometry.out_channels));
+}
+
+}  // namespace masked_ops
