@@ -13,7 +13,7 @@ import pytest
 import torch
 from generators import (
     LAYOUTS,
-    PATHS,
+    PACKED_PATHS,
     PATTERNS,
     assert_exact,
     every_capability,
@@ -98,7 +98,7 @@ def check_case(case: Case) -> None:
 
 @every_capability
 @every_float
-@pytest.mark.parametrize("path", [None, *PATHS])
+@pytest.mark.parametrize("path", [None, *PACKED_PATHS])
 def test_values_and_gradients_are_exact_on_integers(path: str | None, dtype: torch.dtype, capability: str) -> None:
     served = 0
     with running_on(path, capability), poisoned():

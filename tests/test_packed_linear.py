@@ -11,6 +11,7 @@ from generators import (
     FLOATS,
     LARGE_SHAPES,
     LAYOUTS,
+    PACKED_PATHS,
     PATHS,
     PATTERNS,
     SHAPES,
@@ -96,7 +97,7 @@ def cases(dtype: torch.dtype) -> list[Case]:
 
 @every_capability
 @every_float
-@pytest.mark.parametrize("path", [None, *PATHS])
+@pytest.mark.parametrize("path", [None, *PACKED_PATHS])
 def test_family_is_exact_on_integers(path: str | None, dtype: torch.dtype, capability: str) -> None:
     served = 0
     with running_on(path, capability), poisoned():
@@ -112,6 +113,13 @@ def test_family_is_exact_on_integers(path: str | None, dtype: torch.dtype, capab
                 assert_exact(result, expected, op, case.name)
                 served += 1
     assert served or path not in (None, "copy")
+
+
+def test_paths_that_read_a_dense_weight_are_refused() -> None:
+    case = next(case for case in cases(torch.float32) if case.mask.any())
+    for path in set(PATHS) - set(PACKED_PATHS):
+        with masked_ops.use_path(path), pytest.raises(RuntimeError, match="a packed layer has no dense weight"):
+            _ops.packed_linear(*case.calls()["packed_linear"])
 
 
 @every_float
