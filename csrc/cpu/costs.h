@@ -134,9 +134,9 @@ inline constexpr CostTable kHalfCosts = {
     // float16: end
 };
 
-// The paths of a convolution, fitted by bench/fit_convolution_costs.py over layers of ResNet, MobileNetV2 and U-Net. MACs
-// are those of the dense convolution, in the direction of the kernels (see Convolution); packed counts what im2col makes,
-// images what is read and written.
+// The paths of a convolution, fitted by bench/fit_convolution_costs.py over layers of ResNet, MobileNetV2 and U-Net.
+// MACs are those of the dense convolution, in the direction of the kernels (see Convolution); packed counts what im2col
+// makes, images what is read and written.
 struct ConvCost {
   float call, mac, dense, weight, value, packed, images;
 
