@@ -307,7 +307,7 @@ template std::vector<unsigned> probe(unsigned);
             if suffix != "cpp":
                 continue
             if folder == "":
-                seconds = 12 if b"#include <torch/" in content else 3
+                seconds = 16.0 if b"#include <torch/" in content else 5.0
                 objects.append(Object(source, f"{stem}.o", (*_TORCH_FLAGS, *common, *have), source, seconds))
             elif folder == "cpu" and b"capability: none" in content.partition(b"\n")[0]:
                 objects.append(Object(source, f"cpu.{stem}.o", (*_KERNEL_FLAGS, *common, *have), source, 0.5))
@@ -318,7 +318,8 @@ template std::vector<unsigned> probe(unsigned);
         for name in reversed([name for name in CAPABILITIES if name in self.capabilities]):
             flags = (*_KERNEL_FLAGS, *common, *self.cpu_flags(name).values(), f"-DMASKED_OPS_CAPABILITY={name.upper()}")
             for source, stem in kernels:
-                objects.append(Object(source, f"cpu.{stem}.{name}.o", flags, f"{source} ({name})", 1.5))
+                seconds = len(self.sources[source]) / 2500  # the longest files first, or one core waits at the end
+                objects.append(Object(source, f"cpu.{stem}.{name}.o", flags, f"{source} ({name})", seconds))
         return objects
 
 
