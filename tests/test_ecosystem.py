@@ -6,10 +6,7 @@ import copy
 import io
 import multiprocessing
 import threading
-import time
-import traceback
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from masked_modules import random_mask
+from ranks import Check, assert_passed, name_of, run_in_two_processes, share
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
@@ -463,10 +461,6 @@ def _steps(model: nn.Module, tokens: Tensor, steps: int = 3) -> None:
         optimizer.step()
 
 
-def _share(tokens: Tensor) -> Tensor:
-    return tokens.chunk(dist.get_world_size())[dist.get_rank()]
-
-
 def _tokens() -> Tensor:
     return torch.randint(0, 11, (4, 5), generator=torch.Generator().manual_seed(3))
 
@@ -485,7 +479,7 @@ def _assert_same_state(state: dict[str, Tensor], expected: dict[str, Tensor]) ->
 
 def check_ddp_trains_as_one_process(model: nn.Module) -> None:
     reference = copy.deepcopy(model)
-    _steps(DistributedDataParallel(model), _share(_tokens()))
+    _steps(DistributedDataParallel(model), share(_tokens()))
     _steps(reference, _tokens())
     _assert_same_state(model.state_dict(), reference.state_dict())
 
@@ -507,7 +501,7 @@ def check_ddp_broadcasts_masks(model: nn.Module) -> None:
 def check_ddp_masks_come_and_go(model: nn.Module) -> None:
     reference = copy.deepcopy(model)
     wrapped = DistributedDataParallel(model)
-    for replica, forward, tokens in ((model, wrapped, _share(_tokens())), (reference, reference, _tokens())):
+    for replica, forward, tokens in ((model, wrapped, share(_tokens())), (reference, reference, _tokens())):
         head: Any = replica.head
         _steps(forward, tokens)
         detach(head, "weight")
@@ -530,7 +524,7 @@ def _fully_shard(model: Encoder, **kwargs: Any) -> None:
 def check_fsdp_trains_as_one_process(model: Any) -> None:
     reference = copy.deepcopy(model)
     _fully_shard(model)
-    _steps(model, _share(_tokens()))
+    _steps(model, share(_tokens()))
     _steps(reference, _tokens())
     _assert_same_state(_full_state(model), reference.state_dict())
 
@@ -545,7 +539,7 @@ def check_fsdp_weight_is_right_outside_forward(model: Any) -> None:
                 assert weight.placements == (dist.tensor.Shard(0),)
                 weight = weight.full_tensor()
             torch.testing.assert_close(weight, getattr(reference.get_submodule(path), name))
-        model(_share(_tokens()))
+        model(share(_tokens()))
     weight = model.head.weight
     weight.square().sum().backward()
     torch.testing.assert_close(model.head.weight_orig.grad.full_tensor(), 2 * reference.head.weight.detach())
@@ -609,7 +603,7 @@ def check_fsdp_from_meta(model: Any) -> None:
     torch.testing.assert_close(model(_tokens()), source(_tokens()))
 
 
-CHECKS: list[Callable[[Any], None]] = [
+CHECKS: list[Check] = [
     check_ddp_trains_as_one_process,
     check_ddp_broadcasts_masks,
     check_ddp_masks_come_and_go,
@@ -622,41 +616,14 @@ CHECKS: list[Callable[[Any], None]] = [
 ]
 
 
-def _rank(rank: int, folder: str, model: nn.Module) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    for check in CHECKS:
-        try:
-            check(copy.deepcopy(model))
-            failure = ""
-        except BaseException:  # pytest's failures are no Exceptions
-            failure = traceback.format_exc()
-        Path(folder, f"{check.__name__}.{rank}").write_text(failure)
-        if failure:
-            break  # the other rank may wait for this one in a collective for ever
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs all checks in two processes once; the model gets there by pickle."""
     folder = tmp_path_factory.mktemp("ranks")
     torch.manual_seed(0)
-    context = torch.multiprocessing.spawn(_rank, (str(folder), masked_encoder()), nprocs=2, join=False)
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and not context.join(timeout=0.2):
-        reports = [file.read_text() for file in folder.glob("check_*")]
-        if any(reports) or len(reports) == 2 * len(CHECKS):
-            break
-    for process in context.processes:
-        process.kill()
+    run_in_two_processes(CHECKS, folder, (masked_encoder(),))
     return folder
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
-def test_two_processes(check: Callable[[Any], None], two_processes: Path) -> None:
-    for rank in range(2):
-        report = two_processes / f"{check.__name__}.{rank}"
-        assert report.exists(), f"rank {rank} did not get this far"
-        assert not report.read_text(), report.read_text()
+@pytest.mark.parametrize("check", CHECKS, ids=name_of)
+def test_two_processes(check: Check, two_processes: Path) -> None:
+    assert_passed(check, two_processes)

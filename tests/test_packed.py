@@ -7,7 +7,6 @@ import gc
 import io
 import pickle
 import sys
-import traceback
 import warnings
 import weakref
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import Check, assert_passed, name_of, run_in_two_processes, share
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
@@ -1351,10 +1351,6 @@ def test_report() -> None:
 # --- two processes ---------------------------------------------------------------------------------------------------
 
 
-def _share(x: Tensor) -> Tensor:
-    return x.chunk(2)[dist.get_rank()]
-
-
 def _train(model: nn.Module, x: Tensor) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(2):
@@ -1370,7 +1366,7 @@ def check_ddp(model: Any, x: Tensor) -> None:
             model[0].weight_values.zero_()
             model[0].weight_bits.copy_(model[0].weight_bits.flip(0))
     parallel = nn.parallel.DistributedDataParallel(model)
-    _train(parallel, _share(x))
+    _train(parallel, share(x))
     _train(reference, x)
     for key, tensor in reference.state_dict().items():
         torch.testing.assert_close(model.state_dict()[key], tensor)
@@ -1386,7 +1382,7 @@ def check_fsdp(model: Any, x: Tensor) -> None:
     for layer in model:
         fully_shard(layer)
     fully_shard(model)
-    _train(model, _share(x))
+    _train(model, share(x))
     _train(reference, x)
     full = get_model_state_dict(model, options=options)
     for key, tensor in reference.state_dict().items():
@@ -1413,43 +1409,18 @@ def _smaller(state: Any) -> Any:
     return {**state, "0.weight_values": torch.zeros(0), "0.weight_bits": bits}
 
 
-CHECKS = [check_ddp, check_fsdp]
-
-
-def _rank(rank: int, folder: str, model: nn.Module, x: Tensor) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    for check in CHECKS:
-        try:
-            check(copy.deepcopy(model), x)
-            failure = ""
-        except Exception:
-            failure = traceback.format_exc()
-        Path(folder, f"{check.__name__}.{rank}").write_text(failure)
-        if failure:
-            break  # the other rank may wait for this one in a collective for ever
-    dist.destroy_process_group()
+CHECKS: list[Check] = [check_ddp, check_fsdp]
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs all checks in two processes once; the model gets there by pickle."""
     folder = tmp_path_factory.mktemp("ranks")
     model = masked_ops.pack(nn.Sequential(pruned_linear(7, 9), pruned_linear(5, 7)))
-    context = torch.multiprocessing.spawn(_rank, (str(folder), model, torch.randn(4, 9)), nprocs=2, join=False)
-    for _ in range(120):
-        if context.join(timeout=1) or any(file.read_text() for file in folder.glob("check_*")):
-            break
-    for process in context.processes:
-        process.kill()
+    run_in_two_processes(CHECKS, folder, (model, torch.randn(4, 9)))
     return folder
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
-def test_two_processes(check: Callable[[Any, Tensor], None], two_processes: Path) -> None:
-    for rank in range(2):
-        report = two_processes / f"{check.__name__}.{rank}"
-        assert report.exists(), f"rank {rank} did not get this far"
-        assert not report.read_text(), report.read_text()
+@pytest.mark.parametrize("check", CHECKS, ids=name_of)
+def test_two_processes(check: Check, two_processes: Path) -> None:
+    assert_passed(check, two_processes)
