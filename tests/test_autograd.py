@@ -55,6 +55,7 @@ def _linear(soft: bool) -> dict[str, tuple[Callable[..., Tensor], tuple[Tensor, 
             (double(2, 2, 4), double(2, 2, 3)),
         ),
         "apply_mask": (lambda w: _ops.apply_mask(w, mask), (double(4, 3),)),
+        "apply_mask, dtype": (lambda w: _ops.apply_mask(w, mask, dtype=torch.float64), (double(4, 3),)),
     }
 
 
