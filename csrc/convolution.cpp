@@ -2,12 +2,22 @@
 #include <ATen/ops/empty.h>
 
 #include "checks.h"
+#include "compact_convolution.h"
 #include "convolution_plan.h"
 #include "device_linear.h"
 #include "masking.h"
 #include "ops.h"
 
 namespace masked_ops {
+namespace {
+
+// In the order of the weight.
+CompactConvolution compact_of(const ConvolutionPlan& plan, const at::Tensor& weight, const at::Tensor& mask) {
+  const bool channels_last = suggests_channels_last(weight);
+  return {plan.of, channels_last ? pattern_of(mask.movedim(1, -1)) : plan.pattern, channels_last};
+}
+
+}  // namespace
 
 std::tuple<at::Tensor, at::Tensor> convolution_with_values(const at::Tensor& input, const at::Tensor& weight,
                                                            const at::Tensor& mask,
@@ -26,10 +36,13 @@ std::tuple<at::Tensor, at::Tensor> convolution_with_values(const at::Tensor& inp
   if (plan.path == Path::kCopy || (has_bias && !geometry.fits(*bias))) {
     return {geometry.forward(input, masked_weight(weight, mask), bias), at::Tensor()};
   }
+  const at::MemoryFormat format = result_format(input, weight, bias, geometry);
+  if (plan.path == Path::kCompact) {
+    const CompactConvolution compact = compact_of(plan, weight, mask);
+    return {compact.forward(input, compact.left_of(weight), bias, format), at::Tensor()};
+  }
   const at::Tensor values = compress(weight, *plan.pattern);
-  return {plan.forward(input, values, has_bias ? bias->contiguous() : at::Tensor(),
-                       result_format(input, weight, bias, geometry)),
-          values};
+  return {plan.forward(input, values, has_bias ? bias->contiguous() : at::Tensor(), format), values};
 }
 
 at::Tensor convolution(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask,
@@ -53,8 +66,12 @@ at::Tensor convolution_grad_input_with_values(const at::Tensor& grad_output, con
                              values.defined());
   if (plan.path == Path::kCopy) return geometry.grad_input(grad_output, masked_weight(weight, mask), input_size);
   const at::Tensor input = Geometry::placeholder(input_size, grad_output);
-  return plan.grad_input(grad_output, values.defined() ? values : compress(weight, *plan.pattern), input_size,
-                         result_format(input, weight, std::nullopt, geometry));
+  const at::MemoryFormat format = result_format(input, weight, std::nullopt, geometry);
+  if (plan.path == Path::kCompact) {
+    const CompactConvolution compact = compact_of(plan, weight, mask);
+    return compact.grad_input(grad_output, compact.left_of(weight), input_size, format);
+  }
+  return plan.grad_input(grad_output, values.defined() ? values : compress(weight, *plan.pattern), input_size, format);
 }
 
 at::Tensor convolution_grad_input(const at::Tensor& grad_output, const at::Tensor& weight, const at::Tensor& mask,
@@ -76,8 +93,13 @@ at::Tensor convolution_grad_weight(const at::Tensor& grad_output, const at::Tens
   const ConvolutionPlan plan(Pass::kGradWeight, geometry, input.sizes(), prefers_channels_last(input, weight), weight,
                              try_pattern_of(mask));
   if (plan.path == Path::kCopy) return masked_own(geometry.grad_weight(grad_output, input, weight), mask);
+  const at::MemoryFormat format = result_format(input, weight, std::nullopt, geometry);
+  if (plan.path == Path::kCompact) {
+    const at::Tensor in_format = at::empty(mask.sizes(), grad_output.options(), format);
+    const CompactConvolution compact = compact_of(plan, in_format, mask);
+    return compact.whole_of(compact.grad_weight(grad_output, input));
+  }
   const at::Tensor values = plan.grad_values(grad_output, input);
-  const auto format = result_format(input, weight, std::nullopt, geometry);
   const at::Tensor grad_weight = at::empty(mask.sizes(), grad_output.options(), format);
   if (grad_weight.is_contiguous()) {
     expand_into(grad_weight, values, *plan.pattern);
