@@ -259,6 +259,20 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return result
 
 
+def main_with(
+    benchmark: str, run: Callable[[argparse.Namespace], Sequence[Mapping[str, Any]]], args: argparse.Namespace
+) -> None:
+    """What is around ``run``, which measures: threads, facts, and the results as a file."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    masked_ops.is_available()  # builds the kernels now, where somebody waits for them
+    facts = machine()
+    print_machine(facts)
+    results = run(args)
+    if args.json:
+        write_json(args.json, benchmark, facts, results)
+
+
 def table(rows: Iterable[Sequence[str]]) -> str:
     """Rows of cells, the first of which is the header; words to the left, numbers to the right."""
     lines = [list(row) for row in rows]

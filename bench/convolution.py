@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import interleaved, machine, parser, print_machine, table, write_json
+from _harness import interleaved, main_with, parser, table
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -186,15 +186,7 @@ def main() -> None:
     options.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.8, 0.9, 0.95])
     options.add_argument("--batch", type=int, nargs="+", default=[8])
     options.add_argument("--passes", choices=["forward", "step", "both"], default="both")
-    args = options.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    masked_ops.is_available()
-    facts = machine()
-    print_machine(facts)
-    results = run(args)
-    if args.json:
-        write_json(args.json, "convolution", facts, results)
+    main_with("convolution", run, options.parse_args())
 
 
 if __name__ == "__main__":

@@ -23,11 +23,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _harness import interleaved, machine, parser, print_machine, table, write_json
+from _harness import interleaved, main_with, parser, table
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
-import masked_ops
 from masked_ops import prune
 
 
@@ -178,15 +177,7 @@ def main() -> None:
     options.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     options.add_argument("--sparsity", type=float, nargs="+", default=[0.9])
     options.add_argument("--batch", type=int, nargs="+", default=[8])
-    args = options.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    masked_ops.is_available()
-    facts = machine()
-    print_machine(facts)
-    results = run(args)
-    if args.json:
-        write_json(args.json, "model", facts, results)
+    main_with("model", run, options.parse_args())
 
 
 if __name__ == "__main__":
