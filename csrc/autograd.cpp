@@ -25,8 +25,8 @@ MASKED_OPS_HANDLE(convolution)
 MASKED_OPS_HANDLE(convolution_grad_input)
 MASKED_OPS_HANDLE(convolution_grad_weight)
 
-// Whether the call computes here and now, on plain tensors (no subclass, no wrapper of a transform), so that the node may
-// hold what the kernels made on the way; traced and intercepted calls go through the dispatcher.
+// Whether the call computes here and now, on plain tensors (no subclass, no wrapper of a transform), so that the node
+// may hold what the kernels made on the way; traced and intercepted calls go through the dispatcher.
 bool is_eager(const Tensor& t) {
   if (!t.defined()) return false;
   const auto keys = t.key_set() - c10::autograd_dispatch_keyset_with_ADInplaceOrView - c10::autocast_dispatch_keyset;

@@ -70,6 +70,7 @@ STRUCTURES: dict[str, Callable[[Tensor, int], Tensor]] = {
         rows_left(mask, groups, list(range(len(mask) // groups if groups > 1 else 1, len(mask))))
     ),
     "some others": lambda mask, groups: others_left(rows_left(mask, groups, [0, 3]), [mask.shape[1] - 1]),
+    "others alone": lambda mask, groups: others_left(mask, [0]) if groups == 1 else rows_left(mask, groups, [0]),
     "some of both": lambda mask, groups: thinned(
         others_left(rows_left(mask, groups, [0, 2, 3]), [i for i in (0, 2) if i < mask.shape[1]])
     ),
