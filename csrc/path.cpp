@@ -176,14 +176,19 @@ struct ConvolutionCosts {
   double of_dense(int threads) const { return dense(macs, weights, 0, packed, images, threads); }
   double of_sparse(double nnz, int threads) const { return sparse(macs, weights, nnz, packed, images, threads); }
 
-  // The dense one without the pruned channels.
-  static double of_compact(Pass pass, cpu::Convolution c, bool channels_last, const Channels& left, int threads) {
+  // What the dense one without the pruned channels costs besides that.
+  static double of_moves(Pass pass, const cpu::Convolution& c, const Channels& left, int threads) {
     // What is multiplied is moved together; the result apart, into all channels.
     const auto moved = [&](const std::vector<int64_t>& some, const std::vector<int64_t>& all, bool result) {
       return some.size() == all.size() ? 0.0 : double(c.batch) * double(result ? all.size() : some.size());
     };
     const double moves = moved(left.rows, left.row_slots, pass == Pass::kForward) * volume(c.output) +
                          moved(left.others, left.other_slots, pass == Pass::kGradInput) * volume(c.input);
+    return cpu::kMoveCost * moves / threads + cpu::kCompactConvolutionCall;
+  }
+
+  // The convolution that torch's kernels do over what is left.
+  static cpu::Convolution without_pruned(cpu::Convolution c, const Channels& left) {
     const auto in_blocks = [](const std::vector<int64_t>& channels) {
       const auto n = static_cast<int64_t>(channels.size());
       return (n + cpu::kChannelBlock - 1) / cpu::kChannelBlock * cpu::kChannelBlock;
@@ -191,8 +196,7 @@ struct ConvolutionCosts {
     c.out_channels = in_blocks(left.rows);
     c.in_channels = left.groups > 1 ? static_cast<int64_t>(left.others.size()) : in_blocks(left.others);
     c.groups = left.groups;
-    return ConvolutionCosts(pass, c, channels_last).of_dense(threads) + cpu::kMoveCost * moves / threads +
-           cpu::kCompactConvolutionCall;
+    return c;
   }
 
   static double volume(const int64_t (&size)[3]) { return double(size[0]) * double(size[1]) * double(size[2]); }
@@ -237,13 +241,18 @@ Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool chan
     ConvolutionCosts costs(pass, *geometry, channels_last);
     if (have_values || packed) costs.sparse.weight = 0;
     const int threads = team_for(static_cast<int64_t>(std::min(costs.macs * pattern->density(), 1e18))).threads;
-    double least = cpu::kConvMargin * costs.of_dense(threads);
+    double least = costs.of_dense(threads);
     if (channels && channels->pattern) {
-      const double compact = costs.of_compact(pass, *geometry, channels_last, *channels, threads);
-      if (compact < least) choice = {Path::kCompact, "torch's convolution without the pruned channels"};
-      least = std::min(least, cpu::kConvMargin * compact);
+      const double speedup = weight.element_size() == 2 ? cpu::kHalfConvSpeedup : 1;
+      const ConvolutionCosts left(pass, ConvolutionCosts::without_pruned(*geometry, *channels), channels_last);
+      const double compact =
+          left.of_dense(threads) + speedup * ConvolutionCosts::of_moves(pass, *geometry, *channels, threads);
+      if (compact < cpu::kCompactMargin * least) {
+        choice = {Path::kCompact, "torch's convolution without the pruned channels"};
+        least = compact;
+      }
     }
-    if (!no_sparse && costs.of_sparse(double(pattern->nnz()), threads) < least) {
+    if (!no_sparse && costs.of_sparse(double(pattern->nnz()), threads) < cpu::kConvMargin * least) {
       choice = {Path::kSparse, "sparse convolution: few weights remain"};
     }
   }
