@@ -79,13 +79,8 @@ at::Tensor convolution_grad_weight(const at::Tensor& grad_output, const at::Tens
   const at::Tensor values = plan.grad_values(grad_output, input);
   const auto format = result_format(input, weight, std::nullopt, geometry);
   const at::Tensor grad_weight = at::empty(mask.sizes(), grad_output.options(), format);
-  if (grad_weight.is_contiguous()) {
-    expand_into(grad_weight, values, *plan.pattern);
-    return grad_weight;
-  }
-  const at::Tensor in_order = at::empty(mask.sizes(), grad_output.options());
-  expand_into(in_order, values, *plan.pattern);
-  return grad_weight.copy_(in_order);
+  expand_into(grad_weight, values, *plan.pattern);
+  return grad_weight;
 }
 
 std::tuple<std::string, std::string> explain_convolution(const at::Tensor& weight, const at::Tensor& mask,

@@ -88,6 +88,11 @@ constexpr int64_t kPackSlice = 128;  // columns packed by one task
 
 // Convolution: vectors that packing prefetches ahead of itself.
 constexpr int64_t kVectorsAhead = 128;
+// Rows of a panel of a convolution that are not split for the sake of more tasks: 512 channels of 7 x 7, from 64 rows
+// to 512, take 0.87 of the time.
+constexpr int64_t kConvPanelRows = 128;
+// The tasks a thread that strips are made into.
+constexpr int64_t kStripTasks = 8;
 // The most that partial results of grad_weight take, all threads together.
 constexpr int64_t kPartialBytes = int64_t{32} << 20;
 
