@@ -41,13 +41,16 @@ bool reusable(const Tensor& values, const Tensor& dy) {
 }
 
 struct ApplyMask : torch::autograd::Function<ApplyMask> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& weight, const Tensor& mask) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& weight, const Tensor& mask,
+                        const std::optional<at::ScalarType>& dtype) {
     at::AutoDispatchBelowADInplaceOrView below;
     ctx->save_for_backward({mask});
-    return apply_mask_op().call(weight, mask);
+    ctx->saved_data["dtype"] = weight.scalar_type();
+    return apply_mask_op().call(weight, mask, dtype);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    return {apply_mask_op().call(grads[0], ctx->get_saved_variables()[0]), Tensor()};
+    const at::ScalarType dtype = ctx->saved_data["dtype"].toScalarType();
+    return {apply_mask_op().call(grads[0], ctx->get_saved_variables()[0], dtype), Tensor(), Tensor()};
   }
 };
 
@@ -215,16 +218,17 @@ struct ConvolutionGradWeight : torch::autograd::Function<ConvolutionGradWeight> 
 
 }  // namespace
 
-Tensor apply_mask_autograd(const Tensor& weight, const Tensor& mask) {
+Tensor apply_mask_autograd(const Tensor& weight, const Tensor& mask, std::optional<at::ScalarType> dtype) {
   check_defined("weight", weight);
   check_defined("mask", mask);
   if (takes_composite(weight)) {
     check_mask(weight, mask);
-    return masked_weight_composite(weight, mask);
+    if (dtype) check_cast(weight, *dtype);
+    return masked_weight_composite(weight, mask).to(dtype.value_or(weight.scalar_type()));
   }
-  if (takes_function(weight)) return ApplyMask::apply(weight, mask);
+  if (takes_function(weight)) return ApplyMask::apply(weight, mask, dtype);
   at::AutoDispatchBelowADInplaceOrView below;
-  return apply_mask_op().call(weight, mask);
+  return apply_mask_op().call(weight, mask, dtype);
 }
 
 Tensor linear_autograd(const Tensor& input, const Tensor& weight, const Tensor& mask, const OptionalTensor& bias) {
@@ -317,6 +321,10 @@ Tensor convolution_grad_weight_autograd(const Tensor& grad_output, const Tensor&
   if (takes_function(grad_output, input)) return ConvolutionGradWeight::apply(grad_output, input, mask, geometry);
   at::AutoDispatchBelowADInplaceOrView below;
   return geometry.grad_weight(grad_output, input, mask);
+}
+
+Tensor call_apply_mask(const Tensor& weight, const Tensor& mask, std::optional<at::ScalarType> dtype) {
+  return apply_mask_op().call(weight, mask, dtype);
 }
 
 Tensor call_linear(const Tensor& input, const Tensor& weight, const Tensor& mask, const OptionalTensor& bias) {

@@ -51,8 +51,22 @@ at::Tensor masked_own(const at::Tensor& weight, const at::Tensor& mask) {
   return weight;
 }
 
+void check_cast(const at::Tensor& weight, at::ScalarType dtype) {
+  TORCH_CHECK(weight.is_complex() ? c10::isComplexType(dtype) : c10::isFloatingType(dtype), "dtype must be ",
+              weight.is_complex() ? "complex" : "a floating-point one", " as the weight's, ", weight.scalar_type(),
+              ", got ", dtype);
+}
+
+at::Tensor masked_cast(const at::Tensor& weight, const at::Tensor& mask, at::ScalarType dtype) {
+  if (dtype == weight.scalar_type()) return masked_weight(weight, mask);
+  if (weight.is_cuda() && weight.layout() == at::kStrided) return device::masked_weight(weight, mask, dtype);
+  return masked_weight(weight, mask).to(dtype);
+}
+
 at::Tensor masked_weight(const at::Tensor& weight, const at::Tensor& mask) {
-  if (weight.is_cuda() && weight.layout() == at::kStrided) return device::masked_weight(weight, mask);
+  if (weight.is_cuda() && weight.layout() == at::kStrided) {
+    return device::masked_weight(weight, mask, weight.scalar_type());
+  }
   if (!weight.is_cpu() || weight.layout() != at::kStrided || !packable(mask.scalar_type())) {
     return masked_weight_composite(weight, mask);
   }

@@ -15,6 +15,10 @@ void check_mask(const at::Tensor& weight, const at::Tensor& mask);
 // binary masks (a pruned weight counts as absent) and for soft ones in float32 and float64.
 at::Tensor masked_weight(const at::Tensor& weight, const at::Tensor& mask);
 
+// The same, then in another dtype: in one pass where there is a kernel for it.
+at::Tensor masked_cast(const at::Tensor& weight, const at::Tensor& mask, at::ScalarType dtype);
+void check_cast(const at::Tensor& weight, at::ScalarType dtype);
+
 // The same for a tensor that is the caller's own, and is no longer: on a device it is masked in place.
 at::Tensor masked_own(const at::Tensor& weight, const at::Tensor& mask);
 

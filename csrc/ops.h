@@ -8,7 +8,7 @@
 
 namespace masked_ops {
 
-at::Tensor apply_mask(const at::Tensor& weight, const at::Tensor& mask);
+at::Tensor apply_mask(const at::Tensor& weight, const at::Tensor& mask, std::optional<at::ScalarType> dtype);
 
 at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask,
                   const std::optional<at::Tensor>& bias);
