@@ -419,6 +419,7 @@ SparseIndex* make_conv_index(const Team& team, Bits bits, const Convolution& c, 
   const auto panels = [&](int64_t rows) { return min<int64_t>(team.threads, ceil_div(rows, tuning::kConvPanelRows)); };
   // Blocks of whole channels, where that is possible: what is packed of a channel serves one block alone.
   const auto align = [&](Shape& shape) {
+    if (c.kernel[1] > 1) shape.set_block_cols(tuning::banded_block_cols(shape.block_cols));
     if (taps <= kMaxCount) shape.set_block_cols(max(shape.block_cols / taps, int64_t{1}) * taps);
   };
   if (!transposed) {
