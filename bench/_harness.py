@@ -36,6 +36,12 @@ except ModuleNotFoundError as error:
 
 from masked_ops import _ops
 
+# Until a process has freed something large, glibc gives memory back to the system at every turn: page faults then
+# outlast the arithmetic of a training step, of torch's layers and of ours alike, or not, by what ran before. Any
+# process that trains has come past that.
+_large = torch.empty(31 << 20, dtype=torch.uint8)
+del _large
+
 
 @dataclass(frozen=True)
 class Timing:

@@ -125,7 +125,7 @@ class Case:
         return f"{self.C}-{self.O} {self.kernel}x{self.kernel} @{self.size}{stride}{groups}"
 
 
-HEADER = ("layer", "batch", "pass", "sparsity", "call", "path", "ms", "median", "GF/s", "share", "x hook", "x dense")
+HEADER = ("layer", "batch", "pass", "sparsity", "call", "path", "ms", "median", "GF/s", "share", "x hook", "x dense", "x same")
 
 
 def line(row: dict[str, Any]) -> list[str]:
@@ -143,6 +143,7 @@ def line(row: dict[str, Any]) -> list[str]:
         f"{row['share']:.0%}",
         f"{row['x_hook']:.2f}",
         f"{row['x_dense']:.2f}",
+        f"{row['x_dense_same']:.2f}",
     ]
 
 

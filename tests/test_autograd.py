@@ -156,6 +156,24 @@ def test_double_backward_on_every_path(path: str | None, dtype: torch.dtype) -> 
             assert_exact(a, e, path, M)
 
 
+@compiled_only
+@pytest.mark.parametrize("path", ["copy", "sparse"])
+@pytest.mark.parametrize("name", ["linear", "conv2d"])
+def test_batched_gradients_on_paths_that_keep_values(name: str, path: str) -> None:
+    """A batch of gradients comes as a wrapper, which has no memory that a kernel could read."""
+    x, w = (integers(4, 6), integers(5, 6)) if name == "linear" else (integers(2, 6, 5, 5), integers(5, 6, 3, 3))
+    mask = mask_of("half", *w.shape)
+    function = getattr(masked_ops, f"masked_{name}")
+    with running_on(path):
+        leaves = [t.clone().requires_grad_() for t in (x, w)]
+        y = function(*leaves, mask)
+        dy = integers(3, *y.shape)
+        batched = torch.autograd.grad(y, leaves, dy, is_grads_batched=True, retain_graph=True)
+        for i in range(3):
+            for together, alone in zip(batched, torch.autograd.grad(y, leaves, dy[i], retain_graph=True), strict=True):
+                assert_exact(together[i], alone)
+
+
 # --- what is computed ------------------------------------------------------------------------------------------------
 
 

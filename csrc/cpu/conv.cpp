@@ -140,9 +140,13 @@ struct Multiplication {
   }
 };
 
-// Into how many ranges of panels each strip is split, so that there are tasks for all threads.
+// Into how many ranges of panels each strip is split, so that no thread waits for long. Each packs the strip anew.
 int64_t splits_for(int64_t strips, int64_t panels, int threads) {
-  return strips >= 2 * threads ? 1 : min<int64_t>(panels, ceil_div(2 * threads, strips));
+  int64_t splits = 1;
+  while (splits < panels && double(ceil_div(strips * splits, threads) * threads) > 1.1 * double(strips * splits)) {
+    ++splits;
+  }
+  return splits;
 }
 
 struct Sampling {
