@@ -125,7 +125,8 @@ class Case:
         return f"{self.C}-{self.O} {self.kernel}x{self.kernel} @{self.size}{stride}{groups}"
 
 
-HEADER = ("layer", "batch", "pass", "sparsity", "call", "path", "ms", "median", "GF/s", "share", "x hook", "x dense", "x same")
+HEADER = ("layer", "batch", "pass", "sparsity", "call", "path", "ms", "median", "GF/s", "share")
+HEADER += ("x hook", "x dense", "x same")
 
 
 def line(row: dict[str, Any]) -> list[str]:
