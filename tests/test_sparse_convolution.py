@@ -141,12 +141,14 @@ def test_random_geometries(capability: str) -> None:
             check(problem, density, layout=layout, bias=bias)
 
 
-# Around the edges of what the kernels cut: vectors of 4, 8 and 16 lanes, strips of 4, 7 and 8 vectors, aligned rows
-# (which want a few images or rows), blocks of 64 to 256 columns, panels of 16 to 512 rows, all taps of a kernel.
+# Around the edges of what the kernels cut: vectors of 4, 8 and 16 lanes, through the ends of images; strips of 4, 7 and
+# 8 vectors, which are rows where taps share them; blocks of 64 to 256 columns, panels of 16 to 512 rows, all taps of a
+# kernel.
 EDGES = [
     *(conv((4, 3, h, w), (5, 3, 3, 3), padding=1) for h, w in [(8, 14), (7, 15), (9, 16), (16, 17), (15, 28), (4, 56)]),
     *(conv((16, 2, 14, w), (3, 2, 3, 3), padding=1) for w in (14, 15, 16, 28, 31, 32, 56, 63)),
     *(conv((16, 2, h, 14), (3, 2, 3, 3), padding=p) for h, p in [(7, 1), (8, 1), (13, 1), (15, 2), (22, 0), (29, 3)]),
+    *(conv((n, 3, h, w), (4, 3, 3, 3), padding=1) for n, h, w in [(9, 7, 7), (33, 8, 5), (17, 15, 3), (5, 14, 13)]),
     *(conv((9, c, 6, 7), (o, c, 1, 1)) for c, o in [(63, 15), (64, 16), (65, 17), (127, 64), (257, 65), (130, 513)]),
     *(conv((5, c, 5, 5), (17, c, 3, 3), padding=1) for c in (7, 14, 15, 28, 29, 57)),
     conv((20, 4, 30, 30), (6, 4, 2, 5), padding=2),
@@ -167,7 +169,7 @@ EDGES = [
 
 
 @every_capability
-@pytest.mark.parametrize("layout", [0, 3])
+@pytest.mark.parametrize("layout", [0, 7])
 def test_edges(layout: int, capability: str) -> None:
     with running_on("sparse", capability), poisoned():
         for problem, density in zip(EDGES, itertools.cycle((0.3, 0.1, 0.9))):

@@ -103,6 +103,12 @@ struct Kernels {
   // The inverse; the pruned weights become zero.
   void (*expand)(const Team&, size_t element_size, Bits, int64_t rows, int64_t cols, const int64_t* offsets,
                  const void* values, void* dense);
+  // The same of a convolution's weight with its channels last: bits and values are in the order (channel, tap), dense
+  // in the order (tap, channel). At most 2^31 columns.
+  void (*compress_last)(const Team&, size_t element_size, Bits, int64_t rows, int64_t cols, int64_t taps,
+                        const int64_t* offsets, const void* dense, void* values);
+  void (*expand_last)(const Team&, size_t element_size, Bits, int64_t rows, int64_t cols, int64_t taps,
+                      const int64_t* offsets, const void* values, void* dense);
 
   // sparse_index.cpp. Serves spmm and sddmm with weight[rows][cols], or, transposed, spmm with weight^T. Null if the
   // matrix is beyond what an index can address: 2^28 rows or columns; transposed, 2^32 remaining weights.

@@ -30,6 +30,10 @@ void compress(const Team&, size_t element_size, Bits, int64_t rows, int64_t cols
               const void* dense, void* values);
 void expand(const Team&, size_t element_size, Bits, int64_t rows, int64_t cols, const int64_t* offsets,
             const void* values, void* dense);
+void compress_last(const Team&, size_t element_size, Bits, int64_t rows, int64_t cols, int64_t taps,
+                   const int64_t* offsets, const void* dense, void* values);
+void expand_last(const Team&, size_t element_size, Bits, int64_t rows, int64_t cols, int64_t taps,
+                 const int64_t* offsets, const void* values, void* dense);
 
 SparseIndex* make_index(const Team&, Bits, int64_t rows, int64_t cols, const int64_t* offsets, bool transposed);
 void spmm(const Team&, const SparseIndex&, Dtype, const void* values, int64_t M, const void* input, const void* bias,
