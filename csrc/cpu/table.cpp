@@ -19,6 +19,7 @@ const Kernels table = {
     .expand = expand,
     .make_index = make_index,
     .spmm = spmm,
+    .compress_spmm = compress_spmm,
     .sddmm = sddmm,
     .make_conv_index = make_conv_index,
     .conv_spmm = conv_spmm,
