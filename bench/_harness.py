@@ -36,6 +36,12 @@ except ModuleNotFoundError as error:
 
 from masked_ops import _ops
 
+# Until a process has freed something large, glibc gives memory back to the system at every turn: page faults then
+# outlast the arithmetic of a training step, of torch's layers and of ours alike, or not, by what ran before. Any
+# process that trains has come past that.
+_large = torch.empty(31 << 20, dtype=torch.uint8)
+del _large
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -194,6 +200,16 @@ def device_ceilings(dtype: torch.dtype = torch.bfloat16, side: int = 8192, copie
     }
 
 
+def peak_gflops(device: str, dtype: str) -> float:
+    """The rate of multiply-adds out of registers with all of torch's threads; of a CUDA device, of a large GEMM."""
+    if device != "cpu":
+        return device_ceilings(getattr(torch, dtype))["peak_tflops"] * 1e3
+    if _ops._module is None:
+        return float("nan")
+    _ops._module.peak_flops(0.05, dtype)
+    return max(_ops._module.peak_flops(0.1, dtype) for _ in range(5)) / 1e9
+
+
 def sets_beyond_l2(bytes_of_one: int) -> int:
     """How many sets of operands rotate, for their sum to be three times the L2 cache."""
     if not torch.cuda.is_available():
@@ -251,6 +267,25 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     result.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     result.add_argument("--seconds", type=float, default=1.0, help="for each comparison (default: %(default)s)")
     return result
+
+
+def main_with(
+    benchmark: str, run: Callable[[argparse.Namespace], Sequence[Mapping[str, Any]]], args: argparse.Namespace
+) -> None:
+    """What is around ``run``, which measures: threads, device, facts, and the results as a file."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.device != "cpu" and not torch.cuda.is_available():
+        sys.exit("--device cuda: torch sees no CUDA device")
+    torch.set_default_device(args.device)
+    masked_ops.is_available()  # builds the kernels now, where somebody waits for them
+    facts = machine() | (device_facts() if args.device != "cpu" else {})
+    print_machine(facts)
+    started = time.perf_counter()
+    results = run(args)
+    print(f"\n{time.perf_counter() - started:.0f} s")
+    if args.json:
+        write_json(args.json, benchmark, facts, results)
 
 
 def table(rows: Iterable[Sequence[str]]) -> str:

@@ -2,6 +2,7 @@
 
     python bench/convolution.py                       # bench/shapes/convolution.txt, 50 to 95% sparsity, batch 8
     python bench/convolution.py --shapes my.txt --sparsity 0.9 --batch 1 --threads 1
+    python bench/convolution.py --device cuda --dtype bfloat16 --batch 64
 
 Each line of a shapes file is ``C O kernel size stride groups``. The contenders of a line run interleaved
 in this process:
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import interleaved, machine, parser, print_machine, table, write_json
+from _harness import compare, main_with, parser, peak_gflops, table
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -60,13 +61,17 @@ class Case:
     batch: int
     sparsity: float
     step: bool
+    dtype: str = "float32"
+    device: str = "cpu"
 
     def contenders(self) -> tuple[dict[str, Callable[[], object]], int, dict[str, str]]:
         """The calls by name, the number of multiplications with a remaining weight, and the paths that ours take."""
         torch.manual_seed(0)
         shape = (self.O, self.C // self.groups, self.kernel, self.kernel)
-        x, weight = torch.randn(self.batch, self.C, self.size, self.size), torch.randn(shape)
-        mask = (torch.rand(shape) >= self.sparsity).float()
+        dtype = getattr(torch, self.dtype)
+        x = torch.randn(self.batch, self.C, self.size, self.size, dtype=dtype)
+        weight = torch.randn(shape, dtype=dtype)
+        mask = (torch.rand(shape) >= self.sparsity).to(dtype)
         options: dict[str, Any] = {"stride": self.stride, "padding": self.kernel // 2, "groups": self.groups}
         dy = torch.randn_like(F.conv2d(x, weight, **options))
         calls: dict[str, Callable[[], object]] = {}
@@ -98,7 +103,7 @@ class Case:
 
     def measure(self, seconds: float, peak: float) -> list[dict[str, Any]]:
         calls, macs, paths = self.contenders()
-        timings = interleaved(calls, seconds=seconds, label=f"{self.name} {self.sparsity:.0%}")
+        timings = compare(calls, seconds, f"{self.name} {self.sparsity:.0%}", self.device)
         best = {kind: min(timings[kind].minimum, timings[f"{kind}_last"].minimum) for kind in ("hook", "dense")}
         rows = []
         for layer, timing in timings.items():
@@ -166,14 +171,13 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     results: list[dict[str, Any]] = []
     threads = torch.get_num_threads()
-    module = _ops._module
-    peak = max(module.peak_flops(0.1) for _ in range(5)) / 1e9 if module else float("nan")
-    print(f"\n{threads} threads: FMA peak {peak:.0f} GF/s")
+    peak = peak_gflops(args.device, args.dtype)
+    print(f"\n{args.device if args.device != 'cpu' else f'{threads} threads'}, {args.dtype}: peak {peak:.0f} GF/s")
     steps = {"forward": (False,), "step": (True,), "both": (False, True)}[args.passes]
     for batch, shape, step in itertools.product(args.batch, read_shapes(args.shapes), steps):
         rows = []
         for sparsity in args.sparsity:
-            rows += Case(*shape, batch, sparsity, step).measure(args.seconds, peak)
+            rows += Case(*shape, batch, sparsity, step, args.dtype, args.device).measure(args.seconds, peak)
         results += [{**row, "threads": threads, "peak_gflops": peak} for row in rows]
         print(table([HEADER, *map(line, rows)]), flush=True)
     print("\n".join(summary(results)))
@@ -185,16 +189,9 @@ def main() -> None:
     options.add_argument("--shapes", type=Path, default=HERE / "shapes" / "convolution.txt")
     options.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.8, 0.9, 0.95])
     options.add_argument("--batch", type=int, nargs="+", default=[8])
+    options.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float64"])
     options.add_argument("--passes", choices=["forward", "step", "both"], default="both")
-    args = options.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    masked_ops.is_available()
-    facts = machine()
-    print_machine(facts)
-    results = run(args)
-    if args.json:
-        write_json(args.json, "convolution", facts, results)
+    main_with("convolution", run, options.parse_args())
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from convolution import HERE, Shape, read_shapes
-from fit_cost_model import COSTS_H, interleaved_minima
+from fit_cost_model import COSTS_H, forced, interleaved_minima
 from scipy.optimize import nnls
 
 import masked_ops
@@ -64,14 +64,6 @@ def measure(cell: Cell, seconds: float) -> dict[str, dict[str, float]]:
     w = torch.randn(O, C // groups, kernel, kernel).contiguous(memory_format=memory_format)
     mask = (torch.rand(w.shape) >= sparsity).float().contiguous(memory_format=memory_format)
     dy = torch.randn_like(torch.ops.aten.convolution(x, w, None, *geometry))
-
-    def forced(path: str, call: Callable[[], Any]) -> Callable[[], Any]:
-        def run() -> None:
-            before = _ops._module.set_path(path)
-            call()
-            _ops._module.set_path(before)
-
-        return run
 
     def backward(of_input: bool) -> Callable[[], Any]:
         outputs = [of_input, not of_input, False]

@@ -72,6 +72,17 @@ def grid(dtype: str, threads: list[int]) -> list[Cell]:
     return cells
 
 
+def forced(path: str, call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call, on this path."""
+
+    def run() -> None:
+        before = _ops._module.set_path(path)
+        call()
+        _ops._module.set_path(before)
+
+    return run
+
+
 def interleaved_minima(contenders: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
     """Seconds a call takes at best, each contender called in turn, in both orders, until the time is up."""
     best = dict.fromkeys(contenders, float("inf"))
@@ -95,14 +106,6 @@ def measure(name: str, cell: Cell, seconds: float) -> dict[str, dict[str, float]
     dtype = getattr(torch, name)
     x, w, dy = (torch.randn(shape).to(dtype) for shape in ((M, K), (N, K), (M, N)))
     mask = (torch.rand(N, K) >= sparsity).float()
-
-    def forced(path: str, call: Callable[[], Any]) -> Callable[[], Any]:
-        def run() -> None:
-            before = _ops._module.set_path(path)
-            call()
-            _ops._module.set_path(before)
-
-        return run
 
     # Each pair enters the dispatcher the same way: forward as users call it, the gradients, which backward calls from
     # C++, by their operators, whose Python wrapper takes half a microsecond more than that of dy @ w.

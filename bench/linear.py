@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -30,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _harness import compare, device_ceilings, device_facts, machine, parser, print_machine, table, write_json
+from _harness import compare, device_ceilings, main_with, parser, peak_gflops, table
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -64,13 +63,8 @@ def limits(device: str, dtype: str) -> dict[str, float]:
         measured = device_ceilings(getattr(torch, dtype))
         return {"peak_gflops": measured["peak_tflops"] * 1e3, "read_gb_per_s": measured["copy_gb_per_s"]}
     module = _ops._module
-    if module is None:
-        return {"peak_gflops": float("nan"), "read_gb_per_s": float("nan")}
-    module.peak_flops(0.05, dtype)
-    return {
-        "peak_gflops": max(module.peak_flops(0.1, dtype) for _ in range(5)) / 1e9,
-        "read_gb_per_s": max(module.read_bandwidth(512 << 20) for _ in range(3)) / 1e9,
-    }
+    bandwidth = max(module.read_bandwidth(512 << 20) for _ in range(3)) / 1e9 if module else float("nan")
+    return {"peak_gflops": peak_gflops(device, dtype), "read_gb_per_s": bandwidth}
 
 
 @dataclass(frozen=True)
@@ -198,17 +192,7 @@ def main() -> None:
     )
     options.add_argument("--passes", choices=["forward", "step", "both"], default="both")
     options.add_argument("--thread-counts", type=int, nargs="+", help="measure with each of these")
-    args = options.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    started = time.perf_counter()
-    torch.set_default_device(args.device)
-    facts = machine() | (device_facts() if args.device != "cpu" else {})
-    print_machine(facts)
-    rows = run(args)
-    print(f"\n{time.perf_counter() - started:.0f} s")
-    if args.json:
-        write_json(args.json, "linear", facts, rows)
+    main_with("linear", run, options.parse_args())
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python bench/model.py                                  # both models at 90%
     python bench/model.py --models resnet18 --sparsity 0.9 0.95 --batch 8
+    python bench/model.py --device cuda --amp --batch 64
 
 ResNet-18 (224 x 224) and a transformer encoder of the size of MiniLM (6 layers of 384 features, 12 heads, 1536 within,
 128 tokens) are defined here, with random weights. All convolutions and linear layers are pruned, each to the given
@@ -11,7 +12,8 @@ sparsity at random. Contenders, each of them in channels_last as well (``_last``
     dense    not pruned
     live     pruned by masked_ops.prune
 
-A step is forward and backward of a loss, with ``.grad`` set to None before it; without an optimizer.
+A step is forward and backward of a loss, with ``.grad`` set to None before it; without an optimizer. With ``--amp``,
+forward is under autocast to bfloat16.
 """
 
 from __future__ import annotations
@@ -23,11 +25,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _harness import interleaved, machine, parser, print_machine, table, write_json
+from _harness import compare, main_with, parser, table
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
-import masked_ops
 from masked_ops import prune
 
 
@@ -90,21 +91,26 @@ def prunable(model: nn.Module) -> list[tuple[nn.Module, str]]:
     return [(m, "weight") for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
 
 
-def contenders(name: str, sparsity: float, batch: int, step: bool) -> dict[str, Callable[[], object]]:
+def contenders(name: str, sparsity: float, batch: int, step: bool, amp: bool) -> dict[str, Callable[[], object]]:
     torch.manual_seed(0)
     build, shape = MODELS[name]
     dense = build().train(step)
     x = torch.randn(batch, *shape)
 
     def call(model: nn.Module, x: Tensor) -> Callable[[], object]:
+        def autocast() -> torch.autocast:
+            return torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=amp)
+
         def infer() -> None:
-            with torch.inference_mode():
+            with torch.inference_mode(), autocast():
                 model(x)
 
         def train() -> None:
             for parameter in model.parameters():
                 parameter.grad = None
-            model(x).square().mean().backward()
+            with autocast():
+                y = model(x)
+            y.square().mean().backward()
 
         return train if step else infer
 
@@ -124,8 +130,9 @@ def contenders(name: str, sparsity: float, batch: int, step: bool) -> dict[str, 
     return calls
 
 
-def measure(name: str, sparsity: float, batch: int, step: bool, seconds: float) -> list[dict[str, Any]]:
-    timings = interleaved(contenders(name, sparsity, batch, step), seconds=seconds, label=f"{name} {sparsity:.0%}")
+def measure(name: str, sparsity: float, batch: int, step: bool, args: argparse.Namespace) -> list[dict[str, Any]]:
+    calls = contenders(name, sparsity, batch, step, args.amp)
+    timings = compare(calls, args.seconds, f"{name} {sparsity:.0%}", args.device)
     best = {
         kind: min(t.minimum for key, t in timings.items() if key.removesuffix("_last") == kind)
         for kind in ("hook", "dense")
@@ -136,6 +143,8 @@ def measure(name: str, sparsity: float, batch: int, step: bool, seconds: float) 
             "batch": batch,
             "sparsity": sparsity,
             "step": step,
+            "amp": args.amp,
+            "device": args.device,
             "layer": layer,
             "minimum_s": timing.minimum,
             "median_s": timing.median,
@@ -167,7 +176,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     for name, batch, step in itertools.product(args.models, args.batch, (False, True)):
         rows = []
         for sparsity in args.sparsity:
-            rows += measure(name, sparsity, batch, step, args.seconds)
+            rows += measure(name, sparsity, batch, step, args)
         results += [{**row, "threads": torch.get_num_threads()} for row in rows]
         print(table([HEADER, *map(line, rows)]), flush=True)
     return results
@@ -178,15 +187,8 @@ def main() -> None:
     options.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     options.add_argument("--sparsity", type=float, nargs="+", default=[0.9])
     options.add_argument("--batch", type=int, nargs="+", default=[8])
-    args = options.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    masked_ops.is_available()
-    facts = machine()
-    print_machine(facts)
-    results = run(args)
-    if args.json:
-        write_json(args.json, "model", facts, results)
+    options.add_argument("--amp", action="store_true", help="forward under autocast to bfloat16")
+    main_with("model", run, options.parse_args())
 
 
 if __name__ == "__main__":

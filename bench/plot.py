@@ -1,9 +1,9 @@
-"""Draw what a benchmark measured, and put the table of bench/linear.py into the README.
+"""Draw what a benchmark measured, and put its table into the README.
 
 python bench/plot.py bench/results/linear.json            # writes linear.png and linear-roofline.png beside it
-python bench/plot.py bench/results/linear.json --readme   # and the table between the README's markers
 python bench/plot.py bench/results/convolution.json       # writes convolution.png beside it
 python bench/plot.py bench/results/model.json             # writes model.png beside it
+python bench/plot.py bench/results/model.json --readme    # and the table between the README's markers
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,67 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def convolution_table(rows: list[Row]) -> str:
+    """The better layout of each; and ours in each layout against the dense layer in the same one, for the worst."""
+    sparsities = sorted({row["sparsity"] for row in rows})
+    lines = [
+        "| layer | | hook | dense | " + " | ".join(f"masked_conv2d {s:.0%}" for s in sparsities) + " |",
+        "|---" * (4 + len(sparsities)) + "|",
+    ]
+    means: dict[tuple[bool, float], list[Row]] = {}
+    for which in dict.fromkeys(tuple(row[k] for k in CONVOLUTION) for row in rows):
+        for step in (False, True):
+            here = [row for row in rows if tuple(row[k] for k in CONVOLUTION) == which and row["step"] == step]
+            best: dict[tuple[str, float], Row] = {}
+            for row in sorted(here, key=lambda row: -row["minimum_s"]):
+                best[row["layer"].removesuffix("_last"), row["sparsity"]] = row
+            times = [
+                f"{min(row['minimum_s'] for (k, _), row in best.items() if k == kind) * 1e3:.3g}"
+                for kind in ("hook", "dense")
+            ]
+            cells = [f"{milliseconds(best['live', s])} ({best['live', s]['x_hook']:.1f}×)" for s in sparsities]
+            C, O, kernel, size, _, _ = which  # noqa: E741
+            name = f"{C}→{O}, {kernel}×{kernel} at {size}"
+            lines.append(" | ".join([f"| {name}", "step" if step else "forward", *times, *cells]) + " |")
+            for s in sparsities:
+                means.setdefault((step, s), []).append(best["live", s])
+    for title, pick in (("3×3, × hook", 3), ("1×1, × hook", 1)):
+        for step in (False, True):
+            of = [
+                statistics.geometric_mean([row["x_hook"] for row in means[step, s] if row["kernel"] == pick])
+                for s in sparsities
+            ]
+            passes = "step" if step else "forward"
+            lines.append(f"| {title}, mean | {passes} | 1 | | " + " | ".join(f"{x:.1f}×" for x in of) + " |")
+    worst = [
+        min(row["x_dense_same"] for row in rows if row["sparsity"] == s and row["layer"].startswith("live"))
+        for s in sparsities
+    ]
+    lines.append("| worst, × dense in the same layout | | | 1 | " + " | ".join(f"{x:.2f}×" for x in worst) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def model_table(rows: list[Row]) -> str:
+    """Milliseconds of the better layout of each."""
+    lines = ["| | hook | dense | masked_ops | × hook |", "|---|---|---|---|---|"]
+    for model, step in dict.fromkeys((row["model"], row["step"]) for row in rows):
+        best = {
+            kind: min(
+                row["minimum_s"] * 1e3
+                for row in rows
+                if (row["model"], row["step"]) == (model, step) and row["layer"].removesuffix("_last") == kind
+            )
+            for kind in ("hook", "dense", "live")
+        }
+        name = f"{MODELS[model]}, {'training step' if step else 'inference'}"
+        ratio = best["hook"] / best["live"]
+        lines.append(f"| {name} | " + " | ".join(f"{ms:.3g}" for ms in best.values()) + f" | {ratio:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+MODELS = {"resnet18": "ResNet-18, 224²", "encoder": "6-layer encoder"}
+
+
 def convolutions(rows: list[Row], target: Path) -> None:
     """Times the better hook, against sparsity: a column for each layer, forward above and step below."""
     layers = list(dict.fromkeys(tuple(row[k] for k in CONVOLUTION) for row in rows))
@@ -178,30 +240,36 @@ def models(rows: list[Row], target: Path) -> None:
     print(target)
 
 
+def write_readme(benchmark: str, table: str) -> None:
+    begin, end = (f"<!-- bench/{benchmark}.py: {which} -->\n" for which in ("begin", "end"))
+    text, count = re.subn(f"{begin}.*?{end}", lambda _: begin + table + end, README.read_text(), flags=re.S)
+    if count != 1:
+        raise SystemExit(f"{README} must hold the markers {begin.strip()} and {end.strip()} once")
+    README.write_text(text)
+    print(README)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("--readme", action="store_true")
     args = parser.parse_args()
     content = json.loads(args.results.read_text())
-    if content["benchmark"] in ("convolution", "model"):
-        draw = convolutions if content["benchmark"] == "convolution" else models
-        draw(content["results"], args.results.with_suffix(".png"))
-        return
-    rows = [row for row in content["results"] if row["dtype"] == "float32"]
-    most = max(row["threads"] for row in rows)
-    rows = [row for row in rows if row["threads"] == most]
-    speedups(rows, args.results.with_suffix(".png"))
-    roofline(rows, args.results.with_name(args.results.stem + "-roofline.png"))
+    benchmark, rows = content["benchmark"], content["results"]
+    picture = args.results.with_suffix(".png")
+    if benchmark == "linear":
+        rows = [row for row in rows if row["dtype"] == "float32"]
+        most = max(row["threads"] for row in rows)
+        rows = [row for row in rows if row["threads"] == most]
+        roofline(rows, args.results.with_name(args.results.stem + "-roofline.png"))
+    draw, table = {
+        "linear": (speedups, markdown),
+        "convolution": (convolutions, convolution_table),
+        "model": (models, model_table),
+    }[benchmark]
+    draw(rows, picture)
     if args.readme:
-        begin, end = "<!-- bench/linear.py: begin -->\n", "<!-- bench/linear.py: end -->\n"
-        text, count = re.subn(
-            f"{begin}.*?{end}", lambda _: begin + markdown(rows) + end, README.read_text(), flags=re.S
-        )
-        if count != 1:
-            raise SystemExit(f"{README} must hold the markers {begin.strip()} and {end.strip()} once")
-        README.write_text(text)
-        print(README)
+        write_readme(benchmark, table(rows))
 
 
 if __name__ == "__main__":

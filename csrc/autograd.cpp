@@ -25,29 +25,37 @@ MASKED_OPS_HANDLE(convolution)
 MASKED_OPS_HANDLE(convolution_grad_input)
 MASKED_OPS_HANDLE(convolution_grad_weight)
 
-// Whether the call computes here and now, on plain tensors, so that the node may hold what the kernels made on the way;
-// traced and intercepted calls go through the dispatcher.
-bool is_eager(const Tensor& t) { return (t.is_cpu() || t.is_cuda()) && !t.key_set().has(c10::DispatchKey::Python); }
+// Whether the call computes here and now, on plain tensors (no subclass, no wrapper of a transform), so that the node
+// may hold what the kernels made on the way; traced and intercepted calls go through the dispatcher.
+bool is_eager(const Tensor& t) {
+  if (!t.defined()) return false;
+  const auto keys = t.key_set() - c10::autograd_dispatch_keyset_with_ADInplaceOrView - c10::autocast_dispatch_keyset;
+  return keys == c10::DispatchKeySet(c10::DispatchKey::CPU) || keys == c10::DispatchKeySet(c10::DispatchKey::CUDA);
+}
 
 bool computes_here(const Tensor& input, const Tensor& weight, const Tensor& mask) {
   return is_eager(input) && is_eager(weight) && is_eager(mask) && !c10::impl::dispatch_mode_enabled();
 }
 
+bool records_nothing() { return !c10::GradMode::is_enabled() && !c10::impl::dispatch_mode_enabled(); }
+
 // Whether backward may use the values that forward kept. They are no function of the weight that autograd knows: only
 // where nothing is recorded.
 bool reusable(const Tensor& values, const Tensor& dy) {
-  return values.defined() && !c10::GradMode::is_enabled() && is_eager(dy) && is_eager(values) &&
-         !c10::impl::dispatch_mode_enabled();
+  return values.defined() && records_nothing() && is_eager(dy) && is_eager(values);
 }
 
 struct ApplyMask : torch::autograd::Function<ApplyMask> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& weight, const Tensor& mask) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& weight, const Tensor& mask,
+                        const std::optional<at::ScalarType>& dtype) {
     at::AutoDispatchBelowADInplaceOrView below;
     ctx->save_for_backward({mask});
-    return apply_mask_op().call(weight, mask);
+    ctx->saved_data["dtype"] = weight.scalar_type();
+    return apply_mask_op().call(weight, mask, dtype);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    return {apply_mask_op().call(grads[0], ctx->get_saved_variables()[0]), Tensor()};
+    const at::ScalarType dtype = ctx->saved_data["dtype"].toScalarType();
+    return {apply_mask_op().call(grads[0], ctx->get_saved_variables()[0], dtype), Tensor(), Tensor()};
   }
 };
 
@@ -158,15 +166,17 @@ struct Convolution : torch::autograd::Function<Convolution> {
     const Geometry geometry = Geometry::load(ctx);
     const Tensor &dy = grads[0], &input = saved[0], &weight = saved[1], &mask = saved[2], &values = saved[3];
     variable_list result(5);
-    if (ctx->needs_input_grad(0)) {
-      result[0] = reusable(values, dy)
-                      ? convolution_grad_input_with_values(
-                            dy, weight, mask, values, input.sizes(), geometry.ints(geometry.stride),
-                            geometry.ints(geometry.padding), geometry.ints(geometry.dilation), geometry.transposed,
-                            geometry.ints(geometry.output_padding), geometry.groups.expect_int())
-                      : geometry.grad_input(dy, weight, mask, input.sym_sizes());
+    const bool of_input = ctx->needs_input_grad(0), of_weight = ctx->needs_input_grad(1);
+    if (records_nothing() && computes_here(input, weight, mask) && is_eager(dy)) {
+      at::AutoDispatchBelowADInplaceOrView below;
+      std::tie(result[0], result[1]) =
+          convolution_gradients(dy, input, weight, mask, values, of_input, of_weight, geometry.ints(geometry.stride),
+                                geometry.ints(geometry.padding), geometry.ints(geometry.dilation), geometry.transposed,
+                                geometry.ints(geometry.output_padding), geometry.groups.expect_int());
+    } else {
+      if (of_input) result[0] = geometry.grad_input(dy, weight, mask, input.sym_sizes());
+      if (of_weight) result[1] = geometry.grad_weight(dy, input, mask);
     }
-    if (ctx->needs_input_grad(1)) result[1] = geometry.grad_weight(dy, input, mask);
     if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(3)) {
       const c10::SymInt channels = geometry.transposed ? weight.sym_size(1) * geometry.groups : weight.sym_size(0);
       result[3] = sum_to_channels(dy, channels);
@@ -215,16 +225,17 @@ struct ConvolutionGradWeight : torch::autograd::Function<ConvolutionGradWeight> 
 
 }  // namespace
 
-Tensor apply_mask_autograd(const Tensor& weight, const Tensor& mask) {
+Tensor apply_mask_autograd(const Tensor& weight, const Tensor& mask, std::optional<at::ScalarType> dtype) {
   check_defined("weight", weight);
   check_defined("mask", mask);
   if (takes_composite(weight)) {
     check_mask(weight, mask);
-    return masked_weight_composite(weight, mask);
+    if (dtype) check_cast(weight, *dtype);
+    return masked_weight_composite(weight, mask).to(dtype.value_or(weight.scalar_type()));
   }
-  if (takes_function(weight)) return ApplyMask::apply(weight, mask);
+  if (takes_function(weight)) return ApplyMask::apply(weight, mask, dtype);
   at::AutoDispatchBelowADInplaceOrView below;
-  return apply_mask_op().call(weight, mask);
+  return apply_mask_op().call(weight, mask, dtype);
 }
 
 Tensor linear_autograd(const Tensor& input, const Tensor& weight, const Tensor& mask, const OptionalTensor& bias) {
@@ -317,6 +328,10 @@ Tensor convolution_grad_weight_autograd(const Tensor& grad_output, const Tensor&
   if (takes_function(grad_output, input)) return ConvolutionGradWeight::apply(grad_output, input, mask, geometry);
   at::AutoDispatchBelowADInplaceOrView below;
   return geometry.grad_weight(grad_output, input, mask);
+}
+
+Tensor call_apply_mask(const Tensor& weight, const Tensor& mask, std::optional<at::ScalarType> dtype) {
+  return apply_mask_op().call(weight, mask, dtype);
 }
 
 Tensor call_linear(const Tensor& input, const Tensor& weight, const Tensor& mask, const OptionalTensor& bias) {

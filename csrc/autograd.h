@@ -5,7 +5,7 @@
 
 namespace masked_ops {
 
-at::Tensor apply_mask_autograd(const at::Tensor& weight, const at::Tensor& mask);
+at::Tensor apply_mask_autograd(const at::Tensor& weight, const at::Tensor& mask, std::optional<at::ScalarType> dtype);
 
 at::Tensor linear_autograd(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask,
                            const std::optional<at::Tensor>& bias);
@@ -53,6 +53,7 @@ at::Tensor unpack_values_autograd(const at::Tensor& values, const at::Tensor& bi
 at::Tensor pack_values_autograd(const at::Tensor& weight, const at::Tensor& bits, c10::SymInt nnz);
 
 // The operations through the dispatcher.
+at::Tensor call_apply_mask(const at::Tensor& weight, const at::Tensor& mask, std::optional<at::ScalarType> dtype);
 at::Tensor call_linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask,
                        const std::optional<at::Tensor>& bias);
 at::Tensor call_packed_linear(const at::Tensor& input, const at::Tensor& values, const at::Tensor& bits,

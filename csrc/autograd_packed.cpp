@@ -109,14 +109,14 @@ struct PackedLinearGradValues : torch::autograd::Function<PackedLinearGradValues
 };
 
 // The three convolutions, with the sizes of the weight and the geometry.
-struct Geometry : SymGeometry {
+struct PackedGeometry : SymGeometry {
   std::vector<c10::SymInt> weight_size;
 
   void save(AutogradContext* ctx) const {
     SymGeometry::save(ctx);
     ctx->saved_data["weight_size"] = weight_size;
   }
-  static Geometry load(AutogradContext* ctx) {
+  static PackedGeometry load(AutogradContext* ctx) {
     return {SymGeometry::load(ctx), ctx->saved_data["weight_size"].toSymIntVector()};
   }
   Tensor forward(const Tensor& input, const Tensor& values, const Tensor& bits, const OptionalTensor& bias) const {
@@ -140,7 +140,7 @@ struct Geometry : SymGeometry {
 
 struct PackedConvolution : torch::autograd::Function<PackedConvolution> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& values, const Tensor& bits,
-                        const OptionalTensor& bias, const Geometry& geometry) {
+                        const OptionalTensor& bias, const PackedGeometry& geometry) {
     at::AutoDispatchBelowADInplaceOrView below;
     ctx->save_for_backward({input, values, bits});
     ctx->saved_data["has_bias"] = bias && bias->defined();
@@ -149,7 +149,7 @@ struct PackedConvolution : torch::autograd::Function<PackedConvolution> {
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
-    const Geometry geometry = Geometry::load(ctx);
+    const PackedGeometry geometry = PackedGeometry::load(ctx);
     const Tensor &dy = grads[0], &input = saved[0], &values = saved[1], &bits = saved[2];
     variable_list result(5);
     if (ctx->needs_input_grad(0)) result[0] = geometry.grad_input(dy, values, bits, input.sym_sizes());
@@ -163,7 +163,7 @@ struct PackedConvolution : torch::autograd::Function<PackedConvolution> {
 
 struct PackedConvolutionGradInput : torch::autograd::Function<PackedConvolutionGradInput> {
   static Tensor forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& values, const Tensor& bits,
-                        c10::SymIntArrayRef input_size, const Geometry& geometry) {
+                        c10::SymIntArrayRef input_size, const PackedGeometry& geometry) {
     at::AutoDispatchBelowADInplaceOrView below;
     ctx->save_for_backward({grad_output, values, bits});
     geometry.save(ctx);
@@ -171,7 +171,7 @@ struct PackedConvolutionGradInput : torch::autograd::Function<PackedConvolutionG
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
-    const Geometry geometry = Geometry::load(ctx);
+    const PackedGeometry geometry = PackedGeometry::load(ctx);
     const Tensor &g = grads[0], &grad_output = saved[0], &values = saved[1], &bits = saved[2];
     variable_list result(5);
     if (ctx->needs_input_grad(0)) result[0] = geometry.forward(g, values, bits, std::nullopt);
@@ -182,7 +182,7 @@ struct PackedConvolutionGradInput : torch::autograd::Function<PackedConvolutionG
 
 struct PackedConvolutionGradValues : torch::autograd::Function<PackedConvolutionGradValues> {
   static Tensor forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& input, const Tensor& bits,
-                        const c10::SymInt& nnz, const Geometry& geometry) {
+                        const c10::SymInt& nnz, const PackedGeometry& geometry) {
     at::AutoDispatchBelowADInplaceOrView below;
     ctx->save_for_backward({grad_output, input, bits});
     geometry.save(ctx);
@@ -190,7 +190,7 @@ struct PackedConvolutionGradValues : torch::autograd::Function<PackedConvolution
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
-    const Geometry geometry = Geometry::load(ctx);
+    const PackedGeometry geometry = PackedGeometry::load(ctx);
     const Tensor &g = grads[0], &grad_output = saved[0], &input = saved[1], &bits = saved[2];
     variable_list result(5);
     if (ctx->needs_input_grad(0)) result[0] = geometry.forward(input, g, bits, std::nullopt);
@@ -265,8 +265,8 @@ Tensor packed_convolution_autograd(const Tensor& input, const Tensor& values, co
                                    c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
                                    c10::SymIntArrayRef dilation, bool transposed, c10::SymIntArrayRef output_padding,
                                    c10::SymInt groups) {
-  const Geometry geometry = {{stride.vec(), padding.vec(), dilation.vec(), transposed, output_padding.vec(), groups},
-                             weight_size.vec()};
+  const PackedGeometry geometry = {
+      {stride.vec(), padding.vec(), dilation.vec(), transposed, output_padding.vec(), groups}, weight_size.vec()};
   if (takes_composite(input, values, bias)) {
     return at::convolution_symint(input, geometry.dense(values, bits), bias, stride, padding, dilation, transposed,
                                   output_padding, groups);
@@ -281,8 +281,8 @@ Tensor packed_convolution_grad_input_autograd(const Tensor& grad_output, const T
                                               c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
                                               c10::SymIntArrayRef dilation, bool transposed,
                                               c10::SymIntArrayRef output_padding, c10::SymInt groups) {
-  const Geometry geometry = {{stride.vec(), padding.vec(), dilation.vec(), transposed, output_padding.vec(), groups},
-                             weight_size.vec()};
+  const PackedGeometry geometry = {
+      {stride.vec(), padding.vec(), dilation.vec(), transposed, output_padding.vec(), groups}, weight_size.vec()};
   if (takes_composite(grad_output, values)) {
     const Tensor input = grad_output.new_empty_symint(input_size);
     return std::get<0>(at::convolution_backward_symint(grad_output, input, geometry.dense(values, bits), std::nullopt,
@@ -301,8 +301,8 @@ Tensor packed_convolution_grad_values_autograd(const Tensor& grad_output, const 
                                                c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
                                                c10::SymIntArrayRef dilation, bool transposed,
                                                c10::SymIntArrayRef output_padding, c10::SymInt groups) {
-  const Geometry geometry = {{stride.vec(), padding.vec(), dilation.vec(), transposed, output_padding.vec(), groups},
-                             weight_size.vec()};
+  const PackedGeometry geometry = {
+      {stride.vec(), padding.vec(), dilation.vec(), transposed, output_padding.vec(), groups}, weight_size.vec()};
   if (takes_composite(grad_output, input)) {
     const Tensor weight = grad_output.new_empty_symint(weight_size);
     const Tensor grad_weight =

@@ -2,12 +2,98 @@
 #include <ATen/ops/empty.h>
 
 #include "checks.h"
+#include "compact_convolution.h"
 #include "convolution_plan.h"
 #include "device_linear.h"
 #include "masking.h"
 #include "ops.h"
 
 namespace masked_ops {
+namespace {
+
+// In the order of the weight.
+CompactConvolution compact_of(const ConvolutionPlan& plan, const at::Tensor& weight, const at::Tensor& mask) {
+  const bool channels_last = suggests_channels_last(weight);
+  return {plan.of, channels_last ? pattern_of(mask.movedim(1, -1)) : plan.pattern, channels_last};
+}
+
+// Both gradients, once the arguments are checked.
+class Gradients {
+ public:
+  Gradients(const Geometry& geometry, const at::Tensor& mask)
+      : geometry_(geometry), mask_(mask), pattern_(try_pattern_of(mask)) {}
+
+  // Reads the shape and the layout of the input alone; values may be undefined.
+  at::Tensor of_input(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
+                      const at::Tensor& values) const {
+    return of_input(plan_of_input(grad_output, input, weight, values), grad_output, input, weight, values);
+  }
+  // Reads the dtype and the layout of the weight alone.
+  at::Tensor of_weight(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight) const {
+    return of_weight(plan_of_weight(input, weight), grad_output, input, weight);
+  }
+  // In one call of torch's where it computes both, as it does for a dense layer.
+  std::tuple<at::Tensor, at::Tensor> of_both(const at::Tensor& grad_output, const at::Tensor& input,
+                                             const at::Tensor& weight, const at::Tensor& values) const {
+    const ConvolutionPlan of_x = plan_of_input(grad_output, input, weight, values);
+    const ConvolutionPlan of_w = plan_of_weight(input, weight);
+    if (of_x.path != Path::kCopy || of_w.path != Path::kCopy) {
+      return {of_input(of_x, grad_output, input, weight, values), of_weight(of_w, grad_output, input, weight)};
+    }
+    const auto [grad_input, grad_weight] =
+        geometry_.gradients(grad_output, input, MaskedForCall(weight, mask_).weight());
+    return {grad_input, masked_own(grad_weight, mask_)};
+  }
+
+ private:
+  ConvolutionPlan plan_of_input(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
+                                const at::Tensor& values) const {
+    const bool channels_last = prefers_channels_last(grad_output, weight);
+    return {Pass::kGradInput, geometry_, input.sizes(), channels_last, weight, pattern_, values.defined()};
+  }
+  ConvolutionPlan plan_of_weight(const at::Tensor& input, const at::Tensor& weight) const {
+    return {Pass::kGradWeight, geometry_, input.sizes(), prefers_channels_last(input, weight), weight, pattern_};
+  }
+
+  at::Tensor of_input(const ConvolutionPlan& plan, const at::Tensor& grad_output, const at::Tensor& input,
+                      const at::Tensor& weight, const at::Tensor& values) const {
+    if (plan.path == Path::kCopy) {
+      return geometry_.grad_input(grad_output, MaskedForCall(weight, mask_).weight(), input);
+    }
+    const at::MemoryFormat format = result_format(input, weight, std::nullopt, geometry_);
+    if (plan.path == Path::kCompact) {
+      const CompactConvolution compact = compact_of(plan, weight, mask_);
+      return compact.grad_input(grad_output, compact.left_of(weight), input.sizes(), format);
+    }
+    const at::Tensor remaining = values.defined() ? values : compress(weight, *plan.pattern);
+    return plan.grad_input(grad_output, remaining, input.sizes(), format);
+  }
+
+  at::Tensor of_weight(const ConvolutionPlan& plan, const at::Tensor& grad_output, const at::Tensor& input,
+                       const at::Tensor& weight) const {
+    if (plan.path == Path::kCopy) return masked_own(geometry_.grad_weight(grad_output, input, weight), mask_);
+    const at::MemoryFormat format = result_format(input, weight, std::nullopt, geometry_);
+    const at::Tensor grad_weight = at::empty(mask_.sizes(), grad_output.options(), format);
+    if (plan.path == Path::kCompact) {
+      const CompactConvolution compact = compact_of(plan, grad_weight, mask_);
+      return compact.whole_of(compact.grad_weight(grad_output, input));
+    }
+    const at::Tensor values = plan.grad_values(grad_output, input);
+    if (grad_weight.is_contiguous()) {
+      expand_into(grad_weight, values, *plan.pattern);
+      return grad_weight;
+    }
+    const at::Tensor in_order = at::empty(mask_.sizes(), grad_output.options());
+    expand_into(in_order, values, *plan.pattern);
+    return grad_weight.copy_(in_order);
+  }
+
+  const Geometry& geometry_;
+  const at::Tensor& mask_;
+  PatternPtr pattern_;
+};
+
+}  // namespace
 
 std::tuple<at::Tensor, at::Tensor> convolution_with_values(const at::Tensor& input, const at::Tensor& weight,
                                                            const at::Tensor& mask,
@@ -24,12 +110,15 @@ std::tuple<at::Tensor, at::Tensor> convolution_with_values(const at::Tensor& inp
   const bool channels_last = prefers_channels_last(input, weight);
   const ConvolutionPlan plan(Pass::kForward, geometry, input.sizes(), channels_last, weight, try_pattern_of(mask));
   if (plan.path == Path::kCopy || (has_bias && !geometry.fits(*bias))) {
-    return {geometry.forward(input, masked_weight(weight, mask), bias), at::Tensor()};
+    return {geometry.forward(input, MaskedForCall(weight, mask).weight(), bias), at::Tensor()};
+  }
+  const at::MemoryFormat format = result_format(input, weight, bias, geometry);
+  if (plan.path == Path::kCompact) {
+    const CompactConvolution compact = compact_of(plan, weight, mask);
+    return {compact.forward(input, compact.left_of(weight), bias, format), at::Tensor()};
   }
   const at::Tensor values = compress(weight, *plan.pattern);
-  return {plan.forward(input, values, has_bias ? bias->contiguous() : at::Tensor(),
-                       result_format(input, weight, bias, geometry)),
-          values};
+  return {plan.forward(input, values, has_bias ? bias->contiguous() : at::Tensor(), format), values};
 }
 
 at::Tensor convolution(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask,
@@ -39,30 +128,16 @@ at::Tensor convolution(const at::Tensor& input, const at::Tensor& weight, const 
                                              output_padding, groups));
 }
 
-at::Tensor convolution_grad_input_with_values(const at::Tensor& grad_output, const at::Tensor& weight,
-                                              const at::Tensor& mask, const at::Tensor& values,
-                                              at::IntArrayRef input_size, at::IntArrayRef stride,
-                                              at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
-                                              at::IntArrayRef output_padding, int64_t groups) {
-  check_mask(weight, mask);
-  check_same_kind("grad_output", grad_output, "weight", weight);
-  const Geometry geometry{weight.sizes(), stride, padding, dilation, transposed, output_padding, groups};
-  geometry.check(input_size, grad_output.sizes());
-  const bool channels_last = prefers_channels_last(grad_output, weight);
-  const ConvolutionPlan plan(Pass::kGradInput, geometry, input_size, channels_last, weight, try_pattern_of(mask),
-                             values.defined());
-  if (plan.path == Path::kCopy) return geometry.grad_input(grad_output, masked_weight(weight, mask), input_size);
-  const at::Tensor input = Geometry::placeholder(input_size, grad_output);
-  return plan.grad_input(grad_output, values.defined() ? values : compress(weight, *plan.pattern), input_size,
-                         result_format(input, weight, std::nullopt, geometry));
-}
-
 at::Tensor convolution_grad_input(const at::Tensor& grad_output, const at::Tensor& weight, const at::Tensor& mask,
                                   at::IntArrayRef input_size, at::IntArrayRef stride, at::IntArrayRef padding,
                                   at::IntArrayRef dilation, bool transposed, at::IntArrayRef output_padding,
                                   int64_t groups) {
-  return convolution_grad_input_with_values(grad_output, weight, mask, at::Tensor(), input_size, stride, padding,
-                                            dilation, transposed, output_padding, groups);
+  check_mask(weight, mask);
+  check_same_kind("grad_output", grad_output, "weight", weight);
+  const Geometry geometry{weight.sizes(), stride, padding, dilation, transposed, output_padding, groups};
+  geometry.check(input_size, grad_output.sizes());
+  const at::Tensor input = Geometry::placeholder(input_size, grad_output);
+  return Gradients(geometry, mask).of_input(grad_output, input, weight, at::Tensor());
 }
 
 at::Tensor convolution_grad_weight(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mask,
@@ -73,19 +148,23 @@ at::Tensor convolution_grad_weight(const at::Tensor& grad_output, const at::Tens
   check_same_kind("input", input, "grad_output", grad_output);
   const Geometry geometry{mask.sizes(), stride, padding, dilation, transposed, output_padding, groups};
   geometry.check(input.sizes(), grad_output.sizes());
-  const ConvolutionPlan plan(Pass::kGradWeight, geometry, input.sizes(), prefers_channels_last(input, weight), weight,
-                             try_pattern_of(mask));
-  if (plan.path == Path::kCopy) return masked_own(geometry.grad_weight(grad_output, input, weight), mask);
-  const at::Tensor values = plan.grad_values(grad_output, input);
-  const auto format = result_format(input, weight, std::nullopt, geometry);
-  const at::Tensor grad_weight = at::empty(mask.sizes(), grad_output.options(), format);
-  if (grad_weight.is_contiguous()) {
-    expand_into(grad_weight, values, *plan.pattern);
-    return grad_weight;
-  }
-  const at::Tensor in_order = at::empty(mask.sizes(), grad_output.options());
-  expand_into(in_order, values, *plan.pattern);
-  return grad_weight.copy_(in_order);
+  return Gradients(geometry, mask).of_weight(grad_output, input, weight);
+}
+
+std::tuple<at::Tensor, at::Tensor> convolution_gradients(const at::Tensor& grad_output, const at::Tensor& input,
+                                                         const at::Tensor& weight, const at::Tensor& mask,
+                                                         const at::Tensor& values, bool of_input, bool of_weight,
+                                                         at::IntArrayRef stride, at::IntArrayRef padding,
+                                                         at::IntArrayRef dilation, bool transposed,
+                                                         at::IntArrayRef output_padding, int64_t groups) {
+  check_mask(weight, mask);
+  check_same_kind("grad_output", grad_output, "weight", weight);
+  const Geometry geometry{weight.sizes(), stride, padding, dilation, transposed, output_padding, groups};
+  geometry.check(input.sizes(), grad_output.sizes());
+  const Gradients gradients(geometry, mask);
+  if (of_input && of_weight) return gradients.of_both(grad_output, input, weight, values);
+  return {of_input ? gradients.of_input(grad_output, input, weight, values) : at::Tensor(),
+          of_weight ? gradients.of_weight(grad_output, input, weight) : at::Tensor()};
 }
 
 std::tuple<std::string, std::string> explain_convolution(const at::Tensor& weight, const at::Tensor& mask,

@@ -56,13 +56,19 @@ std::string check_mask_copy(const Case& c) {
   for (const at::ScalarType dtype : {at::kByte, at::kHalf, at::kFloat, at::kDouble, at::kComplexDouble}) {
     const at::Tensor weight = whole({c.rows(), c.cols()}, 3, at::kFloat, device).to(dtype);
     const at::Tensor out = at::zeros_like(weight).fill_(7);
-    mask_copy(c.api, weight.const_data_ptr(), weight.element_size(), c.packed.words, c.rows(), c.cols(), out.data_ptr(),
-              device);
+    mask_copy(c.api, copy_kind(dtype, dtype), weight, c.packed.words, c.rows(), c.cols(), out);
     if (!out.equal(c.masked(weight))) return "a masked copy is wrong";
     // In place, as gradients are masked.
-    mask_copy(c.api, weight.const_data_ptr(), weight.element_size(), c.packed.words, c.rows(), c.cols(),
-              weight.data_ptr(), device);
+    mask_copy(c.api, copy_kind(dtype, dtype), weight, c.packed.words, c.rows(), c.cols(), weight);
     if (!weight.equal(out)) return "masking in place is wrong";
+  }
+  for (const at::ScalarType dtype : {at::kBFloat16, at::kHalf}) {
+    const at::Tensor weight = whole({c.rows(), c.cols()}, 3, at::kFloat, device);
+    const at::Tensor narrow = at::zeros_like(weight, dtype), wide = at::zeros_like(weight);
+    mask_copy(c.api, copy_kind(at::kFloat, dtype), weight, c.packed.words, c.rows(), c.cols(), narrow);
+    mask_copy(c.api, copy_kind(dtype, at::kFloat), weight.to(dtype), c.packed.words, c.rows(), c.cols(), wide);
+    if (!narrow.equal(c.masked(weight).to(dtype))) return "a masked copy that rounds is wrong";
+    if (!wide.equal(c.masked(weight))) return "a masked copy that widens is wrong";
   }
   const at::Tensor soft = whole({c.rows(), c.cols()}, 5, at::kFloat, device);
   const at::Tensor facts = pack_mask(c.api, soft, c.rows(), c.cols()).facts.cpu();

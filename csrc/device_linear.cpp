@@ -72,7 +72,7 @@ std::tuple<at::Tensor, at::Tensor> linear(const at::Tensor& input, const at::Ten
   if (plan.fused()) {
     if (const at::Tensor output = plan.gemm(false, input, weight, bias); output.defined()) return {output, {}};
   }
-  const at::Tensor masked = masked_weight(weight, mask);
+  const at::Tensor masked = masked_weight(weight, mask, weight.scalar_type());
   return {at::linear(input, masked, bias.defined() ? std::optional(bias) : std::nullopt), masked};
 }
 
@@ -86,7 +86,7 @@ at::Tensor linear_grad_input(const at::Tensor& grad_output, const at::Tensor& we
   }
   at::Tensor grad_input = empty_with_last_dim(grad_output, weight.size(1));
   at::Tensor rows = grad_input.view({rows_of(grad_output), weight.size(1)});
-  const at::Tensor factor = masked.defined() ? masked : masked_weight(weight, mask);
+  const at::Tensor factor = masked.defined() ? masked : masked_weight(weight, mask, weight.scalar_type());
   at::mm_out(rows, as_matrix(grad_output, weight.size(0)), factor.conj());
   return grad_input;
 }

@@ -9,9 +9,12 @@
 
 namespace masked_ops::device {
 
-// As masked_weight; and the same in place, for a gradient that is the caller's own.
-at::Tensor masked_weight(const at::Tensor& weight, const at::Tensor& mask);
+// As masked_cast; and in place, for a gradient that is the caller's own.
+at::Tensor masked_weight(const at::Tensor& weight, const at::Tensor& mask, at::ScalarType dtype);
 void mask_in_place(const at::Tensor& weight, const at::Tensor& mask);
+// Whether masked_weight would turn this one into 16-bit floats in a single pass, and the gradient back. Arguments are
+// not checked yet.
+bool casts_while_masking(const at::Tensor& weight, const at::Tensor& mask);
 
 // weight has two dimensions, bias is undefined or a vector of N. The second result is the masked weight if one was
 // made, as the hook keeps it: it saves the gradient of the input from making another.

@@ -57,36 +57,49 @@ struct Known {
 
   bool none() const { return !words.defined() && !keep.defined(); }
 
-  // out = weight∘mask, both contiguous; out may be weight.
-  void apply(const at::Tensor& weight, at::Tensor out) const {
-    if (words.defined()) {
-      mask_copy(*api(), weight.const_data_ptr(), weight.element_size(), words, pattern->rows(), pattern->cols(),
-                out.data_ptr(), weight.device());
-    } else {
-      at::where_out(out, keep, weight, at::zeros({}, weight.options()));
+  // out = weight∘mask, both contiguous; out may be weight. False if that takes more than one pass.
+  bool apply(const at::Tensor& weight, at::Tensor out) const {
+    if (!words.defined()) {
+      at::where_out(out, keep, weight.to(out.scalar_type()), at::zeros({}, out.options()));
+      return true;
     }
+    const int kind = copy_kind(weight.scalar_type(), out.scalar_type());
+    if (kind >= 0) mask_copy(*api(), kind, weight, words, pattern->rows(), pattern->cols(), out);
+    return kind >= 0;
   }
 };
 
 }  // namespace
 
-at::Tensor masked_weight(const at::Tensor& weight, const at::Tensor& mask) {
+at::Tensor masked_weight(const at::Tensor& weight, const at::Tensor& mask, at::ScalarType dtype) {
   const at::Tensor dense = weight.is_non_overlapping_and_dense() ? weight : weight.clone();
   const InOrder seen(dense, mask);
   const Known known(seen.mask);
-  if (known.none()) return masked_weight_composite(weight, mask);
-  at::Tensor out = at::empty_like(dense);
-  known.apply(seen.weight, out.as_strided(seen.weight.sizes(), seen.weight.strides()));
-  return out;
+  if (known.none()) return masked_weight_composite(weight, mask).to(dtype);
+  at::Tensor out = at::empty_like(dense, dense.options().dtype(dtype));
+  if (known.apply(seen.weight, out.as_strided(seen.weight.sizes(), seen.weight.strides()))) return out;
+  return masked_weight(weight, mask, weight.scalar_type()).to(dtype);
 }
 
 void mask_in_place(const at::Tensor& weight, const at::Tensor& mask) {
   if (weight.is_non_overlapping_and_dense()) {
     const InOrder seen(weight, mask);
-    if (const Known known(seen.mask); !known.none()) return known.apply(seen.weight, seen.weight);
+    if (const Known known(seen.mask); !known.none()) {
+      known.apply(seen.weight, seen.weight);
+      return;
+    }
   }
   const at::Tensor factor = mask.to(weight.scalar_type());
   weight.mul_(factor).masked_fill_(factor.eq(0), 0);
+}
+
+bool casts_while_masking(const at::Tensor& weight, const at::Tensor& mask) {
+  if (!any_kernel() || !weight.is_cuda() || weight.scalar_type() != at::kFloat || !mask.defined()) return false;
+  if (mask.device() != weight.device() || mask.sym_sizes() != weight.sym_sizes() || !packable(mask.scalar_type())) {
+    return false;
+  }
+  if (forced_path() && forced_path() != Path::kMaskCopy) return false;
+  return !obstacle(Kernel::kMaskCopy, weight.device()) && !capturing(weight.device());
 }
 
 std::tuple<std::string, std::string> explain_copy(const at::Tensor& weight, const at::Tensor& mask,

@@ -62,8 +62,13 @@ int cuda_dtype(at::ScalarType dtype) {
   }
 }
 
-int copy_kind(int64_t element_size) {
-  switch (element_size) {
+int copy_kind(at::ScalarType from, at::ScalarType to) {
+  if (from == at::kFloat && to == at::kBFloat16) return cuda::kFloatToBFloat16;
+  if (from == at::kFloat && to == at::kHalf) return cuda::kFloatToHalf;
+  if (from == at::kBFloat16 && to == at::kFloat) return cuda::kBFloat16ToFloat;
+  if (from == at::kHalf && to == at::kFloat) return cuda::kHalfToFloat;
+  if (from != to) return -1;
+  switch (c10::elementSize(from)) {
     case 1:
       return cuda::kCopy1;
     case 2:
@@ -73,7 +78,7 @@ int copy_kind(int64_t element_size) {
     case 8:
       return cuda::kCopy8;
     default:
-      TORCH_INTERNAL_ASSERT(element_size == 16);
+      TORCH_INTERNAL_ASSERT(c10::elementSize(from) == 16);
       return cuda::kCopy16;
   }
 }
@@ -105,11 +110,11 @@ at::Tensor row_offsets(const Api& api, const at::Tensor& words, int64_t rows, in
   return offsets;
 }
 
-void mask_copy(const Api& api, const void* weight, int64_t element_size, const at::Tensor& words, int64_t rows,
-               int64_t cols, void* out, c10::Device device) {
-  const Launch launch(device);
-  const cuda::MaskCopyTask task = {weight, words_of(words), out, rows, cols};
-  check_launch("mask_copy", api.mask_copy(copy_kind(element_size), &task, 1, launch.stream()));
+void mask_copy(const Api& api, int kind, const at::Tensor& weight, const at::Tensor& words, int64_t rows, int64_t cols,
+               const at::Tensor& out) {
+  const Launch launch(weight.device());
+  const cuda::MaskCopyTask task = {weight.const_data_ptr(), words_of(words), out.data_ptr(), rows, cols};
+  check_launch("mask_copy", api.mask_copy(kind, &task, 1, launch.stream()));
 }
 
 at::Tensor expand(const Api& api, const at::Tensor& values, const at::Tensor& words, const at::Tensor& offsets,

@@ -7,8 +7,8 @@
 namespace masked_ops::device {
 
 int cuda_dtype(at::ScalarType dtype);
-// The kind of a copy that rounds nothing.
-int copy_kind(int64_t element_size);
+// How mask_copy turns one dtype into the other; -1 if it cannot.
+int copy_kind(at::ScalarType from, at::ScalarType to);
 
 // What is taken of a mask at once; none of it is known to the host yet.
 struct Packed {
@@ -22,9 +22,9 @@ Packed pack_bits(const Api& api, const at::Tensor& bits, int64_t cols);         
 // int64 [rows + 1].
 at::Tensor row_offsets(const Api& api, const at::Tensor& words, int64_t rows, int64_t cols);
 
-// out = bit ? weight : 0 over memory in order; out may be weight.
-void mask_copy(const Api& api, const void* weight, int64_t element_size, const at::Tensor& words, int64_t rows,
-               int64_t cols, void* out, c10::Device device);
+// out = bit ? weight : 0 over memory in order, as the kind says; out may be weight if nothing is cast.
+void mask_copy(const Api& api, int kind, const at::Tensor& weight, const at::Tensor& words, int64_t rows, int64_t cols,
+               const at::Tensor& out);
 
 at::Tensor expand(const Api& api, const at::Tensor& values, const at::Tensor& words, const at::Tensor& offsets,
                   int64_t rows, int64_t cols);

@@ -14,7 +14,7 @@
 namespace masked_ops::device {
 namespace {
 
-at::Tensor aligned(const at::Tensor& t) {
+at::Tensor to_aligned(const at::Tensor& t) {
   return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 ? t : t.clone();
 }
 
@@ -82,7 +82,7 @@ class Bits {
   at::Tensor decode(const at::Tensor& input, const at::Tensor& values, const at::Tensor& bias) const {
     const at::Tensor index = pattern_->decode_index(stream_, capture_);
     if (!index.defined()) return {};
-    return device::decode(*api(), aligned(input.contiguous()), aligned(values.contiguous()), index, rows(),
+    return device::decode(*api(), to_aligned(input.contiguous()), to_aligned(values.contiguous()), index, rows(),
                           bias.defined() ? bias.contiguous() : bias);
   }
 

@@ -81,14 +81,25 @@ struct Geometry {
     return at::convolution(input, dense, bias, stride, padding, dilation, transposed, output_padding, groups);
   }
   at::Tensor grad_input(const at::Tensor& grad_output, const at::Tensor& dense, at::IntArrayRef input_size) const {
-    return std::get<0>(at::convolution_backward(grad_output, placeholder(input_size, grad_output), dense, std::nullopt,
-                                                stride, padding, dilation, transposed, output_padding, groups,
-                                                {true, false, false}));
+    return grad_input(grad_output, dense, placeholder(input_size, grad_output));
+  }
+  at::Tensor grad_input(const at::Tensor& grad_output, const at::Tensor& dense, const at::Tensor& input) const {
+    return std::get<0>(at::convolution_backward(grad_output, input, dense, std::nullopt, stride, padding, dilation,
+                                                transposed, output_padding, groups, {true, false, false}));
   }
   // In the memory format of `like`, a weight whose values are not read.
   at::Tensor grad_weight(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& like) const {
     return std::get<1>(at::convolution_backward(grad_output, input, like, std::nullopt, stride, padding, dilation,
                                                 transposed, output_padding, groups, {false, true, false}));
+  }
+
+  // Those with respect to the input and to the weight.
+  std::tuple<at::Tensor, at::Tensor> gradients(const at::Tensor& grad_output, const at::Tensor& input,
+                                               const at::Tensor& dense) const {
+    auto [grad_input, grad_weight, grad_bias] =
+        at::convolution_backward(grad_output, input, dense, std::nullopt, stride, padding, dilation, transposed,
+                                 output_padding, groups, {true, true, false});
+    return {std::move(grad_input), std::move(grad_weight)};
   }
 
   // A tensor of which an operation reads the sizes and the memory format and nothing else.

@@ -108,9 +108,11 @@ void check_linear(const at::Tensor& input, const at::Tensor& weight, const at::T
               c10::SymIntArrayRef(output), ", got shape ", bias->sym_sizes());
 }
 
-at::Tensor apply_mask(const at::Tensor& weight, const at::Tensor& mask) {
+at::Tensor apply_mask(const at::Tensor& weight, const at::Tensor& mask, std::optional<at::ScalarType> dtype) {
   check_mask(weight, mask);
-  return masked_weight(weight, mask);
+  if (!dtype) return masked_weight(weight, mask);
+  check_cast(weight, *dtype);
+  return masked_cast(weight, mask, *dtype);
 }
 
 std::tuple<at::Tensor, at::Tensor> linear_with_values(const at::Tensor& input, const at::Tensor& weight,

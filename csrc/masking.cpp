@@ -14,6 +14,32 @@
 #include "parallel.h"
 
 namespace masked_ops {
+namespace {
+
+// Kernels can mask a weight that is dense in CPU memory; they walk memory, so that it and the mask are seen in the
+// weight's order, in which it is contiguous.
+struct InOrder {
+  at::Tensor weight, mask;
+  PatternPtr pattern;  // of the mask in this order; null if kernels cannot
+
+  InOrder(const at::Tensor& dense, const at::Tensor& mask_of_it) : weight(dense), mask(mask_of_it) {
+    const bool strided = weight.is_cpu() && weight.layout() == at::kStrided && packable(mask.scalar_type());
+    if (!strided || !weight.is_non_overlapping_and_dense()) return;
+    if (!weight.is_contiguous()) {
+      const auto order = memory_order(weight);
+      weight = weight.permute(order);
+      mask = mask.permute(order);
+    }
+    pattern = pattern_of(mask);
+  }
+  bool binary() const { return pattern && pattern->binary(); }
+  void copy_to(void* out) const {
+    cpu::kernels().mask_copy(team_for(weight.numel()), weight.element_size(), weight.const_data_ptr(), pattern->bits(),
+                             pattern->rows(), pattern->cols(), out);
+  }
+};
+
+}  // namespace
 
 c10::SmallVector<int64_t, 5> memory_order(const at::Tensor& t) {
   c10::SmallVector<int64_t, 5> order(t.dim());
@@ -45,36 +71,56 @@ at::Tensor masked_weight_composite(const at::Tensor& weight, const at::Tensor& m
 }
 
 at::Tensor masked_own(const at::Tensor& weight, const at::Tensor& mask) {
-  if (!weight.is_cuda()) return masked_weight(weight, mask);
-  device::mask_in_place(weight, mask);
+  if (weight.is_cuda()) {
+    device::mask_in_place(weight, mask);
+    return weight;
+  }
+  const InOrder order(weight, mask);
+  if (!order.binary()) return masked_weight(weight, mask);
+  order.copy_to(weight.data_ptr());
   return weight;
 }
 
+void check_cast(const at::Tensor& weight, at::ScalarType dtype) {
+  TORCH_CHECK(weight.is_complex() ? c10::isComplexType(dtype) : c10::isFloatingType(dtype), "dtype must be ",
+              weight.is_complex() ? "complex" : "a floating-point one", " as the weight's, ", weight.scalar_type(),
+              ", got ", dtype);
+}
+
+at::Tensor masked_cast(const at::Tensor& weight, const at::Tensor& mask, at::ScalarType dtype) {
+  if (dtype == weight.scalar_type()) return masked_weight(weight, mask);
+  if (weight.is_cuda() && weight.layout() == at::kStrided) return device::masked_weight(weight, mask, dtype);
+  return masked_weight(weight, mask).to(dtype);
+}
+
+MaskedForCall::MaskedForCall(const at::Tensor& weight, const at::Tensor& mask) {
+  const InOrder order(weight, mask);
+  if (order.binary()) {
+    order.copy_to(scratch_.emplace(weight).tensor().data_ptr());
+  } else {
+    masked_ = masked_weight(weight, mask);
+  }
+}
+
 at::Tensor masked_weight(const at::Tensor& weight, const at::Tensor& mask) {
-  if (weight.is_cuda() && weight.layout() == at::kStrided) return device::masked_weight(weight, mask);
+  if (weight.is_cuda() && weight.layout() == at::kStrided) {
+    return device::masked_weight(weight, mask, weight.scalar_type());
+  }
   if (!weight.is_cpu() || weight.layout() != at::kStrided || !packable(mask.scalar_type())) {
     return masked_weight_composite(weight, mask);
   }
-  // The kernels walk memory: both tensors are seen in the weight's order, in which it is contiguous.
   const at::Tensor dense = weight.is_non_overlapping_and_dense() ? weight : weight.clone();
-  at::Tensor w = dense, m = mask;
-  if (!w.is_contiguous()) {
-    const auto order = memory_order(w);
-    w = w.permute(order);
-    m = m.permute(order);
-  }
-  const PatternPtr pattern = pattern_of(m);
-  const cpu::Team team = team_for(w.numel());
-  if (pattern->binary()) {
-    at::Tensor out = on_huge_pages(at::empty_like(dense));
-    cpu::kernels().mask_copy(team, w.element_size(), w.const_data_ptr(), pattern->bits(), pattern->rows(),
-                             pattern->cols(), out.data_ptr());
+  const InOrder order(dense, mask);
+  at::Tensor out = on_huge_pages(at::empty_like(dense));
+  if (order.binary()) {
+    order.copy_to(out.data_ptr());
     return out;
   }
-  const at::Tensor factor = m.to(w.scalar_type()).contiguous();
-  at::Tensor out = on_huge_pages(at::empty_like(dense));
+  const at::Tensor& w = order.weight;
+  const at::Tensor factor = order.mask.to(w.scalar_type()).contiguous();
   if (w.scalar_type() == at::kFloat || w.scalar_type() == at::kDouble) {
-    cpu::kernels().mask_multiply(team, w.scalar_type() == at::kFloat ? cpu::Dtype::kFloat : cpu::Dtype::kDouble,
+    cpu::kernels().mask_multiply(team_for(w.numel()),
+                                 w.scalar_type() == at::kFloat ? cpu::Dtype::kFloat : cpu::Dtype::kDouble,
                                  w.const_data_ptr(), factor.const_data_ptr(), w.numel(), out.data_ptr());
   } else {
     at::Tensor in_order = out.as_strided(w.sizes(), w.strides());

@@ -4,6 +4,9 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/SmallVector.h>
 
+#include <optional>
+
+#include "memory.h"
 #include "pattern.h"
 
 namespace masked_ops {
@@ -15,8 +18,23 @@ void check_mask(const at::Tensor& weight, const at::Tensor& mask);
 // binary masks (a pruned weight counts as absent) and for soft ones in float32 and float64.
 at::Tensor masked_weight(const at::Tensor& weight, const at::Tensor& mask);
 
-// The same for a tensor that is the caller's own, and is no longer: on a device it is masked in place.
+// The same, then in another dtype: in one pass where there is a kernel for it.
+at::Tensor masked_cast(const at::Tensor& weight, const at::Tensor& mask, at::ScalarType dtype);
+void check_cast(const at::Tensor& weight, at::ScalarType dtype);
+
+// The same for a tensor that is the caller's own, and is no longer: where that is possible it is masked in place.
 at::Tensor masked_own(const at::Tensor& weight, const at::Tensor& mask);
+
+// The same for the time of a call of torch's, in scratch memory where that is possible.
+class MaskedForCall {
+ public:
+  MaskedForCall(const at::Tensor& weight, const at::Tensor& mask);
+  const at::Tensor& weight() const { return scratch_ ? scratch_->tensor() : masked_; }
+
+ private:
+  std::optional<Scratch> scratch_;
+  at::Tensor masked_;
+};
 
 // Dimensions from the slowest to the fastest in memory.
 c10::SmallVector<int64_t, 5> memory_order(const at::Tensor& t);

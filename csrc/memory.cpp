@@ -1,5 +1,8 @@
 #include "memory.h"
 
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -12,6 +15,10 @@ namespace {
 // them.
 constexpr size_t kLargeBytes = size_t{32} << 20;
 constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+
+constexpr size_t kKeptBytes = size_t{64} << 20;
+
+thread_local c10::Storage kept;  // none while it is lent
 
 }  // namespace
 
@@ -26,6 +33,28 @@ at::Tensor on_huge_pages(at::Tensor fresh) {
   }
 #endif
   return fresh;
+}
+
+Scratch::Scratch(const at::Tensor& like) {
+  const size_t bytes = like.nbytes();
+  if (bytes > kKeptBytes) {
+    tensor_ = on_huge_pages(at::empty_like(like));
+    return;
+  }
+  c10::Storage lent = std::move(kept);
+  if (!lent || lent.nbytes() < bytes) {
+    lent = on_huge_pages(at::empty({static_cast<int64_t>(bytes)}, like.options().dtype(at::kByte))).storage();
+  }
+  tensor_ = at::empty({0}, like.options()).set_(std::move(lent), 0, like.sizes(), like.strides());
+}
+
+Scratch::~Scratch() {
+  c10::Storage storage = tensor_.storage();
+  tensor_.reset();
+  const bool returned = storage.use_count() == 1;
+  if (returned && storage.nbytes() <= kKeptBytes && (!kept || kept.nbytes() < storage.nbytes())) {
+    kept = std::move(storage);
+  }
 }
 
 }  // namespace masked_ops

@@ -8,7 +8,7 @@
 
 namespace masked_ops {
 
-at::Tensor apply_mask(const at::Tensor& weight, const at::Tensor& mask);
+at::Tensor apply_mask(const at::Tensor& weight, const at::Tensor& mask, std::optional<at::ScalarType> dtype);
 
 at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask,
                   const std::optional<at::Tensor>& bias);
@@ -54,11 +54,13 @@ std::tuple<at::Tensor, at::Tensor> convolution_with_values(const at::Tensor& inp
                                                            at::IntArrayRef stride, at::IntArrayRef padding,
                                                            at::IntArrayRef dilation, bool transposed,
                                                            at::IntArrayRef output_padding, int64_t groups);
-at::Tensor convolution_grad_input_with_values(const at::Tensor& grad_output, const at::Tensor& weight,
-                                              const at::Tensor& mask, const at::Tensor& values,
-                                              at::IntArrayRef input_size, at::IntArrayRef stride,
-                                              at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
-                                              at::IntArrayRef output_padding, int64_t groups);
+// Those of the gradients that are asked for; values are what forward gave, and may be undefined.
+std::tuple<at::Tensor, at::Tensor> convolution_gradients(const at::Tensor& grad_output, const at::Tensor& input,
+                                                         const at::Tensor& weight, const at::Tensor& mask,
+                                                         const at::Tensor& values, bool of_input, bool of_weight,
+                                                         at::IntArrayRef stride, at::IntArrayRef padding,
+                                                         at::IntArrayRef dilation, bool transposed,
+                                                         at::IntArrayRef output_padding, int64_t groups);
 std::tuple<std::string, std::string> explain_convolution(const at::Tensor& weight, const at::Tensor& mask,
                                                          at::IntArrayRef input_size, bool channels_last,
                                                          at::IntArrayRef stride, at::IntArrayRef padding,

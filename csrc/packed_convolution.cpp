@@ -2,6 +2,7 @@
 #include <ATen/ops/empty.h>
 
 #include "checks.h"
+#include "compact_convolution.h"
 #include "convolution_plan.h"
 #include "device_linear.h"
 #include "masking.h"
@@ -38,6 +39,9 @@ struct PackedWeight {
   at::Tensor dense(const at::Tensor& values) const {
     return (pattern ? expand(values, *pattern) : device::unpack_values(values, bits, cols)).view(size);
   }
+  CompactConvolution compact(const Geometry& geometry) const {
+    return {geometry, pattern, /*weight_channels_last=*/false};
+  }
   at::MemoryFormat result_format(const at::Tensor& input, const std::optional<at::Tensor>& bias,
                                  const Geometry& geometry) const {
     return masked_ops::result_format(input, at::empty(size, input.options()), bias, geometry);
@@ -65,8 +69,12 @@ at::Tensor packed_convolution(const at::Tensor& input, const at::Tensor& values,
   if (plan.path == Path::kCopy || (has_bias && !geometry.fits(*bias))) {
     return geometry.forward(input, weight.dense(values), bias);
   }
-  return plan.forward(input, values.contiguous(), has_bias ? bias->contiguous() : at::Tensor(),
-                      weight.result_format(input, bias, geometry));
+  const at::MemoryFormat format = weight.result_format(input, bias, geometry);
+  if (plan.path == Path::kCompact) {
+    const CompactConvolution compact = weight.compact(geometry);
+    return compact.forward(input, compact.left_of_values(values), bias, format);
+  }
+  return plan.forward(input, values.contiguous(), has_bias ? bias->contiguous() : at::Tensor(), format);
 }
 
 at::Tensor packed_convolution_grad_input(const at::Tensor& grad_output, const at::Tensor& values,
@@ -83,8 +91,12 @@ at::Tensor packed_convolution_grad_input(const at::Tensor& grad_output, const at
   const ConvolutionPlan plan = weight.plan(Pass::kGradInput, geometry, input_size, channels_last, values);
   if (plan.path == Path::kCopy) return geometry.grad_input(grad_output, weight.dense(values), input_size);
   const at::Tensor input = Geometry::placeholder(input_size, grad_output);
-  return plan.grad_input(grad_output, values.contiguous(), input_size,
-                         weight.result_format(input, std::nullopt, geometry));
+  const at::MemoryFormat format = weight.result_format(input, std::nullopt, geometry);
+  if (plan.path == Path::kCompact) {
+    const CompactConvolution compact = weight.compact(geometry);
+    return compact.grad_input(grad_output, compact.left_of_values(values), input_size, format);
+  }
+  return plan.grad_input(grad_output, values.contiguous(), input_size, format);
 }
 
 at::Tensor packed_convolution_grad_values(const at::Tensor& grad_output, const at::Tensor& input,
@@ -97,7 +109,11 @@ at::Tensor packed_convolution_grad_values(const at::Tensor& grad_output, const a
   geometry.check(input.sizes(), grad_output.sizes());
   const ConvolutionPlan plan =
       weight.plan(Pass::kGradWeight, geometry, input.sizes(), suggests_channels_last(input), grad_output);
-  if (plan.path != Path::kCopy) return plan.grad_values(grad_output, input);
+  if (plan.path == Path::kSparse) return plan.grad_values(grad_output, input);
+  if (plan.path == Path::kCompact) {
+    const CompactConvolution compact = weight.compact(geometry);
+    return compact.values_of(compact.grad_weight(grad_output, input));
+  }
   const at::Tensor like = at::empty(weight_size, grad_output.options());
   const at::Tensor dense = geometry.grad_weight(grad_output, input, like);
   return weight.pattern ? compress(dense, *weight.pattern) : device::pack_values(dense.flatten(1), bits, nnz);

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <limits>
 
+#include "channels.h"
 #include "cpu/costs.h"
 #include "device_tuning.h"
 #include "parallel.h"
@@ -153,6 +154,8 @@ namespace {
 // Kernels beyond this have offsets that the strips' numbers do not hold.
 constexpr int64_t kMaxTaps = int64_t{1} << 16;
 
+int64_t taps(const cpu::Convolution& c) { return c.kernel[0] * c.kernel[1] * c.kernel[2]; }
+
 // What the passes of a convolution cost, dense and sparse.
 struct ConvolutionCosts {
   double macs, packed, images, weights;
@@ -164,20 +167,51 @@ struct ConvolutionCosts {
                                    : taps(c) > 1 ? 1
                                                  : 0][channels_last][static_cast<int>(pass)]),
         sparse(cpu::kSparseConvCosts[channels_last][static_cast<int>(pass)]) {
-    const auto volume = [](const int64_t (&size)[3]) { return double(size[0]) * double(size[1]) * double(size[2]); };
-    const double positions = double(c.batch) * volume(c.output);
-    weights = double(c.out_channels) * double(c.in_channels / c.groups) * taps(c);
+    const double positions = double(c.batch) * volume(c.output), kernel = double(taps(c));
+    weights = double(c.out_channels) * double(c.in_channels / c.groups) * kernel;
     macs = positions * weights;
-    packed = positions * double(pass == Pass::kGradInput ? c.out_channels : c.in_channels) * taps(c);
+    packed = positions * double(pass == Pass::kGradInput ? c.out_channels : c.in_channels) * kernel;
     images = positions * double(c.out_channels) + double(c.batch) * volume(c.input) * double(c.in_channels);
   }
   double of_dense(int threads) const { return dense(macs, weights, 0, packed, images, threads); }
   double of_sparse(double nnz, int threads) const { return sparse(macs, weights, nnz, packed, images, threads); }
 
-  static double taps(const cpu::Convolution& c) {
-    return double(c.kernel[0]) * double(c.kernel[1]) * double(c.kernel[2]);
+  // What the dense one without the pruned channels costs besides that.
+  static double of_moves(Pass pass, const cpu::Convolution& c, const Channels& left, int threads) {
+    // What is multiplied is moved together; the result apart, into all channels.
+    const auto moved = [&](const std::vector<int64_t>& some, const std::vector<int64_t>& all, bool result) {
+      return some.size() == all.size() ? 0.0 : double(c.batch) * double(result ? all.size() : some.size());
+    };
+    const double moves = moved(left.rows, left.row_slots, pass == Pass::kForward) * volume(c.output) +
+                         moved(left.others, left.other_slots, pass == Pass::kGradInput) * volume(c.input);
+    return cpu::kMoveCost * moves / threads + cpu::kCompactConvolutionCall;
   }
+
+  // The convolution that torch's kernels do over what is left.
+  static cpu::Convolution without_pruned(cpu::Convolution c, const Channels& left) {
+    const auto in_blocks = [](const std::vector<int64_t>& channels) {
+      const auto n = static_cast<int64_t>(channels.size());
+      return (n + cpu::kChannelBlock - 1) / cpu::kChannelBlock * cpu::kChannelBlock;
+    };
+    c.out_channels = in_blocks(left.rows);
+    c.in_channels = left.groups > 1 ? static_cast<int64_t>(left.others.size()) : in_blocks(left.others);
+    c.groups = left.groups;
+    return c;
+  }
+
+  static double volume(const int64_t (&size)[3]) { return double(size[0]) * double(size[1]) * double(size[2]); }
 };
+
+// Why the kernels for a weight under a binary mask cannot serve a convolution; null if they can.
+const char* kernel_obstacle(const cpu::Convolution* geometry, const at::Tensor& weight, const Pattern* pattern) {
+  if (!weight.is_cpu()) return "the weight is not in CPU memory";
+  if (!has_kernels(weight.scalar_type()) && weight.scalar_type() != at::kDouble) {
+    return "its kernels take float64, float32, bfloat16 and float16";
+  }
+  if (!pattern || !pattern->binary()) return "the mask is soft";
+  if (!geometry) return "its kernels take one to three dimensions and consistent sizes";
+  return nullptr;
+}
 
 }  // namespace
 
@@ -188,32 +222,42 @@ Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool chan
     choose_device("convolution", pass, 0, {nullptr, unfused, unfused, unfused}, unfused);
     return {Path::kCopy, "torch's convolution over the masked weight"};
   }
-  const char* obstacle = nullptr;
-  if (!weight.is_cpu()) {
-    obstacle = "the weight is not in CPU memory";
-  } else if (weight.scalar_type() != at::kFloat) {
-    obstacle = "its kernels take float32 only";
-  } else if (!pattern || !pattern->binary()) {
-    obstacle = "the mask is soft";
-  } else if (!geometry) {
-    obstacle = "its kernels take one to three dimensions and consistent sizes";
-  } else if (!pattern->indexable() || ConvolutionCosts::taps(*geometry) > double(kMaxTaps)) {
-    obstacle = kTooLarge;
+  const char* const obstacle = kernel_obstacle(geometry, weight, pattern);
+  const char* no_sparse = obstacle;
+  if (!no_sparse && weight.scalar_type() != at::kFloat) no_sparse = "its kernels take float32 only";
+  if (!no_sparse && (!pattern->indexable() || taps(*geometry) > kMaxTaps)) no_sparse = kTooLarge;
+  // An index is worth its making from the second use of a mask on.
+  const bool compacts = forced_path() ? forced_path() == Path::kCompact : !obstacle && pattern->reused();
+  std::shared_ptr<const Channels> channels;
+  const char* no_compact = obstacle;
+  if (!obstacle && compacts) {
+    channels = pattern->channels(taps(*geometry), geometry->groups);
+    if (!channels->pattern) no_compact = geometry->groups > 1 ? "it has no pruned group" : "it has no pruned channel";
   }
   const char* const dense =
       packed ? "torch's convolution over the unpacked weight" : "torch's convolution over the masked weight";
-  Choice choice = {Path::kCopy, obstacle ? obstacle : dense};
-  // An index is worth its making from the second use of a mask on.
+  Choice choice = {Path::kCopy, no_sparse ? no_sparse : dense};
   if (!obstacle && pattern->reused() && pattern->nnz() < pattern->rows() * pattern->cols()) {
     ConvolutionCosts costs(pass, *geometry, channels_last);
     if (have_values || packed) costs.sparse.weight = 0;
     const int threads = team_for(static_cast<int64_t>(std::min(costs.macs * pattern->density(), 1e18))).threads;
-    if (costs.of_sparse(double(pattern->nnz()), threads) < cpu::kConvMargin * costs.of_dense(threads)) {
+    double least = costs.of_dense(threads);
+    if (channels && channels->pattern) {
+      const double speedup = weight.element_size() == 2 ? cpu::kHalfConvSpeedup : 1;
+      const ConvolutionCosts left(pass, ConvolutionCosts::without_pruned(*geometry, *channels), channels_last);
+      const double compact =
+          left.of_dense(threads) + speedup * ConvolutionCosts::of_moves(pass, *geometry, *channels, threads);
+      if (compact < cpu::kCompactMargin * least) {
+        choice = {Path::kCompact, "torch's convolution without the pruned channels"};
+        least = compact;
+      }
+    }
+    if (!no_sparse && costs.of_sparse(double(pattern->nnz()), threads) < cpu::kConvMargin * least) {
       choice = {Path::kSparse, "sparse convolution: few weights remain"};
     }
   }
   const char* no_gemm = "it is for linear layers";
-  return obey(packed ? "packed convolution" : "convolution", {nullptr, no_gemm, no_gemm, obstacle}, choice);
+  return obey(packed ? "packed convolution" : "convolution", {nullptr, no_gemm, no_compact, no_sparse}, choice);
 }
 
 Choice choose_device(const char* operation, Pass pass, int64_t rows, const DeviceObstacles& obstacles,

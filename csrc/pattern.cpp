@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <unordered_map>
 
+#include "channels.h"
 #include "parallel.h"
 
 namespace masked_ops {
@@ -249,14 +250,17 @@ Pattern::Pattern(const Pattern& whole, at::IntArrayRef rows, at::IntArrayRef col
       cols_(static_cast<int64_t>(cols.size())),
       stride_((cols_ + 63) / 64),
       words_(static_cast<size_t>(rows_ * stride_)),
-      nnz_(whole.nnz_),
-      live_rows_(rows_),
-      live_cols_(cols_) {
+      nnz_(whole.nnz_) {
   for (int64_t i = 0; i < rows_; ++i) {
     const uint64_t* from = whole.bits().row(rows[i]);
     uint64_t* to = words_.data() + i * stride_;
+    if (cols_ == whole.cols_) {
+      std::copy_n(from, stride_, to);
+      continue;
+    }
     for (int64_t j = 0; j < cols_; ++j) to[j / 64] |= (from[cols[j] / 64] >> (cols[j] % 64) & 1) << (j % 64);
   }
+  count_live();
 }
 
 std::vector<uint64_t> Pattern::live_col_bits() const {
@@ -268,18 +272,14 @@ std::vector<uint64_t> Pattern::live_col_bits() const {
   return any;
 }
 
-namespace {
-
-bool any_bit(const uint64_t* words, int64_t n) {
+bool Pattern::any_in_rows(int64_t first, int64_t count) const {
   uint64_t any = 0;
-  for (int64_t i = 0; i < n; ++i) any |= words[i];
+  for (int64_t i = 0; i < count * stride_; ++i) any |= bits().row(first)[i];
   return any != 0;
 }
 
-}  // namespace
-
 void Pattern::count_live() {
-  for (int64_t row = 0; row < rows_; ++row) live_rows_ += any_bit(bits().row(row), stride_);
+  for (int64_t row = 0; row < rows_; ++row) live_rows_ += any_in_rows(row, 1);
   for (const uint64_t word : live_col_bits()) live_cols_ += __builtin_popcountll(word);
 }
 
@@ -288,7 +288,7 @@ std::shared_ptr<const Compact> Pattern::compact() const {
   if (!compact_) {
     std::vector<int64_t> rows, cols;
     for (int64_t row = 0; row < rows_; ++row) {
-      if (any_bit(bits().row(row), stride_)) rows.push_back(row);
+      if (any_in_rows(row, 1)) rows.push_back(row);
     }
     const std::vector<uint64_t> any = live_col_bits();
     for (int64_t col = 0; col < cols_; ++col) {
@@ -299,6 +299,20 @@ std::shared_ptr<const Compact> Pattern::compact() const {
         Compact{tensor(rows), tensor(cols), std::make_shared<const Pattern>(*this, rows, cols)});
   }
   return compact_;
+}
+
+std::shared_ptr<const Channels> Pattern::channels(int64_t kernel, int64_t groups, bool channels_last) const {
+  const std::tuple key(kernel, groups, channels_last);
+  std::shared_ptr<const Channels> result;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (channels_ && channels_key_ == key) return channels_;
+    channels_ = std::make_shared<const Channels>(channels_of(*this, kernel, groups, channels_last));
+    channels_key_ = key;
+    result = channels_;
+  }
+  trim_cache();
+  return result;
 }
 
 const int64_t* Pattern::offsets() const {
@@ -379,6 +393,7 @@ size_t Pattern::bytes() const {
     if (slot.index) sum += slot.index->bytes();
   }
   if (compact_) sum += compact_->pattern->bytes() + 8 * static_cast<size_t>(live_rows_ + live_cols_);
+  if (channels_) sum += channels_->bytes();
   return sum;
 }
 

@@ -9,6 +9,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <tuple>
 #include <vector>
 
 #include "cpu/api.h"
@@ -35,6 +36,7 @@ class Index {
 };
 
 class Pattern;
+struct Channels;
 
 // What is left of a mask without its empty rows and columns.
 struct Compact {
@@ -85,9 +87,11 @@ class Pattern final : public Cached {
     return pattern && binary_ == pattern->binary_ && words_ == pattern->words_;
   }
 
-  // Rows and columns that hold a remaining weight.
+  // Rows and columns that hold a remaining weight; and which columns do, as bits.
   int64_t live_rows() const { return live_rows_; }
   int64_t live_cols() const { return live_cols_; }
+  std::vector<uint64_t> live_col_bits() const;
+  bool any_in_rows(int64_t first, int64_t count) const;
 
   // Where each row begins among the remaining weights in row-major order; rows + 1 numbers.
   const int64_t* offsets() const;
@@ -103,6 +107,8 @@ class Pattern final : public Cached {
   // The same for a convolution with this weight; kept for the last geometry that was asked for.
   std::shared_ptr<const Index> conv_index(const cpu::Convolution& geometry, bool transposed) const;
   std::shared_ptr<const Compact> compact() const;
+  // What is left of the channels of a convolution's weight, see channels.h; kept for what was asked for last.
+  std::shared_ptr<const Channels> channels(int64_t kernel, int64_t groups, bool channels_last = false) const;
 
   size_t bytes() const override;
 
@@ -115,7 +121,6 @@ class Pattern final : public Cached {
   };
   static ConvKey conv_key(const cpu::Convolution& geometry, bool transposed);
 
-  std::vector<uint64_t> live_col_bits() const;
   void count_live();
 
   int64_t rows_, cols_, stride_;
@@ -129,6 +134,8 @@ class Pattern final : public Cached {
   mutable std::shared_ptr<const Index> indices_[2];
   mutable ConvIndex conv_indices_[2];
   mutable std::shared_ptr<const Compact> compact_;
+  mutable std::shared_ptr<const Channels> channels_;
+  mutable std::tuple<int64_t, int64_t, bool> channels_key_;
 };
 
 using CachedPtr = std::shared_ptr<const Cached>;

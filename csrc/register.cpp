@@ -2,6 +2,8 @@
 // what is no operation. The schemas stand in masked_ops/_ops.py, where they exist before this library is loaded.
 #include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/linear.h>
 #include <ATen/ops/ones.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -11,7 +13,9 @@
 #include <chrono>
 
 #include "autograd.h"
+#include "checks.h"
 #include "device.h"
+#include "device_linear.h"
 #include "ops.h"
 #include "path.h"
 #include "pattern.h"
@@ -33,9 +37,23 @@ struct Autocast {
   static constexpr c10::DispatchKey kKey =
       kDevice == c10::kCUDA ? c10::DispatchKey::AutocastCUDA : c10::DispatchKey::AutocastCPU;
 
+  // The masked weight in lower precision if masking, casting and, in backward, both again are one pass each; undefined
+  // where it is better to cast the weight first, which autocast remembers while the weight does not change.
+  static at::Tensor masked_and_cast(const at::Tensor& weight, const at::Tensor& mask) {
+    const bool trains = c10::GradMode::is_enabled() && weight.defined() && weight.requires_grad();
+    if (kDevice != c10::kCUDA || !trains || !device::casts_while_masking(weight, mask)) return {};
+    return call_apply_mask(weight, mask, at::autocast::get_autocast_dtype(kDevice));
+  }
+
   static at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask,
                            const std::optional<at::Tensor>& bias) {
     c10::impl::ExcludeDispatchKeyGuard below(kKey);
+    if (const at::Tensor masked = masked_and_cast(weight, mask); masked.defined()) {
+      const auto x = cast(input);
+      const auto b = cast(bias);
+      check_linear(x, masked, mask, b);
+      return at::linear(x, masked, b);
+    }
     return call_linear(cast(input), cast(weight), mask, cast(bias));
   }
   static at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& values, const at::Tensor& bits,
@@ -48,6 +66,10 @@ struct Autocast {
                                 c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, bool transposed,
                                 c10::SymIntArrayRef output_padding, c10::SymInt groups) {
     c10::impl::ExcludeDispatchKeyGuard below(kKey);
+    if (const at::Tensor masked = masked_and_cast(weight, mask); masked.defined()) {
+      return at::convolution_symint(cast(input), masked, cast(bias), stride, padding, dilation, transposed,
+                                    output_padding, groups);
+    }
     return call_convolution(cast(input), cast(weight), mask, cast(bias), stride, padding, dilation, transposed,
                             output_padding, groups);
   }

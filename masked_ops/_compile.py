@@ -213,7 +213,10 @@ def _write_ninja_file(recipe: LibraryRecipe, tools: Tools, scratch: Path, openmp
     steps = ["rule run\n  command = $words\n  description = $label\n"]
     # Longest first, so that no core waits for one that was begun late.
     for item in sorted(recipe.objects, key=lambda item: -item.seconds):
-        source = f"csrc/{item.source}"
+        source = f"csrc/{item.sources[0]}"
+        if len(item.sources) > 1:
+            source = f"csrc/joint_{item.name}.cpp"
+            (scratch / source).write_text("".join(f'#include "{name}"\n' for name in item.sources))
         steps.append(step(item.name, [source], [*item.flags, *openmp, *includes, "-c", source], item.label))
     # At linking, -fopenmp would add the compiler's own runtime to torch's.
     libraries = [*tools.libraries, *([str(tools.openmp_runtime)] if tools.openmp_runtime else openmp)]

@@ -138,7 +138,7 @@ class CudaRecipe(LibraryRecipe):
         codes = [f"-gencode=arch={name.replace('sm_', 'compute_')},code={name}" for name in self.architectures]
         flags = ("-std=c++17", "-O3", "-lineinfo", *codes, "-Xcompiler", "-fPIC", "-DNDEBUG")
         return [
-            Object(name, f"{name.replace('/', '.')}.o", flags, name, 2.0 + 3.0 * len(codes))
+            Object((name,), f"{name.replace('/', '.')}.o", flags, name, 2.0 + 3.0 * len(codes))
             for name in self.sources
             if name.endswith(".cu")
         ]

@@ -28,7 +28,7 @@ _MASKED = "Tensor weight, Tensor mask"
 _PACKED = "Tensor weight_values, Tensor weight_bits, SymInt in_features"
 _PACKED_CONV = "Tensor weight_values, Tensor weight_bits, SymInt[] weight_size"
 _SCHEMAS = (
-    f"apply_mask({_MASKED}) -> Tensor",
+    f"apply_mask({_MASKED}, *, ScalarType? dtype=None) -> Tensor",
     f"linear(Tensor input, {_MASKED}, Tensor? bias=None) -> Tensor",
     f"linear_grad_input(Tensor grad_output, {_MASKED}) -> Tensor",
     "linear_grad_weight(Tensor grad_output, Tensor input, Tensor mask) -> Tensor",
@@ -346,9 +346,10 @@ def _(grad_output: Tensor, input: Tensor, mask: Tensor, *geometry: Any) -> Tenso
 
 
 @torch.library.register_fake("masked_ops::apply_mask", lib=_library)
-def _(weight: Tensor, mask: Tensor) -> Tensor:
+def _(weight: Tensor, mask: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     reference.check_mask(weight, mask)
-    return torch.empty_like(weight)
+    reference.check_cast(weight, dtype)
+    return torch.empty_like(weight, dtype=dtype)
 
 
 @torch.library.register_fake("masked_ops::packed_linear", lib=_library)

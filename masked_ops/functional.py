@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -39,18 +40,20 @@ __all__ = [
 _IntOrInts = int | Sequence[int]
 
 
-def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
+def apply_mask(weight: Tensor, mask: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     """The masked weight, ``where(mask == 0, 0, weight * mask)``, in one pass.
 
     Args:
         weight: floating-point or complex tensor of any shape and layout.
         mask: tensor of the same shape and device, any dtype; taken in the weight's dtype.
+        dtype: of the result, floating-point or complex as the weight's; by default the weight's own. The masked weight
+            is cast, on CUDA devices in the same pass.
 
     Returns:
         A tensor like ``weight``, in its memory format; differentiable in ``weight``.
 
     Raises:
-        RuntimeError: if the shapes or devices differ or ``weight`` is an integer tensor.
+        RuntimeError: if the shapes or devices differ or ``weight`` or ``dtype`` is not a floating-point one.
 
     Example:
         >>> w = torch.tensor([1.0, -2.0, float("inf")])
@@ -58,7 +61,7 @@ def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
         tensor([ 1., -2.,  0.])
     """
     _ops.load()
-    return _ops.apply_mask(weight, mask)
+    return _ops.apply_mask(weight, mask, dtype=dtype)
 
 
 def masked_linear(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:

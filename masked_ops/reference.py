@@ -44,6 +44,17 @@ def check_mask(weight: Tensor, mask: Tensor) -> None:
     )
 
 
+def check_cast(weight: Tensor, dtype: torch.dtype | None) -> None:
+    if dtype is not None:
+        torch._check(
+            dtype.is_complex if weight.is_complex() else dtype.is_floating_point,
+            lambda: (
+                f"dtype must be {'complex' if weight.is_complex() else 'a floating-point one'} as the weight's, "
+                f"{weight.dtype}, got {dtype}"
+            ),
+        )
+
+
 def check_same_kind(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     torch._check(
         tensor.device == other.device,
@@ -223,15 +234,18 @@ def _masked(weight: Tensor, mask: Tensor) -> Tensor:
     return (weight * mask).masked_fill_(~mask.bool(), 0)
 
 
-def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
-    """``where(mask == 0, 0, weight * mask)``, the mask taken in the weight's dtype."""
+def apply_mask(weight: Tensor, mask: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """``where(mask == 0, 0, weight * mask)``, the mask taken in the weight's dtype; then in ``dtype``."""
     check_mask(weight, mask)
+    check_cast(weight, dtype)
     mask = mask.detach()
     if mask.dtype != torch.bool:
         mask = mask.to(weight.dtype)
     if torch._C._are_functorch_transforms_active():  # below which no autograd.Function can be called
-        return _masked(weight, mask)
-    return _Masking.apply(weight, mask)
+        masked = _masked(weight, mask)
+    else:
+        masked = _Masking.apply(weight, mask)
+    return masked if dtype is None else masked.to(dtype)
 
 
 def linear(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -160,6 +161,28 @@ def test_gradient_is_masked() -> None:
         grad = normal(5, 7, dtype=torch.float64)
         (actual,) = torch.autograd.grad(masked_ops.apply_mask(weight, mask), weight, grad)
         assert torch.equal(actual, grad * mask)
+
+
+@every_float
+@pytest.mark.parametrize("to", FLOATS, ids=name_of)
+@pytest.mark.parametrize("implementation", [_ops, reference], ids=["compiled", "reference"])
+def test_cast(implementation: Any, to: torch.dtype, dtype: torch.dtype) -> None:
+    """The masked weight is cast, and so is the masked gradient, back."""
+    for soft, layout in itertools.product((1, 3), LAYOUTS):
+        mask = mask_of("half", 5, 70) * soft
+        weight = LAYOUTS[layout](integers(5, 70, dtype=dtype)).requires_grad_()
+        grad = integers(5, 70, dtype=to)
+        result = implementation.apply_mask(weight, mask, dtype=to)
+        assert result.dtype is to
+        assert_exact(result.detach(), (weight.detach() * mask).to(to), soft, layout)
+        (actual,) = torch.autograd.grad(result, weight, grad)
+        assert actual.dtype is dtype
+        assert_exact(actual, (grad * mask).to(dtype), soft, layout)
+    tangent = integers(5, 70, dtype=dtype)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(integers(5, 70, dtype=dtype), tangent)
+        result = torch.autograd.forward_ad.unpack_dual(implementation.apply_mask(dual, mask, dtype=to)).tangent
+    assert_exact(result, (tangent * mask).to(to))
 
 
 @settings(max_examples=100)

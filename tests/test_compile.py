@@ -141,6 +141,7 @@ def _samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             (leaf(2, 3, 7), leaf(4, 3, 2), mask_of("half", 4, 3, 2), None, [1], [1], [1], False, [0], 1),
         ),
         "apply_mask": (_ops.apply_mask, (leaf(4, 3), mask)),
+        "apply_mask, cast": (_ops.apply_mask, (leaf(4, 3), mask), {"dtype": torch.bfloat16}),
         "apply_mask, soft": (_ops.apply_mask, (leaf(4, 3), mask * 0.5)),
         "apply_mask, transposed": (_ops.apply_mask, (leaf(4, 3, like=transposed), mask)),
         "apply_mask, mask transposed": (_ops.apply_mask, (leaf(4, 3), transposed(mask) * 0.5)),
@@ -161,12 +162,12 @@ def _samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
 
 @pytest.mark.parametrize("name", _samples())
 def test_opcheck(name: str) -> None:
-    op, arguments = _samples()[name]
-    torch.library.opcheck(op, arguments)
+    op, arguments, *keywords = _samples()[name]
+    torch.library.opcheck(op, arguments, *keywords)
 
 
 def test_opcheck_leaves_no_operation_out() -> None:
-    checked = {op for op, _ in _samples().values()}
+    checked = {op for op, *_ in _samples().values()}
     defined = {getattr(_ops, schema.partition("(")[0]) for schema in _ops._SCHEMAS if not schema.startswith("explain_")}
     assert checked == defined
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -353,3 +354,34 @@ def test_same_bits_from_run_to_run(threads: int) -> None:
     for op, arguments in calls.items():
         results = [getattr(_ops, op)(*arguments) for _ in range(3)]
         assert all(torch.equal(result, results[0]) for result in results), op
+
+
+@compiled_only
+def test_threads_share_no_scratch() -> None:
+    """Weights are masked into memory that a thread keeps: neither another thread nor the next layer may see it."""
+    layers = []
+    for channels in (4, 9, 6):
+        x, w, mask = integers(2, 5, 9, 9), integers(channels, 5, 3, 3), mask_of("half", channels, 5, 3, 3)
+        dense = (w * mask).double().requires_grad_()
+        y = F.conv2d(x.double(), dense)
+        layers.append((x, w, mask, y.detach(), torch.autograd.grad(y, dense, torch.ones_like(y))[0] * mask))
+    failures: list[BaseException] = []
+
+    def run(first: int) -> None:
+        try:
+            for i in range(60):
+                x, w, mask, expected, expected_grad = layers[(first + i) % len(layers)]
+                weight = w.clone().requires_grad_()
+                y = masked_ops.masked_conv2d(x, weight, mask)
+                assert_exact(y, expected)
+                assert_exact(torch.autograd.grad(y, weight, torch.ones_like(y))[0], expected_grad)
+        except BaseException as error:
+            failures.append(error)
+
+    with running_on("copy"):
+        threads = [threading.Thread(target=run, args=(n,)) for n in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not failures

@@ -159,6 +159,14 @@ LINEAR_GRADS: dict[str, tuple[Callable[[], Tensor], str]] = {
         lambda: masked_ops.apply_mask(ones(4, 3).int(), ones(4, 3)),
         "weight must have a floating-point dtype",
     ),
+    "apply_mask, dtype": (
+        lambda: masked_ops.apply_mask(ones(4, 3), ones(4, 3), dtype=torch.int32),
+        "dtype must be a floating-point one as the weight's",
+    ),
+    "apply_mask, real of complex": (
+        lambda: masked_ops.apply_mask(ones(4, 3) * 1j, ones(4, 3), dtype=torch.float32),
+        "dtype must be complex as the weight's",
+    ),
     "apply_mask, device": (
         lambda: masked_ops.apply_mask(ones(4, 3), meta(4, 3)),
         "mask must be on the device of weight",

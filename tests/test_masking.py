@@ -7,16 +7,15 @@ import doctest
 import gc
 import io
 import pickle
-import sys
 import threading
 import types
 import warnings
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from interrupts import interrupted
 from masked_modules import (
     Doubled,
     PlainLinear,
@@ -454,35 +453,6 @@ def fingerprint(module: nn.Module) -> Any:
     )
 
 
-def interrupted(line: int, function: Callable[[], object], start: str | None = None) -> bool:
-    """Run ``function`` and raise KeyboardInterrupt at the ``line``-th line that it executes; False if it has fewer.
-
-    With ``start``, lines count from the first call of a function of this name on.
-    """
-    count = 0
-
-    def trace(frame: Any, event: str, arg: Any) -> Any:
-        nonlocal count, start
-        if frame.f_code.co_name == start:
-            start = None
-        if event == "line" and start is None:
-            count += 1
-            if count == line:
-                sys.settrace(None)
-                raise KeyboardInterrupt
-        return trace
-
-    previous = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        function()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(previous)
-    return False
-
-
 CHANGES = [
     pytest.param(lambda: nn.Linear(2, 2), lambda m: attach(m, "weight", torch.eye(2)), id="attach"),
     pytest.param(lambda: nn.LSTM(2, 1), lambda m: attach(m, "bias_ih_l0", torch.zeros(4)), id="attach-recurrent"),
@@ -508,7 +478,7 @@ def test_an_interrupt_at_any_line_leaves_all_or_nothing(factory: Any, change: An
         before = fingerprint(module)
         done = copy.deepcopy(original)
         change(done)
-        if not interrupted(line, lambda module=module: change(module)):
+        if not interrupted(line, lambda module=module: change(module), everywhere=True):
             break
         if fingerprint(module) == before:
             outcomes.add("nothing")
@@ -557,7 +527,7 @@ def test_an_interrupt_while_restoring_leaves_nothing_half_done() -> None:
         modules = list(copy.deepcopy(original))
         before = [fingerprint(module) for module in modules]
         try:
-            more = interrupted(line, lambda modules=modules: fail(modules), start="restore")
+            more = interrupted(line, lambda modules=modules: fail(modules), start="restore", everywhere=True)
         except ZeroDivisionError:
             more = False
         assert [fingerprint(module) for module in modules] == before, f"line {line}"

@@ -6,7 +6,6 @@ import copy
 import gc
 import io
 import pickle
-import sys
 import warnings
 import weakref
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from interrupts import interrupted
 from ranks import Check, assert_passed, name_of, run_in_two_processes, share
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -737,32 +737,6 @@ def fingerprint(model: nn.Module) -> list[Any]:
                 grad = None if tensor.grad is None else (id(tensor.grad), tensor.grad.tolist())
                 seen.append((name, id(tensor), tensor.shape, values, tensor.requires_grad, grad))
     return seen
-
-
-def interrupted(line: int, function: Callable[[], object]) -> bool:
-    """Run ``function`` and raise KeyboardInterrupt at the ``line``-th line of masked_ops; False if it has fewer."""
-    count = 0
-
-    def trace(frame: Any, event: str, arg: Any) -> Any:
-        nonlocal count
-        if "masked_ops" not in frame.f_code.co_filename:
-            return None
-        if event == "line":
-            count += 1
-            if count == line:
-                sys.settrace(None)
-                raise KeyboardInterrupt
-        return trace
-
-    previous = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        function()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(previous)
-    return False
 
 
 def two_masked() -> Any:

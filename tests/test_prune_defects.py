@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import sys
 import threading
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import pytest
 import torch
+from interrupts import interrupted
 from torch import nn
 from torch.nn import functional as F
 
@@ -202,30 +201,6 @@ CHECKPOINT = {
 }
 
 
-class InterruptAt:
-    """Raises KeyboardInterrupt at the ``n``-th line that runs inside the package."""
-
-    def __init__(self, n: int) -> None:
-        self.left = n
-
-    def __enter__(self) -> InterruptAt:
-        sys.settrace(self.trace)
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        sys.settrace(None)
-
-    def trace(self, frame: FrameType, event: str, arg: object) -> Callable[..., Any] | None:
-        if "/masked_ops/" not in frame.f_code.co_filename:
-            return None
-        if event == "line":
-            self.left -= 1
-            if self.left == 0:
-                sys.settrace(None)
-                raise KeyboardInterrupt
-        return self.trace
-
-
 def outcome(net: nn.Module) -> list[Any]:
     """What the fingerprints of two networks with the same past have in common."""
     hooks = [[type(hook) for hook in module._forward_pre_hooks.values()] for module in net.modules()]
@@ -247,12 +222,9 @@ def test_an_interrupt_at_any_line_leaves_everything(call: str, rounds: int) -> N
     while True:
         net = start()
         before = fingerprint(net)
-        try:
-            with InterruptAt(interrupts + 1):
-                CALLS[call](net)
+        if not interrupted(interrupts + 1, lambda net=net: CALLS[call](net)):
             break
-        except KeyboardInterrupt:
-            interrupts += 1
+        interrupts += 1
         if fingerprint(net) == before:
             undone += 1
         else:

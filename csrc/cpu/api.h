@@ -132,6 +132,11 @@ struct Kernels {
   void (*conv_sddmm)(const Team&, const Convolution&, const SparseIndex&, Images<const float> grad_output,
                      Images<const float> input, float* grad_values);
 
+  // channels.cpp. out[outer][out_channels][inner] of in[outer][in_channels][inner]: channel c is channel slots[c], or,
+  // where that is negative, fill[c] throughout (zero if fill is null). Elements of 2, 4 or 8 bytes.
+  void (*select_channels)(const Team&, size_t element_size, int64_t outer, int64_t in_channels, int64_t out_channels,
+                          int64_t inner, const int64_t* slots, const void* in, const void* fill, void* out);
+
   // spmv.cpp: spmm and sddmm of one row, over the columns of the remaining weights in row-major order, for matrices of
   // at most kMaxColumns columns.
   void (*row_columns)(const Team&, Bits, int64_t rows, int64_t cols, const int64_t* offsets, uint16_t* columns);

@@ -152,6 +152,13 @@ struct ConvCost {
 // that large, and not to be slower than dense is a promise.
 inline constexpr double kConvMargin = 0.85;
 
+// Convolutions without their pruned channels: the block of channels that torch's kernels round up to, nanoseconds for
+// an element moved on one thread, and for the calls; the share of the dense operation below which it is taken; and how
+// much faster torch convolves in 16 bits, where moving is not.
+inline constexpr int64_t kChannelBlock = 16;
+inline constexpr double kMoveCost = 0.3, kCompactConvolutionCall = 1e4;
+inline constexpr double kCompactMargin = 0.93, kHalfConvSpeedup = 3;
+
 // [kernel of one tap, of more, grouped][NCHW, channels last][forward, grad_input, grad_weight]
 inline constexpr ConvCost kDenseConvCosts[3][2][3] = {
     // dense convolution: begin

@@ -58,6 +58,9 @@ void conv_spmm(const Team&, const Convolution&, const SparseIndex&, const float*
 void conv_sddmm(const Team&, const Convolution&, const SparseIndex&, Images<const float> grad_output,
                 Images<const float> input, float* grad_values);
 
+void select_channels(const Team&, size_t element_size, int64_t outer, int64_t in_channels, int64_t out_channels,
+                     int64_t inner, const int64_t* slots, const void* in, const void* fill, void* out);
+
 int64_t fma_loop(Dtype, int64_t rounds);
 void read_loop(const float* data, int64_t n);
 

@@ -24,6 +24,7 @@ const Kernels table = {
     .make_conv_index = make_conv_index,
     .conv_spmm = conv_spmm,
     .conv_sddmm = conv_sddmm,
+    .select_channels = select_channels,
     .row_columns = row_columns,
     .spmv = spmv,
     .spmv_transposed = spmv_transposed,

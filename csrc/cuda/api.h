@@ -47,13 +47,23 @@ struct MaskFacts {
 // words_per_row(cols) words.
 MASKED_OPS_BOTH constexpr int64_t words_per_row(int64_t cols) { return cols / 64 + (cols % 64 != 0); }
 
-// What mask_copy does to an element: copies its bytes, or rounds a float.
-enum CopyKind : int { kCopy1, kCopy2, kCopy4, kCopy8, kCopy16, kFloatToBFloat16, kFloatToHalf };
+// What mask_copy does to an element: copies its bytes, rounds a float, or widens to one.
+enum CopyKind : int {
+  kCopy1,
+  kCopy2,
+  kCopy4,
+  kCopy8,
+  kCopy16,
+  kFloatToBFloat16,
+  kFloatToHalf,
+  kBFloat16ToFloat,
+  kHalfToFloat
+};
 
 struct MaskCopyTask {
   const void* weight;  // [rows][cols], contiguous
   const uint64_t* words;
-  void* out;  // [rows][cols], contiguous; may be weight if nothing is rounded, and may not overlap it otherwise
+  void* out;  // [rows][cols], contiguous; may be weight if nothing is cast, and may not overlap it otherwise
   int64_t rows, cols;
 };
 

@@ -26,7 +26,9 @@ static_assert(sizeof(Batch) <= 4096, "what every driver takes as kernel paramete
 
 constexpr int64_t kBlockChunks = tuning::kCopyThreads * tuning::kCopyUnroll;
 
-constexpr int bytes_in(CopyKind kind) { return kind <= kCopy16 ? 1 << kind : 4; }
+constexpr bool widens(CopyKind kind) { return kind == kBFloat16ToFloat || kind == kHalfToFloat; }
+constexpr int bytes_in(CopyKind kind) { return kind <= kCopy16 ? 1 << kind : widens(kind) ? 2 : 4; }
+constexpr int bytes_out(CopyKind kind) { return kind <= kCopy16 ? 1 << kind : widens(kind) ? 4 : 2; }
 
 template <int kBytes>
 struct Chunk {
@@ -72,7 +74,7 @@ MASKED_OPS_DEVICE void store(void* to, const Chunk<kBytes>& chunk) {
 template <CopyKind kind, int kElements>
 struct Elements {
   static constexpr int kIn = bytes_in(kind);
-  static constexpr int kOut = kind <= kCopy16 ? kIn : 2;
+  static constexpr int kOut = bytes_out(kind);
 
   MASKED_OPS_DEVICE static Chunk<kElements * kOut> masked(const Chunk<kElements * kIn>& in, uint32_t bits) {
     Chunk<kElements * kOut> out;
@@ -80,6 +82,12 @@ struct Elements {
       constexpr int kWords = (kElements * kIn + 3) / 4;
 #pragma unroll
       for (int i = 0; i < kWords; ++i) out.words[i] = in.words[i] & spread_bits<kIn>(bits >> (i * 4 / kIn));
+    } else if constexpr (kIn < kOut) {
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) {
+        const uint16_t half = uint16_t(in.words[i / 2] >> (i % 2 * 16));
+        out.words[i] = __float_as_uint(to_float<kind == kBFloat16ToFloat>(half)) & spread_bits<4>(bits >> i);
+      }
     } else {
       constexpr bool kBFloat = kind == kFloatToBFloat16;
 #pragma unroll
@@ -176,7 +184,7 @@ bool aligned(const void* pointer, int bytes) { return reinterpret_cast<uintptr_t
 
 template <CopyKind kind>
 int copy_batch(Batch& batch, bool vector, void* stream) {
-  constexpr int kVector = 16 / bytes_in(kind);
+  constexpr int kVector = 16 / (bytes_in(kind) > bytes_out(kind) ? bytes_in(kind) : bytes_out(kind));
   uint32_t blocks = 0;
   for (int i = 0; i < batch.count; ++i) {
     const int64_t chunks = ceil_div<int64_t>(batch.tasks[i].elements, vector ? kVector : 1);
@@ -232,6 +240,10 @@ int masked_ops_cuda_mask_copy(int kind, const masked_ops::cuda::MaskCopyTask* ta
       return copy_all<kFloatToBFloat16>(tasks, count, stream);
     case kFloatToHalf:
       return copy_all<kFloatToHalf>(tasks, count, stream);
+    case kBFloat16ToFloat:
+      return copy_all<kBFloat16ToFloat>(tasks, count, stream);
+    case kHalfToFloat:
+      return copy_all<kHalfToFloat>(tasks, count, stream);
     default:
       return kUnsupported;
   }

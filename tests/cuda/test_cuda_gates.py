@@ -112,9 +112,10 @@ def test_local_memory_is_found(tmp_path: Path) -> None:
             "LDG",
         ),
         ("gemm_sm80", "mask_step<kStep>(b[j], masks[j]);", "", "PRMT"),
+        ("gemm_sm90", "    wgmma_fence();\n", "    wgmma_fence();\n    __threadfence();\n", "of MEMBAR"),
     ],
 )
-def test_missing_instructions_are_found(tmp_path: Path, name: str, old: str, new: str, fault: str) -> None:
+def test_wrong_instructions_are_found(tmp_path: Path, name: str, old: str, new: str, fault: str) -> None:
     found = faults_of(changed(name, old, new), name, tmp_path)
     assert any(fault in line for line in found)
 

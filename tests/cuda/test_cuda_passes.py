@@ -119,7 +119,16 @@ class Task(ctypes.Structure):
 
 
 COPIES = [torch.int8, torch.int16, torch.float32, torch.float64, torch.complex128]  # in the order of CopyKind
-ROUNDED = {5: torch.bfloat16, 6: torch.float16}
+CAST = {  # from and to
+    5: (torch.float32, torch.bfloat16),
+    6: (torch.float32, torch.float16),
+    7: (torch.bfloat16, torch.float32),
+    8: (torch.float16, torch.float32),
+}
+
+
+def dtypes_of(kind: int) -> tuple[torch.dtype, torch.dtype]:
+    return CAST[kind] if kind in CAST else (COPIES[kind], COPIES[kind])
 
 
 def random_bits(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -141,17 +150,16 @@ def masked(weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("offsets", [(0, 0), (16, 32), (0, 1), (1, 0)], ids=str)
-@pytest.mark.parametrize("kind", range(7))
+@pytest.mark.parametrize("kind", range(9))
 def test_mask_copy(cuda: Library, kind: int, offsets: tuple[int, int]) -> None:
     """Every size, element and alignment; what lies around out stays as it is."""
     for rows, cols in [*FLAT, (130, 64), (17, 1024), (65, 129), (1, 9000)]:
         mask = random_mask(rows, cols)
-        dtype = torch.float32 if kind in ROUNDED else COPIES[kind]
-        to = ROUNDED.get(kind, dtype)
-        weight = torch.randn(rows, cols) * 1e5 if kind in ROUNDED else random_bits((rows, cols), dtype)
-        if kind in ROUNDED:
+        dtype, to = dtypes_of(kind)
+        weight = (torch.randn(rows, cols) * 1e5).to(dtype) if kind in CAST else random_bits((rows, cols), dtype)
+        if kind in CAST:
             weight[0, 0] = float("inf")
-            weight[-1, -1] = 1e-40
+            weight[-1, -1] = 1e-40 if dtype is not torch.float16 else 6e-8  # the least of its subnormals
             weight[~mask] = float("nan")
         w = cuda.put(weight, offsets[0] * (dtype.itemsize if offsets[0] < 16 else 1))
         around = cuda.empty(rows * cols + 64, to, offsets[1] * (to.itemsize if offsets[1] < 16 else 1))
@@ -170,11 +178,10 @@ def test_mask_copy_in_place(cuda: Library, kind: int) -> None:
         assert same_bytes(out, masked(weight, mask, weight.dtype))
 
 
-@pytest.mark.parametrize("kind", [1, 2, 5])
+@pytest.mark.parametrize("kind", [1, 2, 5, 7])
 def test_mask_copy_of_many(cuda: Library, kind: int) -> None:
     """More tasks than fit a launch, of unlike sizes and alignments, some of them empty."""
-    dtype = torch.float32 if kind in ROUNDED else COPIES[kind]
-    to = ROUNDED.get(kind, dtype)
+    dtype, to = dtypes_of(kind)
     tasks, expected = [], []
     for i in range(150):
         rows, cols = [(0, 4), (3, 0), (5, 64), (1, 1), (40, 190), (2, 4096)][i % 6]
@@ -190,7 +197,7 @@ def test_mask_copy_of_many(cuda: Library, kind: int) -> None:
 def test_mask_copy_refuses(cuda: Library) -> None:
     mask_copy(cuda, 0, [])
     with pytest.raises(UnsupportedError):
-        mask_copy(cuda, 7, [])
+        mask_copy(cuda, 9, [])
 
 
 # --- compress and expand ---------------------------------------------------------------------------------------------

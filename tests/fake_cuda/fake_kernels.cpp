@@ -180,18 +180,24 @@ int masked_ops_cuda_row_offsets(const uint64_t* words, int64_t rows, int64_t col
 }
 int masked_ops_cuda_mask_copy(int kind, const MaskCopyTask* tasks, int64_t count, void*) {
   ENTER("mask_copy");
-  if (kind > kCopy16) return kUnsupported;
-  const int64_t size = int64_t(1) << kind;
+  if (kind < 0 || kind > kHalfToFloat) return kUnsupported;
+  constexpr Dtype kFrom[] = {kFloat, kFloat, kBFloat16, kHalf}, kTo[] = {kBFloat16, kHalf, kFloat, kFloat};
+  const bool casts = kind > kCopy16;
+  const int from_dtype = casts ? kFrom[kind - kFloatToBFloat16] : 0,
+            to_dtype = casts ? kTo[kind - kFloatToBFloat16] : 0;
+  const int64_t size = casts ? kSizes[from_dtype] : int64_t(1) << kind, to_size = casts ? kSizes[to_dtype] : size;
   for (int64_t i = 0; i < count; ++i) {
     const MaskCopyTask& t = tasks[i];
     const auto* from = static_cast<const char*>(t.weight);
     auto* to = static_cast<char*>(t.out);
     for (int64_t r = 0; r < t.rows; ++r) {
-      for (int64_t c = 0; c < t.cols; ++c, from += size, to += size) {
-        if (bit(t.words, t.cols, r, c) && !wrong("mask_copy")) {
-          std::memmove(to, from, size_t(size));
+      for (int64_t c = 0; c < t.cols; ++c, from += size, to += to_size) {
+        if (!bit(t.words, t.cols, r, c) || wrong("mask_copy")) {
+          std::memset(to, 0, size_t(to_size));
+        } else if (casts) {
+          store(to_dtype, to, 0, load(from_dtype, from, 0));
         } else {
-          std::memset(to, 0, size_t(size));
+          std::memmove(to, from, size_t(size));
         }
       }
     }

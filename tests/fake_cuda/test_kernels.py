@@ -497,18 +497,35 @@ def test_a_kernel_that_is_wrong_is_not_used(cuda: FakeCuda, kernel: str) -> None
 
 def test_autocast(cuda: FakeCuda) -> None:
     x, weight, mask, bias, dy = case(4, 16, 64, torch.float32)
+    gemms = cuda.calls("gemm_sm90")
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", torch.bfloat16)
+    filters, filter_mask = whole(3, 2, 3).requires_grad_(), binary(3, 2, 3)
     try:
         for _ in range(3):
             y = masked_ops.masked_linear(x, weight.requires_grad_(), mask, bias)
-            image = masked_ops.masked_conv1d(whole(1, 2, 5), whole(3, 2, 3), binary(3, 2, 3))
+            image = masked_ops.masked_conv1d(whole(1, 2, 5), filters, filter_mask)
+            before = cuda.calls("mask_copy")
+            torch.autograd.grad(image.sum(), filters)
+            assert cuda.calls("mask_copy") == before + 1
+        assert cuda.calls("gemm_sm90") == gemms, "the weight is cast as it is masked, for torch's product"
+        before = cuda.calls("mask_copy")
+        y = masked_ops.masked_linear(x, weight.requires_grad_(), mask, bias)
+        assert cuda.calls("mask_copy") == before + 1
+        for bad, message in (((x[:, :5], weight, mask), "input must have 64 features"), ((x, weight, mask.T), "shape")):
+            with pytest.raises(RuntimeError, match=message):
+                masked_ops.masked_linear(*bad)
+        with torch.no_grad():
+            inferred = masked_ops.masked_linear(x, weight, mask, bias)
+        assert same([inferred], [y.detach().cpu().double()])
     finally:
         torch.set_autocast_enabled("cuda", False)
         torch.clear_autocast_cache()
     assert y.dtype == image.dtype == torch.bfloat16
+    before = cuda.calls("mask_copy")
     (grad,) = torch.autograd.grad(y, weight, dy.bfloat16())
     assert grad.dtype == torch.float32
+    assert cuda.calls("mask_copy") == before + 1
     assert torch.equal(y.detach().cpu().double(), expected_step(x, weight, mask, bias, dy)[0])
     assert torch.equal(grad.cpu().double(), expected_step(x, weight, mask, bias, dy)[2])
 
