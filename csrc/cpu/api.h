@@ -118,6 +118,10 @@ struct Kernels {
   // transposed index, output[M][K] = input[M][N] * weight.
   void (*spmm)(const Team&, const SparseIndex&, Dtype, const void* values, int64_t M, const void* input,
                const void* bias, void* output);
+  // The same from a dense weight[N][K], contiguous, under its bits, whose remaining weights become values[nnz] on the
+  // way; offsets as for compress. The index is not transposed.
+  void (*compress_spmm)(const Team&, const SparseIndex&, Dtype, Bits, const int64_t* offsets, const void* weight,
+                        void* values, int64_t M, const void* input, const void* bias, void* output);
   // sddmm.cpp. grad_values[nnz] = the remaining weights' entries of grad_output[M][N]^T * input[M][K].
   void (*sddmm)(const Team&, const SparseIndex&, Dtype, int64_t M, const void* grad_output, const void* input,
                 void* grad_values);

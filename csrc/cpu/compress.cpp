@@ -150,6 +150,11 @@ void row_offsets(const Team& team, Bits bits, int64_t rows, int64_t cols, int64_
   for (int64_t i = 0; i < rows; ++i) offsets[i + 1] += offsets[i];
 }
 
+void compress_rows(const DenseWeight& w, int64_t first, int64_t last) {
+  compress_words(w.bits, w.cols, w.data, first * w.bits.stride, last * w.bits.stride, w.values + w.offsets[first],
+                 w.values + w.offsets[last]);
+}
+
 void compress(const Team& team, size_t element_size, Bits bits, int64_t rows, int64_t cols, const int64_t* offsets,
               const void* dense, void* values) {
   switch (element_size) {

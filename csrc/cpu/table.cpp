@@ -21,6 +21,7 @@ const Kernels table = {
     .expand_last = expand_last,
     .make_index = make_index,
     .spmm = spmm,
+    .compress_spmm = compress_spmm,
     .sddmm = sddmm,
     .make_conv_index = make_conv_index,
     .conv_spmm = conv_spmm,
