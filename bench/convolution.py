@@ -16,7 +16,7 @@ in this process:
 
 A step is forward and all gradients, with ``.grad`` set to None before it. GF/s count the remaining weights alone; the
 share is that of the machine's FMA peak, measured in the same run. ``x hook`` and ``x dense`` are against the better
-layout of the two.
+layout of the two, ``x same`` is against dense torch in the same layout.
 """
 
 from __future__ import annotations
@@ -125,7 +125,8 @@ class Case:
         return f"{self.C}-{self.O} {self.kernel}x{self.kernel} @{self.size}{stride}{groups}"
 
 
-HEADER = ("layer", "batch", "pass", "sparsity", "call", "path", "ms", "median", "GF/s", "share", "x hook", "x dense")
+HEADER = ("layer", "batch", "pass", "sparsity", "call", "path", "ms", "median", "GF/s", "share")
+HEADER += ("x hook", "x dense", "x same")
 
 
 def line(row: dict[str, Any]) -> list[str]:
@@ -143,6 +144,7 @@ def line(row: dict[str, Any]) -> list[str]:
         f"{row['share']:.0%}",
         f"{row['x_hook']:.2f}",
         f"{row['x_dense']:.2f}",
+        f"{row['x_dense_same']:.2f}",
     ]
 
 

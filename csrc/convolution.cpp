@@ -83,14 +83,8 @@ class Gradients {
       const CompactConvolution compact = compact_of(plan, grad_weight, mask_);
       return compact.whole_of(compact.grad_weight(grad_output, input));
     }
-    const at::Tensor values = plan.grad_values(grad_output, input);
-    if (grad_weight.is_contiguous()) {
-      expand_into(grad_weight, values, *plan.pattern);
-      return grad_weight;
-    }
-    const at::Tensor in_order = at::empty(mask_.sizes(), grad_output.options());
-    expand_into(in_order, values, *plan.pattern);
-    return grad_weight.copy_(in_order);
+    expand_into(grad_weight, plan.grad_values(grad_output, input), *plan.pattern);
+    return grad_weight;
   }
 
   const Geometry& geometry_;

@@ -133,8 +133,7 @@ std::tuple<at::Tensor, at::Tensor> linear_with_values(const at::Tensor& input, c
     const auto compact = plan.pattern->compact();
     CompactPlan{*compact, plan.M, plan.dtype}.forward(as_matrix(x, plan.K), weight, b, output.view({plan.M, plan.N}));
   } else if (plan.path == Path::kSparse) {
-    values = compress(weight, *plan.pattern);
-    sparse_linear(*plan.pattern, values, plan.M, x, b, output);
+    values = sparse_linear_of_dense(*plan.pattern, weight, plan.M, x, b, output);
   } else {
     cpu::kernels().linear(plan.team(), plan.dtype, plan.M, plan.N, plan.K, x.const_data_ptr(), weight.const_data_ptr(),
                           plan.pattern->bits(), has_bias ? b.const_data_ptr() : nullptr, output.mutable_data_ptr());

@@ -10,6 +10,7 @@
 
 #include "checks.h"
 #include "device_linear.h"
+#include "geometry.h"
 #include "memory.h"
 #include "parallel.h"
 
@@ -129,18 +130,42 @@ at::Tensor masked_weight(const at::Tensor& weight, const at::Tensor& mask) {
   return out;
 }
 
+namespace {
+
+// The taps of a weight [O][C][kernel] that lies in memory as [O][kernel][C]; 0 if it does not, or nothing depends on
+// it.
+int64_t taps_if_channels_last(const at::Tensor& weight, const Pattern& pattern) {
+  if (weight.is_contiguous() || weight.dim() < 4 || weight.dim() > 5 || pattern.cols() > cpu::kMaxIndexSide) return 0;
+  if (!weight.is_contiguous(channels_last_of(weight.dim()))) return 0;
+  return pattern.cols() / weight.size(1);
+}
+
+}  // namespace
+
 at::Tensor compress(const at::Tensor& weight, const Pattern& pattern) {
-  const at::Tensor from = weight.contiguous();
   at::Tensor values = on_huge_pages(at::empty({pattern.nnz()}, weight.options()));
-  cpu::kernels().compress(team_for(from.numel()), from.element_size(), pattern.bits(), pattern.rows(), pattern.cols(),
-                          pattern.offsets(), from.const_data_ptr(), values.data_ptr());
+  const cpu::Team team = team_for(weight.numel());
+  if (const int64_t taps = taps_if_channels_last(weight, pattern)) {
+    cpu::kernels().compress_last(team, weight.element_size(), pattern.bits(), pattern.rows(), pattern.cols(), taps,
+                                 pattern.offsets(), weight.const_data_ptr(), values.data_ptr());
+    return values;
+  }
+  const at::Tensor from = weight.contiguous();
+  cpu::kernels().compress(team, from.element_size(), pattern.bits(), pattern.rows(), pattern.cols(), pattern.offsets(),
+                          from.const_data_ptr(), values.data_ptr());
   return values;
 }
 
 void expand_into(const at::Tensor& weight, const at::Tensor& values, const Pattern& pattern) {
   const at::Tensor from = values.contiguous();
-  cpu::kernels().expand(team_for(weight.numel()), weight.element_size(), pattern.bits(), pattern.rows(), pattern.cols(),
-                        pattern.offsets(), from.const_data_ptr(), weight.data_ptr());
+  const cpu::Team team = team_for(weight.numel());
+  if (const int64_t taps = taps_if_channels_last(weight, pattern)) {
+    cpu::kernels().expand_last(team, weight.element_size(), pattern.bits(), pattern.rows(), pattern.cols(), taps,
+                               pattern.offsets(), from.const_data_ptr(), weight.data_ptr());
+    return;
+  }
+  cpu::kernels().expand(team, weight.element_size(), pattern.bits(), pattern.rows(), pattern.cols(), pattern.offsets(),
+                        from.const_data_ptr(), weight.data_ptr());
 }
 
 }  // namespace masked_ops

@@ -45,7 +45,8 @@ at::Tensor masked_weight_composite(const at::Tensor& weight, const at::Tensor& m
 // The pattern where there is one: a packable mask in CPU memory; else null.
 PatternPtr try_pattern_of(const at::Tensor& mask);
 
-// The remaining weights in row-major order, [nnz]; and back, zeros elsewhere, into a contiguous weight.
+// The remaining weights in row-major order, [nnz]; and back, zeros elsewhere, into a weight that is contiguous or, with
+// all of its dimensions, channels last.
 at::Tensor compress(const at::Tensor& weight, const Pattern& pattern);
 void expand_into(const at::Tensor& weight, const at::Tensor& values, const Pattern& pattern);
 

@@ -1,5 +1,9 @@
 #include "sparse.h"
 
+#include <ATen/ops/empty.h>
+
+#include "masking.h"
+#include "memory.h"
 #include "parallel.h"
 
 namespace masked_ops {
@@ -23,6 +27,22 @@ void sparse_linear(const Pattern& pattern, const at::Tensor& values, int64_t M, 
   const auto index = pattern.index(/*transposed=*/false);
   index->kernels().spmm(team_of(pattern, M), index->get(), dtype_of(x.scalar_type()), values.const_data_ptr(), M,
                         x.const_data_ptr(), b, y.mutable_data_ptr());
+}
+
+at::Tensor sparse_linear_of_dense(const Pattern& pattern, const at::Tensor& weight, int64_t M, const at::Tensor& x,
+                                  const at::Tensor& bias, const at::Tensor& y) {
+  if (takes_vector(pattern, M)) {
+    const at::Tensor values = compress(weight, pattern);
+    sparse_linear(pattern, values, M, x, bias, y);
+    return values;
+  }
+  at::Tensor values = on_huge_pages(at::empty({pattern.nnz()}, weight.options()));
+  const auto index = pattern.index(/*transposed=*/false);
+  index->kernels().compress_spmm(team_of(pattern, M), index->get(), dtype_of(x.scalar_type()), pattern.bits(),
+                                 pattern.offsets(), weight.const_data_ptr(), values.mutable_data_ptr(), M,
+                                 x.const_data_ptr(), bias.defined() ? bias.const_data_ptr() : nullptr,
+                                 y.mutable_data_ptr());
+  return values;
 }
 
 void sparse_grad_input(const Pattern& pattern, const at::Tensor& values, int64_t M, const at::Tensor& dy,

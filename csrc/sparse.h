@@ -13,6 +13,9 @@ namespace masked_ops {
 // y = x * weight^T + bias, which may be undefined.
 void sparse_linear(const Pattern& pattern, const at::Tensor& values, int64_t M, const at::Tensor& x,
                    const at::Tensor& bias, const at::Tensor& y);
+// The same of a dense weight, contiguous; its values, which are compressed on the way.
+at::Tensor sparse_linear_of_dense(const Pattern& pattern, const at::Tensor& weight, int64_t M, const at::Tensor& x,
+                                  const at::Tensor& bias, const at::Tensor& y);
 // dx = dy * weight
 void sparse_grad_input(const Pattern& pattern, const at::Tensor& values, int64_t M, const at::Tensor& dy,
                        const at::Tensor& dx);

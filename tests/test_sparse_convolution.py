@@ -141,12 +141,14 @@ def test_random_geometries(capability: str) -> None:
             check(problem, density, layout=layout, bias=bias)
 
 
-# Around the edges of what the kernels cut: vectors of 4, 8 and 16 lanes, strips of 4, 7 and 8 vectors, aligned rows
-# (which want a few images or rows), blocks of 64 to 256 columns, panels of 16 to 512 rows, all taps of a kernel.
+# Around the edges of what the kernels cut: vectors of 4, 8 and 16 lanes, through the ends of images; strips of 4, 7 and
+# 8 vectors, which are rows where taps share them; blocks of 64 to 256 columns, panels of 16 to 512 rows, all taps of a
+# kernel.
 EDGES = [
     *(conv((4, 3, h, w), (5, 3, 3, 3), padding=1) for h, w in [(8, 14), (7, 15), (9, 16), (16, 17), (15, 28), (4, 56)]),
     *(conv((16, 2, 14, w), (3, 2, 3, 3), padding=1) for w in (14, 15, 16, 28, 31, 32, 56, 63)),
     *(conv((16, 2, h, 14), (3, 2, 3, 3), padding=p) for h, p in [(7, 1), (8, 1), (13, 1), (15, 2), (22, 0), (29, 3)]),
+    *(conv((n, 3, h, w), (4, 3, 3, 3), padding=1) for n, h, w in [(9, 7, 7), (33, 8, 5), (17, 15, 3), (5, 14, 13)]),
     *(conv((9, c, 6, 7), (o, c, 1, 1)) for c, o in [(63, 15), (64, 16), (65, 17), (127, 64), (257, 65), (130, 513)]),
     *(conv((5, c, 5, 5), (17, c, 3, 3), padding=1) for c in (7, 14, 15, 28, 29, 57)),
     conv((20, 4, 30, 30), (6, 4, 2, 5), padding=2),
@@ -167,7 +169,7 @@ EDGES = [
 
 
 @every_capability
-@pytest.mark.parametrize("layout", [0, 3])
+@pytest.mark.parametrize("layout", [0, 7])
 def test_edges(layout: int, capability: str) -> None:
     with running_on("sparse", capability), poisoned():
         for problem, density in zip(EDGES, itertools.cycle((0.3, 0.1, 0.9))):
@@ -209,6 +211,26 @@ def test_second_derivatives(transposed: bool) -> None:
             results.append((*first, *torch.autograd.grad(first[0].mul(g).sum() + first[1].mul(h).sum(), (x, w))))
     for ours_, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours_, theirs, rtol=1e-4, atol=1e-5)
+
+
+@every_capability
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_only_weights_that_met_it_get_an_infinite_gradient(value: float, capability: str) -> None:
+    """Vectors run beyond the images, where the gradient of the output is zero and the input may be Inf."""
+    with running_on(capability=capability, path="sparse"):
+        for height, width, padding, kernel, batch in itertools.product(
+            (5, 14, 20), (9, 14, 17), (0, 1), (1, 3), (1, 3)
+        ):
+            weight, mask = integers(8, 4, kernel, kernel).requires_grad_(), torch.rand(8, 4, kernel, kernel) < 0.3
+            for where in ((0, 0, 0, 0), (-1, 3, -1, -1), (-1, 2, -1, 0)):
+                x = integers(batch, 4, height, width)
+                x[where] = value
+                y = masked_ops.masked_conv2d(x, weight, mask, padding=padding)
+                dy = integers(*y.shape)
+                (actual,) = torch.autograd.grad(y, weight, dy)
+                z = F.conv2d(x.double(), weight.double() * mask, padding=padding)
+                (expected,) = torch.autograd.grad(z, weight, dy.double())
+                torch.testing.assert_close(actual, expected, equal_nan=True)
 
 
 def test_the_weight_may_change_between_forward_and_backward() -> None:

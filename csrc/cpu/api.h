@@ -103,6 +103,12 @@ struct Kernels {
   // The inverse; the pruned weights become zero.
   void (*expand)(const Team&, size_t element_size, Bits, int64_t rows, int64_t cols, const int64_t* offsets,
                  const void* values, void* dense);
+  // The same of a convolution's weight with its channels last: bits and values are in the order (channel, tap), dense
+  // in the order (tap, channel). At most 2^31 columns.
+  void (*compress_last)(const Team&, size_t element_size, Bits, int64_t rows, int64_t cols, int64_t taps,
+                        const int64_t* offsets, const void* dense, void* values);
+  void (*expand_last)(const Team&, size_t element_size, Bits, int64_t rows, int64_t cols, int64_t taps,
+                      const int64_t* offsets, const void* values, void* dense);
 
   // sparse_index.cpp. Serves spmm and sddmm with weight[rows][cols], or, transposed, spmm with weight^T. Null if the
   // matrix is beyond what an index can address: 2^28 rows or columns; transposed, 2^32 remaining weights.
@@ -112,6 +118,10 @@ struct Kernels {
   // transposed index, output[M][K] = input[M][N] * weight.
   void (*spmm)(const Team&, const SparseIndex&, Dtype, const void* values, int64_t M, const void* input,
                const void* bias, void* output);
+  // The same from a dense weight[N][K], contiguous, under its bits, whose remaining weights become values[nnz] on the
+  // way; offsets as for compress. The index is not transposed.
+  void (*compress_spmm)(const Team&, const SparseIndex&, Dtype, Bits, const int64_t* offsets, const void* weight,
+                        void* values, int64_t M, const void* input, const void* bias, void* output);
   // sddmm.cpp. grad_values[nnz] = the remaining weights' entries of grad_output[M][N]^T * input[M][K].
   void (*sddmm)(const Team&, const SparseIndex&, Dtype, int64_t M, const void* grad_output, const void* input,
                 void* grad_values);

@@ -69,6 +69,56 @@ void for_each_piece(const Team& team, Bits bits, int64_t rows, const int64_t* of
   });
 }
 
+// Where column j, (channel, tap), is in a row that has its channels last.
+const int32_t* places_of(int64_t channels, int64_t taps) {
+  int32_t* const places = static_cast<int32_t*>(scratch(Slot::kTable, size_t(channels * taps) * sizeof(int32_t)));
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t t = 0; t < taps; ++t) places[c * taps + t] = int32_t(t * channels + c);
+  }
+  return places;
+}
+
+// body(row, place of the weight in the row, position of the value) for the remaining weights of each row, which begin
+// with one call of start(row).
+template <typename Start, typename Body>
+void for_places(const Team& team, Bits bits, int64_t rows, int64_t cols, int64_t taps, const int64_t* offsets,
+                const Start& start, const Body& body) {
+  const int64_t grain = max<int64_t>(tuning::kPassGrain / max<int64_t>(cols, 1), 1);
+  const int32_t* const places = places_of(cols / taps, taps);
+  team.for_each(ceil_div(rows, grain), [&](int64_t task) {
+    for (int64_t row = task * grain; row < min(rows, (task + 1) * grain); ++row) {
+      start(row);
+      int64_t i = offsets[row];
+      for (int64_t w = 0; w < bits.stride; ++w) {
+        for (uint64_t word = bits.row(row)[w]; word; word &= word - 1) {
+          body(row, places[w * 64 + __builtin_ctzll(word)], i++);
+        }
+      }
+    }
+  });
+}
+
+template <typename Element>
+void compress_places(const Team& team, Bits bits, int64_t rows, int64_t cols, int64_t taps, const int64_t* offsets,
+                     const void* dense, void* values) {
+  const Element* const from = static_cast<const Element*>(dense);
+  Element* const to = static_cast<Element*>(values);
+  for_places(
+      team, bits, rows, cols, taps, offsets, [](int64_t) {},
+      [=](int64_t row, int64_t place, int64_t i) { to[i] = from[row * cols + place]; });
+}
+
+template <typename Element>
+void expand_places(const Team& team, Bits bits, int64_t rows, int64_t cols, int64_t taps, const int64_t* offsets,
+                   const void* values, void* dense) {
+  const Element* const from = static_cast<const Element*>(values);
+  Element* const to = static_cast<Element*>(dense);
+  for_places(
+      team, bits, rows, cols, taps, offsets,
+      [=](int64_t row) { std::memset(to + row * cols, 0, size_t(cols) * sizeof(Element)); },
+      [=](int64_t row, int64_t place, int64_t i) { to[row * cols + place] = from[i]; });
+}
+
 template <typename Element>
 void compress_elements(const Team& team, Bits bits, int64_t rows, int64_t cols, const int64_t* offsets,
                        const void* dense, void* values) {
@@ -100,6 +150,11 @@ void row_offsets(const Team& team, Bits bits, int64_t rows, int64_t cols, int64_
   for (int64_t i = 0; i < rows; ++i) offsets[i + 1] += offsets[i];
 }
 
+void compress_rows(const DenseWeight& w, int64_t first, int64_t last) {
+  compress_words(w.bits, w.cols, w.data, first * w.bits.stride, last * w.bits.stride, w.values + w.offsets[first],
+                 w.values + w.offsets[last]);
+}
+
 void compress(const Team& team, size_t element_size, Bits bits, int64_t rows, int64_t cols, const int64_t* offsets,
               const void* dense, void* values) {
   switch (element_size) {
@@ -122,6 +177,22 @@ void expand(const Team& team, size_t element_size, Bits bits, int64_t rows, int6
     default:
       return expand_elements<uint64_t>(team, bits, rows, cols, offsets, values, dense);
   }
+}
+
+void compress_last(const Team& team, size_t element_size, Bits bits, int64_t rows, int64_t cols, int64_t taps,
+                   const int64_t* offsets, const void* dense, void* values) {
+  const auto pass = element_size == 2   ? compress_places<uint16_t>
+                    : element_size == 4 ? compress_places<uint32_t>
+                                        : compress_places<uint64_t>;
+  pass(team, bits, rows, cols, taps, offsets, dense, values);
+}
+
+void expand_last(const Team& team, size_t element_size, Bits bits, int64_t rows, int64_t cols, int64_t taps,
+                 const int64_t* offsets, const void* values, void* dense) {
+  const auto pass = element_size == 2   ? expand_places<uint16_t>
+                    : element_size == 4 ? expand_places<uint32_t>
+                                        : expand_places<uint64_t>;
+  pass(team, bits, rows, cols, taps, offsets, values, dense);
 }
 
 }  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY

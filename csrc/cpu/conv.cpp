@@ -37,7 +37,7 @@ struct Columns {
         columns(channels * taps),
         first_block(cut.phase->first_block),
         block_cols(index.block_cols) {
-    if (cut.pitch) table = make_table(*cut.phase, PackedChannel(*cut.phase, cut.lanes(), cut.pitch));
+    if (cut.banded) table = make_table(*cut.phase, PackedChannel(*cut.phase, cut, cut.lanes()));
   }
 
   // body(block of the index, first and last of its columns counted from the phase's first).
@@ -102,9 +102,14 @@ struct Multiplication {
   Memory<const float> from;
   Memory<float> to;
 
-  void run(const Strip& strip, const Columns& columns, int64_t first_panel, int64_t last_panel) const {
-    with_packer(strip, from, Slot::kPlaces,
-                [&](const auto& packer) { run(strip, packer, columns, first_panel, last_panel); });
+  // Strips [first, last).
+  void run(const Cut& cut, const Columns& columns, int64_t first, int64_t last, int64_t first_panel,
+           int64_t last_panel) const {
+    for (int64_t s = first; s < last; ++s) {
+      const Strip strip(cut, s);
+      with_packer(cut, strip, from, Slot::kPlaces,
+                  [&](const auto& packer) { run(strip, packer, columns, first_panel, last_panel); });
+    }
   }
 
  private:
@@ -135,9 +140,13 @@ struct Multiplication {
   }
 };
 
-// Into how many ranges of panels each strip is split, so that there are tasks for all threads.
+// Into how many ranges of panels each strip is split, so that no thread waits for long. Each packs the strip anew.
 int64_t splits_for(int64_t strips, int64_t panels, int threads) {
-  return strips >= 2 * threads ? 1 : min<int64_t>(panels, ceil_div(2 * threads, strips));
+  int64_t splits = 1;
+  while (splits < panels && double(ceil_div(strips * splits, threads) * threads) > 1.1 * double(strips * splits)) {
+    ++splits;
+  }
+  return splits;
 }
 
 struct Sampling {
@@ -151,8 +160,8 @@ struct Sampling {
   void run(int64_t first, int64_t last, int64_t first_panel, int64_t last_panel, float* results) const {
     for (int64_t s = first; s < last; ++s) {
       const Strip x_strip(cut, s), dy_strip(output, s);
-      with_packer(x_strip, input, Slot::kPlaces, [&](const auto& x_packer) {
-        with_packer(dy_strip, grad_output, Slot::kMorePlaces, [&](const auto& dy_packer) {
+      with_packer(cut, x_strip, input, Slot::kPlaces, [&](const auto& x_packer) {
+        with_packer(output, dy_strip, grad_output, Slot::kMorePlaces, [&](const auto& dy_packer) {
           for_groups(index, first_panel, last_panel, [&](int64_t group, int64_t begin, int64_t end) {
             run_group(x_strip, x_packer, dy_packer, group, begin, end, results, s > first);
           });
@@ -200,11 +209,13 @@ void conv_spmm(const Team& team, const Convolution& c, const SparseIndex& index,
   for_phases(c, transposed, index.block_cols, [&](const Phase& phase) {
     const Cut cut(phase, c.batch, team.threads);
     const Columns columns(c, index, cut);
-    const int64_t splits = splits_for(cut.strips(), index.panels, team.threads);
-    team.for_each(cut.strips() * splits, [&](int64_t task) {
-      const int64_t split = task % splits;
-      multiplication.run(Strip(cut, task / splits), columns, index.panels * split / splits,
-                         index.panels * (split + 1) / splits);
+    const int64_t strips = cut.strips(), splits = splits_for(strips, index.panels, team.threads);
+    // Neighbours share lines of memory: they are one task, as far as there are enough of them.
+    const int64_t parts = min(strips, tuning::kStripTasks * team.threads);
+    team.for_each(parts * splits, [&](int64_t task) {
+      const int64_t part = task / splits, split = task % splits;
+      multiplication.run(cut, columns, strips * part / parts, strips * (part + 1) / parts,
+                         index.panels * split / splits, index.panels * (split + 1) / splits);
     });
   });
 }

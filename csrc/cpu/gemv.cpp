@@ -59,6 +59,28 @@ struct Dots {
   int64_t N;
 };
 
+// totals[i] = the sum of vector i's lanes; as many at a time as a vector has, where that is worth it.
+template <int N>
+MASKED_OPS_INLINE void sum_each(const Vec* sums, float* totals) {
+  constexpr int kLeast = L / 2;
+  MASKED_OPS_UNROLL
+  for (int i = 0; i < N; i += L) {
+    if (N - i < kLeast) {
+      MASKED_OPS_UNROLL
+      for (int j = i; j < N; ++j) totals[j] = sums[j].sum();
+      return;
+    }
+    const auto at = [&](int j) { return j < N ? sums[j] : Vec::zero(); };
+    Vec quads[L / 4];
+    MASKED_OPS_UNROLL
+    for (int q = 0; q < L / 4; ++q) {
+      const int j = i + 4 * q;
+      quads[q] = j < N ? sum_quads(at(j), at(j + 1), at(j + 2), at(j + 3)) : Vec::zero();
+    }
+    sum_across_quads(quads).storeu(totals + i);
+  }
+}
+
 // y[m][r] = x[m] . weight[r] + bias[r] for M rows of input and R rows of the weight.
 template <int M, int R, typename T>
 __attribute__((noinline)) void dots(const Dots<T>& o) {
@@ -99,10 +121,12 @@ __attribute__((noinline)) void dots(const Dots<T>& o) {
     for (; k < whole; k += kStep) step(k, Int<0>());
   }
   if (k < K) step(k, Int<1>());
+  float totals[ceil_div(M * R, L) * L];
+  sum_each<M * R>(sum[0], totals);
   MASKED_OPS_UNROLL
   for (int m = 0; m < M; ++m) {
     MASKED_OPS_UNROLL
-    for (int r = 0; r < R; ++r) store_float(sum[m][r].sum() + (o.bias ? to_float(o.bias[r]) : 0), o.y + m * o.N + r);
+    for (int r = 0; r < R; ++r) store_float(totals[m * R + r] + (o.bias ? to_float(o.bias[r]) : 0), o.y + m * o.N + r);
   }
 }
 
@@ -208,13 +232,13 @@ __attribute__((noinline)) void axpy_rows(const Rows4<T>& o) {
     MASKED_OPS_UNROLL
     for (int r = 0; r < R; ++r) dy[m][r] = Vec::set1(to_float(o.dy[m * o.ldy + r]));
   }
-  const auto step = [&](int64_t k, auto tail) __attribute__((always_inline)) {
+  const auto step = [&](int64_t k, auto predicate_of, auto tail) __attribute__((always_inline)) {
     Vec w[R];
     MASKED_OPS_UNROLL
     for (int r = 0; r < R; ++r) {
       const T* const from = o.weight + r * o.ldw + k;
       prefetch(from + o.ahead);
-      w[r] = load_floats(Vec::predicate(o.bits.row(r), o.column + k), o.columns - k, from);
+      w[r] = load_floats(predicate_of(r), o.columns - k, from);
     }
     const auto valid = Vec::first(o.columns - k);
     MASKED_OPS_UNROLL
@@ -227,8 +251,19 @@ __attribute__((noinline)) void axpy_rows(const Rows4<T>& o) {
     }
   };
   int64_t k = 0;
-  for (; k + L <= o.columns; k += L) step(k, Int<0>());
-  if (k < o.columns) step(k, Int<1>());
+  for (; k + 64 <= o.columns; k += 64) {  // a word of bits a row: loads are what limits this
+    uint64_t words[R];
+    MASKED_OPS_UNROLL
+    for (int r = 0; r < R; ++r) words[r] = o.bits.row(r)[(o.column + k) / 64];
+    MASKED_OPS_UNROLL
+    for (int j = 0; j < 64; j += L) {
+      step(k + j, [&](int r) __attribute__((always_inline)) { return Vec::predicate(words[r] >> j); }, Int<0>());
+    }
+  }
+  const auto by_column = [&](int r)
+                             __attribute__((always_inline)) { return Vec::predicate(o.bits.row(r), o.column + k); };
+  for (; k + L <= o.columns; k += L) step(k, by_column, Int<0>());
+  if (k < o.columns) step(k, by_column, Int<1>());
 }
 
 // --- grad_weight -----------------------------------------------------------------------------------------------------
@@ -381,7 +416,7 @@ void grad_input(const Team& team, int64_t M, int64_t N, int64_t K, const T* grad
                 T* grad_input) {
   const RowTiles tiles(M);
   const bool by_rows = M <= tuning::kAxpyRows;
-  const int64_t strip = by_rows ? strip_width(team, K, tuning::kAxpyStrip, L)
+  const int64_t strip = by_rows ? strip_width(team, K, tuning::kAxpyStrip, 64)
                                 : strip_width(team, K, tuning::kSmallStrip, weight_vectors(int(tiles.height)) * L);
   const auto take = [&](int64_t begin, int64_t end, float* sums, int64_t ld) {
     by_rows ? take_strip_by_rows(M, N, K, grad_output, weight, bits, begin, end, sums, ld)

@@ -28,12 +28,27 @@ void linear_grad_weight_small(const Team&, Dtype, int64_t M, int64_t N, int64_t 
 void row_offsets(const Team&, Bits, int64_t rows, int64_t cols, int64_t* offsets);
 void compress(const Team&, size_t element_size, Bits, int64_t rows, int64_t cols, const int64_t* offsets,
               const void* dense, void* values);
+// compress.cpp. Rows [first, last) of a dense weight become values; offsets as for compress.
+struct DenseWeight {
+  Bits bits;
+  int64_t cols;
+  const int64_t* offsets;
+  const float* data;
+  float* values;
+};
+void compress_rows(const DenseWeight&, int64_t first, int64_t last);
 void expand(const Team&, size_t element_size, Bits, int64_t rows, int64_t cols, const int64_t* offsets,
             const void* values, void* dense);
+void compress_last(const Team&, size_t element_size, Bits, int64_t rows, int64_t cols, int64_t taps,
+                   const int64_t* offsets, const void* dense, void* values);
+void expand_last(const Team&, size_t element_size, Bits, int64_t rows, int64_t cols, int64_t taps,
+                 const int64_t* offsets, const void* values, void* dense);
 
 SparseIndex* make_index(const Team&, Bits, int64_t rows, int64_t cols, const int64_t* offsets, bool transposed);
 void spmm(const Team&, const SparseIndex&, Dtype, const void* values, int64_t M, const void* input, const void* bias,
           void* output);
+void compress_spmm(const Team&, const SparseIndex&, Dtype, Bits, const int64_t* offsets, const void* weight,
+                   void* values, int64_t M, const void* input, const void* bias, void* output);
 void sddmm(const Team&, const SparseIndex&, Dtype, int64_t M, const void* grad_output, const void* input,
            void* grad_values);
 void row_columns(const Team&, Bits, int64_t rows, int64_t cols, const int64_t* offsets, uint16_t* columns);

@@ -130,6 +130,7 @@ struct Vec {
   static MASKED_OPS_INLINE Predicate predicate(const uint64_t* row, int64_t k) {
     return reinterpret_cast<const Word16*>(row)[k >> 4];
   }
+  static MASKED_OPS_INLINE Predicate predicate(uint64_t bits) { return Predicate(bits); }  // the lowest
   static MASKED_OPS_INLINE Predicate first(int64_t n) {
     return n >= 16 ? Predicate(0xffff) : Predicate((1u << (n > 0 ? n : 0)) - 1);
   }
@@ -262,6 +263,7 @@ struct Vec {
   static MASKED_OPS_INLINE Predicate predicate(const uint64_t* row, int64_t k) {
     return reinterpret_cast<const uint8_t*>(row)[k >> 3];
   }
+  static MASKED_OPS_INLINE Predicate predicate(uint64_t bits) { return Predicate(bits & 0xff); }
   static MASKED_OPS_INLINE Predicate first(int64_t n) {
     return n >= 8 ? Predicate(0xff) : Predicate((1u << (n > 0 ? n : 0)) - 1);
   }
@@ -366,6 +368,7 @@ struct Vec {
   static MASKED_OPS_INLINE Predicate predicate(const uint64_t* row, int64_t k) {
     return Predicate(row[k >> 6] >> (k & 63) & 15);
   }
+  static MASKED_OPS_INLINE Predicate predicate(uint64_t bits) { return Predicate(bits & 15); }
   static MASKED_OPS_INLINE Predicate first(int64_t n) {
     return n >= 4 ? Predicate(15) : Predicate((1u << (n > 0 ? n : 0)) - 1);
   }
@@ -425,7 +428,8 @@ MASKED_OPS_INLINE void select64(uint64_t bits, const Element* in, Element* out) 
 }
 
 // The elements of in[0..64) that have a bit, moved together; returns the end of what they fill. Elements without a bit
-// are not read. Unless kExact, up to 64 elements from out on may be overwritten. Element is an unsigned integer type.
+// are not read. Unless kExact, up to 64 elements from out on may be overwritten. Element is an unsigned integer type,
+// or float.
 template <bool kExact, typename Element>
 MASKED_OPS_INLINE Element* compress64(uint64_t bits, const Element* in, Element* out) {
 #if defined(__AVX512F__)

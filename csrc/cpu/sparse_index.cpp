@@ -284,9 +284,10 @@ struct Shape {
   // Panels end at words of bits if they are columns of the weight, and their values can be numbered with 32 bits if
   // they are rows.
   Shape(int64_t rows, int64_t cols, int64_t nnz, bool transposed, int threads)
-      : Shape(rows, rows, cols, nnz, transposed, threads) {}
+      : Shape(rows, rows, cols, nnz, transposed,
+              min<int64_t>(tuning::kTasksPerThread * threads, ceil_div(rows, tuning::kMinPanelRows))) {}
 
-  Shape(int64_t rows, int64_t group_rows, int64_t cols, int64_t nnz, bool transposed, int threads)
+  Shape(int64_t rows, int64_t group_rows, int64_t cols, int64_t nnz, bool transposed, int64_t wanted)
       : rows(rows),
         cols(cols),
         nnz(nnz),
@@ -295,7 +296,6 @@ struct Shape {
     const int64_t step = transposed ? 64 : 16;
     const int64_t limit = transposed ? tuning::transposed_panel_rows(block_cols) : kMaxIndexNnz / max<int64_t>(cols, 1);
     const int64_t most = min(tuning::kPanelRows, limit) / step * step;
-    const int64_t wanted = min<int64_t>(tuning::kTasksPerThread * threads, ceil_div(group_rows, tuning::kMinPanelRows));
     panel_rows = ceil_div(ceil_div(group_rows, max(ceil_div(group_rows, most), wanted)), step) * step;
     panels = rows / group_rows * ceil_div(group_rows, panel_rows);
     blocks = ceil_div(cols, block_cols);
@@ -415,18 +415,21 @@ SparseIndex* make_conv_index(const Team& team, Bits bits, const Convolution& c, 
                              bool transposed) {
   const int64_t nnz = offsets[c.out_channels], taps = c.kernel[0] * c.kernel[1] * c.kernel[2];
   const int64_t into = c.in_channels / c.groups, out = c.out_channels / c.groups;
+  // The tasks are strips; only where those are few, panels as well.
+  const auto panels = [&](int64_t rows) { return min<int64_t>(team.threads, ceil_div(rows, tuning::kConvPanelRows)); };
   // Blocks of whole channels, where that is possible: what is packed of a channel serves one block alone.
   const auto align = [&](Shape& shape) {
+    if (c.kernel[1] > 1) shape.set_block_cols(tuning::banded_block_cols(shape.block_cols));
     if (taps <= kMaxCount) shape.set_block_cols(max(shape.block_cols / taps, int64_t{1}) * taps);
   };
   if (!transposed) {
     if (into * taps > kMaxIndexSide) return nullptr;
-    Shape shape(c.out_channels, out, into * taps, nnz, false, team.threads);
+    Shape shape(c.out_channels, out, into * taps, nnz, false, panels(out));
     align(shape);
     return build(team, shape, Plain{bits, offsets}, false);
   }
   if (nnz >= kMaxIndexNnz) return nullptr;
-  Shape shape(c.in_channels, into, out * taps, nnz, true, team.threads);
+  Shape shape(c.in_channels, into, out * taps, nnz, true, panels(into));
   align(shape);
   shape.blocks = for_tap_classes(c, shape.block_cols, [](int64_t, int64_t, int64_t, int64_t) {});
   shape.cols = shape.blocks * shape.block_cols;

@@ -120,9 +120,23 @@ void start_from_bias(const T* bias, int64_t rows, int64_t lanes, float* c) {
   }
 }
 
+// What is read after a tile: a line of it is brought into L2 with each segment.
+struct Ahead {
+  const float* from;
+
+  MASKED_OPS_INLINE void prefetch_at(int64_t s) const { prefetch_l2(from + s * 16); }
+  MASKED_OPS_INLINE void skip(int64_t segments) { from += segments * 16; }
+};
+
 // spmm.cpp: c[row][lanes] += a tile of the index times its block of input, of 1, 2, 4 or 8 vectors. The segments'
 // values count from `values`; column j of the block is x[j][lanes].
-void multiply_tile(const SparseIndex&, int64_t tile, int vectors, const float* values, const float* x, float* c);
+void multiply_tile(const SparseIndex&, int64_t tile, int vectors, const float* values, const float* x, float* c,
+                   Ahead ahead);
+inline void multiply_tile(const SparseIndex& index, int64_t tile, int vectors, const float* values, const float* x,
+                          float* c) {
+  multiply_tile(index, tile, vectors, values, x, c, Ahead{x});
+}
+
 // The same of 7 or 8 vectors; column j of the block is at x + table[j], a multiple of a vector.
 void multiply_tile(const SparseIndex&, int64_t tile, int vectors, const float* values, const float* x,
                    const int32_t* table, float* c);

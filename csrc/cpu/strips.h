@@ -1,0 +1,179 @@
+// Strips: how the positions of a phase are cut into the lanes that the sparse kernels take at a time, and where those
+// lie in the images that they are stored to.
+#pragma once
+
+#include "conv_geometry.h"
+#include "simd.h"
+
+namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
+
+// Where images lie in memory.
+template <typename T>
+struct Memory {
+  T* data;
+  bool channels_last;
+  int64_t image, channel, pixel;  // strides
+
+  Memory(Images<T> images, int64_t channels, const int64_t (&size)[3])
+      : data(images.data), channels_last(images.channels_last), image(channels * size[0] * size[1] * size[2]) {
+    channel = channels_last ? 1 : size[0] * size[1] * size[2];
+    pixel = channels_last ? channels : 1;
+  }
+};
+
+// How the positions of a phase are cut into strips.
+//
+// Dense: the positions of all images are numbered in one go, and a strip is a run of them. Banded: the columns of all
+// images are, a strip's vectors are runs of them, and each vector is one row below the one before it. Then a vector of
+// the source serves all taps of the middle axis.
+struct Cut {
+  const Phase* phase;
+  int64_t batch;
+  int vectors;  // of a strip: kWide, kOdd or kNarrow; fewer in the last dense one
+  bool banded;
+
+  static constexpr int L = Vec::kLanes;
+  static constexpr int kWide = 8, kOdd = 7, kNarrow = 4;
+
+  Cut(const Phase& of, int64_t batch, int threads) : phase(&of), batch(batch), banded(false) {
+    const int64_t positions = batch * of.positions();
+    vectors = positions > kNarrow * L && positions >= 4 * threads * kWide * L ? kWide : kNarrow;
+    if (of.axes[1].taps < 2 || of.axes[1].step != 1) return;
+    double least = 1.25 * double(positions) / L;  // what it may cost in lanes that are none
+    constexpr int kVectors[] = {kWide, kOdd};
+    for (const int v : kVectors) {
+      const int64_t strips = columns() * ceil_div(of.axes[1].count, v);
+      if (strips < threads || double(strips * v) >= least) continue;
+      least = double(strips * v);
+      vectors = v;
+      banded = true;
+    }
+  }
+
+  int64_t lanes() const { return vectors * L; }
+  int64_t across() const { return batch * phase->axes[0].count * phase->axes[2].count; }
+  int64_t columns() const { return ceil_div(across(), L); }  // of banded strips
+  int64_t strips() const {
+    return banded ? columns() * ceil_div(phase->axes[1].count, vectors) : ceil_div(batch * phase->positions(), lanes());
+  }
+};
+
+class Strip {
+ public:
+  static constexpr int L = Vec::kLanes;
+  static constexpr int kMaxLanes = Cut::kWide * L;
+
+  struct Row {  // positions that differ in the last axis alone
+    int64_t lane, count;
+    int64_t image, d, h, w;
+  };
+
+  Strip(const Cut& cut, int64_t strip) : phase_(*cut.phase), vectors_(cut.vectors), banded_(cut.banded) {
+    const auto& axes = phase_.axes;
+    if (banded_) {
+      const int64_t first = strip % cut.columns() * L, h = strip / cut.columns() * vectors_;
+      const int64_t lanes = min<int64_t>(L, cut.across() - first), bands = min<int64_t>(vectors_, axes[1].count - h);
+      for (int64_t lane = 0; lane < lanes;) {
+        const int64_t plane = (first + lane) / axes[2].count, w = (first + lane) % axes[2].count;
+        const int64_t count = min(lanes - lane, axes[2].count - w);
+        rows_[row_count_++] = {lane, count, plane / axes[0].count, plane % axes[0].count, h, w};
+        lane += count;
+      }
+      runs_ = row_count_;
+      for (int64_t r = runs_; r < runs_ * bands; ++r) {
+        rows_[row_count_++] = rows_[r - runs_];
+        rows_[r].lane += L;
+        rows_[r].h += 1;
+      }
+      return;
+    }
+    const int64_t first = strip * cut.lanes(), lanes = min(cut.lanes(), cut.batch * phase_.positions() - first);
+    for (int64_t lane = 0; lane < lanes;) {
+      const int64_t position = first + lane, line = position / axes[2].count, w = position % axes[2].count;
+      const int64_t count = min(lanes - lane, axes[2].count - w), plane = line / axes[1].count;
+      rows_[row_count_++] = {lane, count, plane / axes[0].count, plane % axes[0].count, line % axes[1].count, w};
+      lane += count;
+    }
+    runs_ = row_count_;
+    for (vectors_ = 1; vectors_ * L < lanes;) vectors_ *= 2;
+  }
+
+  const Phase& phase() const { return phase_; }
+  bool banded() const { return banded_; }
+  int64_t runs() const { return runs_; }  // rows; if banded, of the first vector
+  const Row& row(int64_t i) const { return rows_[i]; }
+  int vectors() const { return vectors_; }
+  int64_t width() const { return vectors_ * L; }
+  int64_t step() const { return phase_.axes[2].step; }
+
+  // c[row][lanes] to the images' channels from `channel` on; reads whole vectors of rows.
+  void store(const float* c, int64_t channel, int64_t rows, const Memory<float>& to) const {
+    if (to.channels_last) {
+      store_pixels(c, rows, to.data + channel, to);
+    } else {
+      store_lines(c, rows, to.data + channel * to.channel, to);
+    }
+  }
+
+ private:
+  int64_t target(const Row& row, const Memory<float>& to) const {
+    const auto& axes = phase_.axes;
+    const auto at = [&](int d, int64_t i) { return axes[d].to_first + i * axes[d].to_step; };
+    const int64_t line = at(0, row.d) * axes[1].to_size + at(1, row.h);
+    return row.image * to.image + (line * axes[2].to_size + at(2, row.w)) * to.pixel;
+  }
+
+  void store_lines(const float* c, int64_t rows, float* to, const Memory<float>& memory) const {
+    const int64_t step = phase_.axes[2].to_step;
+    for (int64_t r = 0; r < row_count_;) {
+      const int64_t lane = rows_[r].lane, offset = target(rows_[r], memory);
+      int64_t count = rows_[r++].count;
+      while (step == 1 && r < row_count_ && rows_[r].lane == lane + count &&
+             target(rows_[r], memory) == offset + count) {
+        count += rows_[r++].count;
+      }
+      for (int64_t i = 0; i < rows; ++i) {
+        const float* const from = c + i * width() + lane;
+        float* const out = to + i * memory.channel + offset;
+        if (step > 1) {
+          for (int64_t w = 0; w < count; ++w) out[w * step] = from[w];
+          continue;
+        }
+        int64_t w = 0;
+        for (; w + L <= count; w += L) Vec::loadu(from + w).storeu(out + w);
+        if (w < count) Vec::loadu(Vec::first(count - w), from + w).storeu(Vec::first(count - w), out + w);
+      }
+    }
+  }
+
+  void store_pixels(const float* c, int64_t rows, float* to, const Memory<float>& memory) const {
+    int64_t offsets[kMaxLanes];
+    for (int64_t& offset : offsets) offset = -1;
+    for (int64_t r = 0; r < row_count_; ++r) {
+      const int64_t offset = target(rows_[r], memory);
+      for (int64_t w = 0; w < rows_[r].count; ++w) {
+        offsets[rows_[r].lane + w] = offset + w * phase_.axes[2].to_step * memory.pixel;
+      }
+    }
+    for (int64_t j = 0; j < width(); j += L) {
+      for (int64_t r = 0; r < rows; r += L) {
+        const Vec::Predicate some = Vec::first(rows - r);
+        Vec tile[L];
+        MASKED_OPS_UNROLL
+        for (int i = 0; i < L; ++i) tile[i] = Vec::load(c + (r + i) * width() + j);
+        transpose(tile);
+        for (int i = 0; i < L; ++i) {
+          if (offsets[j + i] >= 0) tile[i].storeu(some, to + offsets[j + i] + r);
+        }
+      }
+    }
+  }
+
+  const Phase& phase_;
+  int vectors_;
+  bool banded_;
+  int64_t row_count_ = 0, runs_ = 0;
+  Row rows_[kMaxLanes];
+};
+
+}  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY
