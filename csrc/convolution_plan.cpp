@@ -3,6 +3,9 @@
 #include <ATen/native/ConvUtils.h>
 #include <ATen/ops/empty.h>
 
+#include <cmath>
+
+#include "masking.h"
 #include "parallel.h"
 
 namespace masked_ops {
@@ -66,7 +69,11 @@ at::Tensor ConvolutionPlan::grad_values(const at::Tensor& grad_output, const at:
   const auto index = pattern->conv_index(geometry, /*transposed=*/false);
   const ImagesOf dy(of.transposed ? input : grad_output), x(of.transposed ? grad_output : input);
   index->kernels().conv_sddmm(team(), geometry, index->get(), dy.input(), x.input(), values.mutable_data_ptr<float>());
-  return values;
+  // A vector that runs beyond the images multiplies zeros by what lies there of the input. If that is Inf or NaN, a
+  // weight that never met it would be NaN: then torch computes all of it.
+  if (std::isfinite(values.sum().item<float>())) return values;
+  const at::Tensor weight = at::empty(of.weight, grad_output.options());
+  return compress(of.grad_weight(grad_output, input, weight), *pattern);
 }
 
 cpu::Team ConvolutionPlan::team() const {

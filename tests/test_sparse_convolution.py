@@ -213,6 +213,26 @@ def test_second_derivatives(transposed: bool) -> None:
         torch.testing.assert_close(ours_, theirs, rtol=1e-4, atol=1e-5)
 
 
+@every_capability
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_only_weights_that_met_it_get_an_infinite_gradient(value: float, capability: str) -> None:
+    """Vectors run beyond the images, where the gradient of the output is zero and the input may be Inf."""
+    with running_on(capability=capability, path="sparse"):
+        for height, width, padding, kernel, batch in itertools.product(
+            (5, 14, 20), (9, 14, 17), (0, 1), (1, 3), (1, 3)
+        ):
+            weight, mask = integers(8, 4, kernel, kernel).requires_grad_(), torch.rand(8, 4, kernel, kernel) < 0.3
+            for where in ((0, 0, 0, 0), (-1, 3, -1, -1), (-1, 2, -1, 0)):
+                x = integers(batch, 4, height, width)
+                x[where] = value
+                y = masked_ops.masked_conv2d(x, weight, mask, padding=padding)
+                dy = integers(*y.shape)
+                (actual,) = torch.autograd.grad(y, weight, dy)
+                z = F.conv2d(x.double(), weight.double() * mask, padding=padding)
+                (expected,) = torch.autograd.grad(z, weight, dy.double())
+                torch.testing.assert_close(actual, expected.where(mask, 0), equal_nan=True)
+
+
 def test_the_weight_may_change_between_forward_and_backward() -> None:
     """Values that forward compressed are those of forward; torch refuses what was changed in place."""
     mask, geometry = torch.rand(4, 3, 3, 3) < 0.4, ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
