@@ -12,6 +12,7 @@
 #include "cpu/costs.h"
 #include "device_tuning.h"
 #include "parallel.h"
+#include "pointwise_convolution.h"
 
 namespace masked_ops {
 namespace {
@@ -213,6 +214,12 @@ const char* kernel_obstacle(const cpu::Convolution* geometry, const at::Tensor& 
   return nullptr;
 }
 
+// Whether the masked GEMM does a convolution of one tap as fast as torch does it over a masked weight.
+bool fuses(bool channels_last, double positions, const Pattern& pattern) {
+  const auto N = double(pattern.rows()), K = double(pattern.cols());
+  return channels_last && !portable() && N * K >= cpu::kFusedWeights * positions * (N + K);
+}
+
 }  // namespace
 
 Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool channels_last, const at::Tensor& weight,
@@ -226,6 +233,9 @@ Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool chan
   const char* no_sparse = obstacle;
   if (!no_sparse && weight.scalar_type() != at::kFloat) no_sparse = "its kernels take float32 only";
   if (!no_sparse && (!pattern->indexable() || taps(*geometry) > kMaxTaps)) no_sparse = kTooLarge;
+  const char* no_fused = packed ? "a packed layer has no dense weight" : obstacle;
+  if (!no_fused && !has_kernels(weight.scalar_type())) no_fused = kOtherDtype;
+  if (!no_fused && !is_pointwise(*geometry)) no_fused = "it takes kernels of one tap, stride 1, no padding, one group";
   // An index is worth its making from the second use of a mask on.
   const bool compacts = forced_path() ? forced_path() == Path::kCompact : !obstacle && pattern->reused();
   std::shared_ptr<const Channels> channels;
@@ -252,12 +262,18 @@ Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool chan
         least = compact;
       }
     }
-    if (!no_sparse && costs.of_sparse(double(pattern->nnz()), threads) < cpu::kConvMargin * least) {
+    double margin = cpu::kConvMargin;
+    const int64_t positions = geometry->batch * geometry->output[0] * geometry->output[1] * geometry->output[2];
+    if (choice.path == Path::kCopy && !no_fused && fuses(channels_last, double(positions), *pattern)) {
+      choice = {Path::kFused, "masked GEMM: one tap, and most weights remain"};
+      least = Costs{pass, positions, weight.scalar_type(), threads}.of(Path::kFused, *pattern);
+      margin = cpu::kFusedMargin;
+    }
+    if (!no_sparse && costs.of_sparse(double(pattern->nnz()), threads) < margin * least) {
       choice = {Path::kSparse, "sparse convolution: few weights remain"};
     }
   }
-  const char* no_gemm = "it is for linear layers";
-  return obey(packed ? "packed convolution" : "convolution", {nullptr, no_gemm, no_compact, no_sparse}, choice);
+  return obey(packed ? "packed convolution" : "convolution", {nullptr, no_fused, no_compact, no_sparse}, choice);
 }
 
 Choice choose_device(const char* operation, Pass pass, int64_t rows, const DeviceObstacles& obstacles,

@@ -105,8 +105,9 @@ def _latin_square(sizes: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
 
 
 # (M, N, K) around the edges, then: more than one block of depth (768) in each of the three products, rows enough to be
-# split among threads, a last row panel of one row, more rows than one chunk of packed A holds at such a depth; few rows
-# of input beside several tasks, strips and blocks of the weight; more columns than 16 bits can number.
+# split among threads, or into blocks (3001), a last row panel of one row, more rows than one chunk of packed A holds at
+# such a depth; few rows of input beside several tasks, strips and blocks of the weight; more columns than 16 bits can
+# number.
 SHAPES = tuple(_latin_square(EDGES))
 LARGE_SHAPES = (
     (5, 49, 1700),
@@ -116,6 +117,8 @@ LARGE_SHAPES = (
     (257, 97, 300),
     (200, 48, 130),
     (130, 200, 100),
+    (3001, 50, 500),
+    (3001, 500, 50),
     (1, 700, 1300),
     (3, 130, 1100),
     (13, 97, 600),

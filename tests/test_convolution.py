@@ -135,7 +135,7 @@ def test_values_and_gradients_are_exact_on_integers(problem: Problem, dtype: tor
 @every_capability
 @pytest.mark.parametrize("path", [None, *PATHS])
 def test_paths_and_capabilities(path: str | None, capability: str) -> None:
-    """A path serves some problems, or none because it is for linear layers; what it serves is right."""
+    """A path serves some problems; what it serves is right."""
     served = 0
     with running_on(path, capability), poisoned():
         for n, problem in enumerate(PROBLEMS * 2):

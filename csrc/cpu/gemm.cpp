@@ -299,6 +299,20 @@ auto from_columns(const Team& team, const T* matrix, int64_t rows, int64_t ld) {
   };
 }
 
+// gemm(team, first, rows) for all M rows of C: where A has many and short ones and B is small, every thread takes
+// blocks of them that stay in its L2 once they are packed, and packs B for each; else all at once.
+template <typename Gemm>
+void by_rows(const Team& team, int64_t M, int64_t N, int64_t depth, const Gemm& gemm) {
+  const int64_t block = tuning::kRowBlockBytes / (depth * int64_t{sizeof(float)}) / kMR * kMR;
+  const int64_t blocks = ceil_div(M, max<int64_t>(block, 1));
+  const bool small_B = N * depth * int64_t{sizeof(float)} <= tuning::kMostRepackedBytes;
+  if (block < tuning::kLeastRowBlock || blocks < 2 * team.threads || !small_B) return gemm(team, 0, M);
+  constexpr Team alone = {1, [](int64_t tasks, void* context, void (*body)(void*, int64_t)) {
+                            for (int64_t task = 0; task < tasks; ++task) body(context, task);
+                          }};
+  team.for_each(blocks, [&](int64_t i) { gemm(alone, M * i / blocks, M * (i + 1) / blocks - M * i / blocks); });
+}
+
 // The three operations in one element type. The pointers of api.h, typed.
 template <typename T>
 struct Linear {
@@ -307,13 +321,17 @@ struct Linear {
 
   static void forward(const Team& team, int64_t M, int64_t N, int64_t K, const void* input, const void* weight,
                       Bits bits, const void* bias, void* output) {
-    gemm(team, M, N, K, from_rows(team, in(input), K), MaskedRows<T>(in(weight), K, bits), in(bias), nullptr,
-         out(output));
+    by_rows(team, M, N, K, [&](const Team& of_block, int64_t m, int64_t rows) {
+      gemm(of_block, rows, N, K, from_rows(of_block, in(input) + m * K, K), MaskedRows<T>(in(weight), K, bits),
+           in(bias), nullptr, out(output) + m * N);
+    });
   }
   static void grad_input(const Team& team, int64_t M, int64_t N, int64_t K, const void* grad_output, const void* weight,
                          Bits bits, void* grad_input) {
-    gemm(team, M, K, N, from_rows(team, in(grad_output), N), Columns<T, true>(in(weight), N, K, bits), in(nullptr),
-         nullptr, out(grad_input));
+    by_rows(team, M, K, N, [&](const Team& of_block, int64_t m, int64_t rows) {
+      gemm(of_block, rows, K, N, from_rows(of_block, in(grad_output) + m * N, N),
+           Columns<T, true>(in(weight), N, K, bits), in(nullptr), nullptr, out(grad_input) + m * K);
+    });
   }
   static void grad_weight(const Team& team, int64_t M, int64_t N, int64_t K, const void* grad_output, const void* input,
                           Bits bits, void* grad_weight) {

@@ -24,6 +24,13 @@ constexpr int64_t kPanelABytes = int64_t{16} << 20;
 // Rows of a task below which splitting a panel of B among threads costs more (B is packed twice) than it gains.
 constexpr int64_t kMinRowsPerTask = 64;
 
+// Tall products: bytes of a thread's block of packed A, half of L2; the rows below which, and the bytes of B beyond
+// which, it is not worth packing B for each block. 25088, 256 -> 64: 330 GF/s, and 150 with all of A at once; 2048,
+// 512 -> 2048 the same either way; bfloat16 4096, 512 -> 4096 0.8 times as fast.
+constexpr int64_t kRowBlockBytes = int64_t{512} << 10;
+constexpr int64_t kLeastRowBlock = 256;
+constexpr int64_t kMostRepackedBytes = int64_t{2} << 20;
+
 // Packing of B: depths per run of a few rows, and how many steps the prefetch is ahead, from rows (a step is a vector
 // of four rows) and from columns (a step is a depth). The time between two steps is some hundred cycles at M = 128 and
 // some tens at M = 16. 128, 4096 -> 4096: runs of 16, 64, 256 depths reach 86%, 92%, 91% of the peak.
