@@ -10,18 +10,6 @@
 namespace masked_ops::device {
 namespace {
 
-// Both tensors as they lie in the weight's memory, in which the weight is contiguous.
-struct InOrder {
-  at::Tensor weight, mask;
-
-  InOrder(const at::Tensor& dense, const at::Tensor& mask) : weight(dense), mask(mask) {
-    if (dense.is_contiguous()) return;
-    const auto order = memory_order(dense);
-    weight = dense.permute(order);
-    this->mask = mask.permute(order);
-  }
-};
-
 // What a mask that holds 0 and 1 only is known by: its bits for the kernel, or where it is not 0 for torch. Neither, if
 // that is not known: then the composite reads the mask. So must a graph that is captured, since the mask may have
 // changed when it is replayed; a bool mask can be read as it is.
@@ -73,19 +61,19 @@ struct Known {
 
 at::Tensor masked_weight(const at::Tensor& weight, const at::Tensor& mask, at::ScalarType dtype) {
   const at::Tensor dense = weight.is_non_overlapping_and_dense() ? weight : weight.clone();
-  const InOrder seen(dense, mask);
-  const Known known(seen.mask);
+  const auto [weight_in_order, mask_in_order] = in_memory_order(dense, mask);
+  const Known known(mask_in_order);
   if (known.none()) return masked_weight_composite(weight, mask).to(dtype);
   at::Tensor out = at::empty_like(dense, dense.options().dtype(dtype));
-  if (known.apply(seen.weight, out.as_strided(seen.weight.sizes(), seen.weight.strides()))) return out;
+  if (known.apply(weight_in_order, out.as_strided(weight_in_order.sizes(), weight_in_order.strides()))) return out;
   return masked_weight(weight, mask, weight.scalar_type()).to(dtype);
 }
 
 void mask_in_place(const at::Tensor& weight, const at::Tensor& mask) {
   if (weight.is_non_overlapping_and_dense()) {
-    const InOrder seen(weight, mask);
-    if (const Known known(seen.mask); !known.none()) {
-      known.apply(seen.weight, seen.weight);
+    const auto [weight_in_order, mask_in_order] = in_memory_order(weight, mask);
+    if (const Known known(mask_in_order); !known.none()) {
+      known.apply(weight_in_order, weight_in_order);
       return;
     }
   }

@@ -4,9 +4,11 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mul.h>
 #include <c10/util/Exception.h>
+#include <c10/util/SmallVector.h>
 
 #include <algorithm>
 #include <numeric>
+#include <tuple>
 
 #include "checks.h"
 #include "device_linear.h"
@@ -26,11 +28,7 @@ struct InOrder {
   InOrder(const at::Tensor& dense, const at::Tensor& mask_of_it) : weight(dense), mask(mask_of_it) {
     const bool strided = weight.is_cpu() && weight.layout() == at::kStrided && packable(mask.scalar_type());
     if (!strided || !weight.is_non_overlapping_and_dense()) return;
-    if (!weight.is_contiguous()) {
-      const auto order = memory_order(weight);
-      weight = weight.permute(order);
-      mask = mask.permute(order);
-    }
+    std::tie(weight, mask) = in_memory_order(weight, mask);
     pattern = pattern_of(mask);
   }
   bool binary() const { return pattern && pattern->binary(); }
@@ -42,11 +40,13 @@ struct InOrder {
 
 }  // namespace
 
-c10::SmallVector<int64_t, 5> memory_order(const at::Tensor& t) {
-  c10::SmallVector<int64_t, 5> order(t.dim());
+std::pair<at::Tensor, at::Tensor> in_memory_order(const at::Tensor& weight, const at::Tensor& mask) {
+  if (weight.is_contiguous()) return {weight, mask};
+  c10::SmallVector<int64_t, 5> order(weight.dim());  // from the slowest to the fastest
   std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return t.stride(a) > t.stride(b); });
-  return order;
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return weight.stride(a) > weight.stride(b); });
+  return {weight.permute(order), mask.permute(order)};
 }
 
 void check_mask(const at::Tensor& weight, const at::Tensor& mask) {

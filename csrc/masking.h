@@ -2,9 +2,9 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <c10/util/SmallVector.h>
 
 #include <optional>
+#include <utility>
 
 #include "memory.h"
 #include "pattern.h"
@@ -36,10 +36,11 @@ class MaskedForCall {
   at::Tensor masked_;
 };
 
-// Dimensions from the slowest to the fastest in memory.
-c10::SmallVector<int64_t, 5> memory_order(const at::Tensor& t);
+// Both with the dimensions in the order in which the weight, which is dense, has them in memory, where it is
+// contiguous.
+std::pair<at::Tensor, at::Tensor> in_memory_order(const at::Tensor& weight, const at::Tensor& mask);
 
-// The same by torch's own differentiable operations.
+// masked_weight by torch's own differentiable operations.
 at::Tensor masked_weight_composite(const at::Tensor& weight, const at::Tensor& mask);
 
 // The pattern where there is one: a packable mask in CPU memory; else null.

@@ -35,6 +35,8 @@ at::Tensor on_huge_pages(at::Tensor fresh) {
   return fresh;
 }
 
+void release_kept() { kept = {}; }
+
 Scratch::Scratch(const at::Tensor& like) {
   const size_t bytes = like.nbytes();
   if (bytes > kKeptBytes) {

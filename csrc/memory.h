@@ -24,4 +24,6 @@ class Scratch {
   at::Tensor tensor_;
 };
 
+void release_kept();  // of the calling thread
+
 }  // namespace masked_ops

@@ -16,6 +16,7 @@
 #include "checks.h"
 #include "device.h"
 #include "device_linear.h"
+#include "memory.h"
 #include "ops.h"
 #include "path.h"
 #include "pattern.h"
@@ -267,5 +268,11 @@ PYBIND11_MODULE(_C, m) {
       "Why there are no CUDA kernels; empty if there are.");
   m.def("cuda_kernels", &masked_ops::cuda_kernels, py::arg("device"), "Name -> (confirmed by a GPU, 'ok' or why not).");
   m.def("cuda_forget", &masked_ops::device::forget_checks, "Check the CUDA kernels anew; for tests.");
-  m.def("release_scratch", &masked_ops::cpu::release_scratch, "Free the calling thread's scratch memory.");
+  m.def(
+      "release_scratch",
+      [] {
+        masked_ops::cpu::release_scratch();
+        masked_ops::release_kept();
+      },
+      "Free the calling thread's scratch memory.");
 }
