@@ -34,6 +34,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import _harness  # noqa: F401  (settles the allocator)
 import numpy as np
 import torch
 from scipy.optimize import nnls
@@ -84,13 +85,19 @@ def forced(path: str, call: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def interleaved_minima(contenders: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """Seconds a call takes at best, each contender called in turn, in both orders, until the time is up."""
+    """Seconds a call takes at best, each contender called in turn, in both orders, until the time is up.
+
+    Each round begins with another one, so that none is ever called twice in a row: that one would find its operands in
+    the caches, and a large layer gets few rounds.
+    """
     best = dict.fromkeys(contenders, float("inf"))
     names = list(contenders)
     deadline = time.perf_counter() + seconds
     rounds = 0
     while rounds < 4 or (time.perf_counter() < deadline and rounds < 200):
-        for name in names if rounds % 2 == 0 else reversed(names):
+        first = rounds // 2 % len(names)
+        turn = names[first:] + names[:first]
+        for name in turn if rounds % 2 == 0 else turn[1::-1] + turn[:1:-1]:
             start = time.perf_counter()
             contenders[name]()
             best[name] = min(best[name], time.perf_counter() - start)

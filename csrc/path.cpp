@@ -13,6 +13,7 @@
 #include "device_tuning.h"
 #include "parallel.h"
 #include "pointwise_convolution.h"
+#include "sparse.h"
 
 namespace masked_ops {
 namespace {
@@ -46,7 +47,6 @@ struct Costs {
   Pass pass;
   int64_t M;
   at::ScalarType dtype;
-  int threads;
 
   // Where bfloat16 is converted, float16 tells what our kernels take, and torch's are no faster than for float32.
   const cpu::CostTable& table(Path path) const {
@@ -62,7 +62,7 @@ struct Costs {
     if (!reads_dense_weight) c.weight = c.memory = 0;
     const int64_t bytes = N * K * int64_t(c10::elementSize(dtype));
     const double fresh = path == Path::kCopy && bytes >= cpu::kFreshBytes ? cpu::kFreshCost * double(bytes) : 0;
-    return c(M, N, K, nnz, threads) + fresh;
+    return c(M, N, K, nnz, threads(path, N, K, nnz, reads_dense_weight)) + fresh;
   }
 
   double of(Path path, const Pattern& pattern, bool reads_dense_weight = true) const {
@@ -72,7 +72,12 @@ struct Costs {
   double of_compact(const Pattern& pattern) const {
     const int64_t N = pattern.live_rows(), K = pattern.live_cols();
     const int64_t moved = 2 * N * K + M * (N + K + pattern.rows() + pattern.cols());
-    return of(Path::kFused, N, K, pattern.nnz()) + cpu::kGatherCost * double(moved) / threads + cpu::kCompactCall;
+    return of(Path::kFused, N, K, pattern.nnz()) +
+           cpu::kGatherCost * double(moved) / threads(Path::kFused, N, K, pattern.nnz(), false) + cpu::kCompactCall;
+  }
+
+  int threads(Path path, int64_t N, int64_t K, int64_t nnz, bool reads_dense_weight) const {
+    return team_for(path == Path::kSparse ? sparse_operations(M, N, K, nnz, reads_dense_weight) : M * N * K).threads;
   }
 };
 
@@ -111,7 +116,7 @@ Choice choose_linear(Pass pass, int64_t rows, const at::Tensor& weight, const Pa
   }
   Choice choice = {Path::kCopy, obstacle};
   if (!obstacle) {
-    const Costs costs = {pass, rows, weight.scalar_type(), team_for(rows * pattern->nnz()).threads};
+    const Costs costs = {pass, rows, weight.scalar_type()};
     double least = std::numeric_limits<double>::infinity();
     const auto consider = [&](Path path, double nanoseconds, const char* reason) {
       if (nanoseconds < least) {
@@ -141,7 +146,7 @@ Choice choose_packed_linear(Pass pass, int64_t rows, const at::Tensor& values, c
   const char* obstacle = !has_kernels(values.scalar_type()) ? kOtherDtype : !pattern.indexable() ? kTooLarge : nullptr;
   Choice choice = {Path::kCopy, obstacle};
   if (!obstacle) {
-    const Costs costs = {pass, rows, values.scalar_type(), team_for(rows * pattern.nnz()).threads};
+    const Costs costs = {pass, rows, values.scalar_type()};
     const bool sparse = costs.of(Path::kSparse, pattern, /*reads_dense_weight=*/false) < costs.of(Path::kCopy, pattern);
     choice = sparse ? Choice{Path::kSparse, "SpMM: few weights remain"}
                     : Choice{Path::kCopy, "torch's GEMM over the unpacked weight"};
@@ -266,7 +271,7 @@ Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool chan
     const int64_t positions = geometry->batch * geometry->output[0] * geometry->output[1] * geometry->output[2];
     if (choice.path == Path::kCopy && !no_fused && fuses(channels_last, double(positions), *pattern)) {
       choice = {Path::kFused, "masked GEMM: one tap, and most weights remain"};
-      least = Costs{pass, positions, weight.scalar_type(), threads}.of(Path::kFused, *pattern);
+      least = Costs{pass, positions, weight.scalar_type()}.of(Path::kFused, *pattern);
       margin = cpu::kFusedMargin;
     }
     if (!no_sparse && costs.of_sparse(double(pattern->nnz()), threads) < margin * least) {

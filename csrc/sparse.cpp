@@ -9,7 +9,9 @@
 namespace masked_ops {
 namespace {
 
-cpu::Team team_of(const Pattern& pattern, int64_t M) { return team_for(M * pattern.nnz()); }
+cpu::Team sparse_team(const Pattern& pattern, int64_t M, bool compresses) {
+  return team_for(sparse_operations(M, pattern.rows(), pattern.cols(), pattern.nnz(), compresses));
+}
 
 // One row fills no vector of lanes.
 bool takes_vector(const Pattern& pattern, int64_t M) { return M == 1 && pattern.has_row_columns(); }
@@ -20,13 +22,14 @@ void sparse_linear(const Pattern& pattern, const at::Tensor& values, int64_t M, 
                    const at::Tensor& bias, const at::Tensor& y) {
   const void* const b = bias.defined() ? bias.const_data_ptr() : nullptr;
   if (takes_vector(pattern, M)) {
-    cpu::kernels().spmv(team_of(pattern, M), pattern.row_columns(), pattern.cols(), dtype_of(x.scalar_type()),
-                        values.const_data_ptr(), x.const_data_ptr(), b, y.mutable_data_ptr());
+    cpu::kernels().spmv(sparse_team(pattern, M, false), pattern.row_columns(), pattern.cols(),
+                        dtype_of(x.scalar_type()), values.const_data_ptr(), x.const_data_ptr(), b,
+                        y.mutable_data_ptr());
     return;
   }
   const auto index = pattern.index(/*transposed=*/false);
-  index->kernels().spmm(team_of(pattern, M), index->get(), dtype_of(x.scalar_type()), values.const_data_ptr(), M,
-                        x.const_data_ptr(), b, y.mutable_data_ptr());
+  index->kernels().spmm(sparse_team(pattern, M, false), index->get(), dtype_of(x.scalar_type()),
+                        values.const_data_ptr(), M, x.const_data_ptr(), b, y.mutable_data_ptr());
 }
 
 at::Tensor sparse_linear_of_dense(const Pattern& pattern, const at::Tensor& weight, int64_t M, const at::Tensor& x,
@@ -38,7 +41,7 @@ at::Tensor sparse_linear_of_dense(const Pattern& pattern, const at::Tensor& weig
   }
   at::Tensor values = on_huge_pages(at::empty({pattern.nnz()}, weight.options()));
   const auto index = pattern.index(/*transposed=*/false);
-  index->kernels().compress_spmm(team_of(pattern, M), index->get(), dtype_of(x.scalar_type()), pattern.bits(),
+  index->kernels().compress_spmm(sparse_team(pattern, M, true), index->get(), dtype_of(x.scalar_type()), pattern.bits(),
                                  pattern.offsets(), weight.const_data_ptr(), values.mutable_data_ptr(), M,
                                  x.const_data_ptr(), bias.defined() ? bias.const_data_ptr() : nullptr,
                                  y.mutable_data_ptr());
@@ -48,26 +51,27 @@ at::Tensor sparse_linear_of_dense(const Pattern& pattern, const at::Tensor& weig
 void sparse_grad_input(const Pattern& pattern, const at::Tensor& values, int64_t M, const at::Tensor& dy,
                        const at::Tensor& dx) {
   if (takes_vector(pattern, M)) {
-    cpu::kernels().spmv_transposed(team_of(pattern, M), pattern.row_columns(), pattern.cols(),
+    cpu::kernels().spmv_transposed(sparse_team(pattern, M, false), pattern.row_columns(), pattern.cols(),
                                    dtype_of(dy.scalar_type()), values.const_data_ptr(), dy.const_data_ptr(),
                                    dx.mutable_data_ptr());
     return;
   }
   const auto index = pattern.index(/*transposed=*/true);
-  index->kernels().spmm(team_of(pattern, M), index->get(), dtype_of(dy.scalar_type()), values.const_data_ptr(), M,
-                        dy.const_data_ptr(), nullptr, dx.mutable_data_ptr());
+  index->kernels().spmm(sparse_team(pattern, M, false), index->get(), dtype_of(dy.scalar_type()),
+                        values.const_data_ptr(), M, dy.const_data_ptr(), nullptr, dx.mutable_data_ptr());
 }
 
 void sparse_grad_values(const Pattern& pattern, int64_t M, const at::Tensor& dy, const at::Tensor& x,
                         const at::Tensor& grad_values) {
   if (takes_vector(pattern, M)) {
-    cpu::kernels().sampled_outer(team_of(pattern, M), pattern.row_columns(), pattern.cols(), dtype_of(dy.scalar_type()),
-                                 dy.const_data_ptr(), x.const_data_ptr(), grad_values.mutable_data_ptr());
+    cpu::kernels().sampled_outer(sparse_team(pattern, M, false), pattern.row_columns(), pattern.cols(),
+                                 dtype_of(dy.scalar_type()), dy.const_data_ptr(), x.const_data_ptr(),
+                                 grad_values.mutable_data_ptr());
     return;
   }
   const auto index = pattern.index(/*transposed=*/false);
-  index->kernels().sddmm(team_of(pattern, M), index->get(), dtype_of(dy.scalar_type()), M, dy.const_data_ptr(),
-                         x.const_data_ptr(), grad_values.mutable_data_ptr());
+  index->kernels().sddmm(sparse_team(pattern, M, false), index->get(), dtype_of(dy.scalar_type()), M,
+                         dy.const_data_ptr(), x.const_data_ptr(), grad_values.mutable_data_ptr());
 }
 
 }  // namespace masked_ops

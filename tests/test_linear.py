@@ -135,6 +135,7 @@ def call(path: str | None, op: str, arguments: tuple) -> Tensor | None:
 @every_path_and_float
 def test_family_is_exact_on_integers(path: str | None, dtype: torch.dtype, capability: str) -> None:
     served = set()
+    torch.set_num_threads(max(torch.get_num_threads(), 2))
     with running_on(path, capability), poisoned():
         poison_scratch()
         for case, exact in integer_cases(dtype):

@@ -142,24 +142,28 @@ void sample_all(const Team& team, const SparseIndex& index, int64_t M, const T* 
     };
     const float* const x = pack(Slot::kPanelA, input, index.cols);
     const float* const dy = pack(Slot::kPanelB, grad_output, index.rows);
-    team.for_each(index.panels, [&](int64_t panel) {
+    // A task is a panel, or some of its blocks where panels are few: every entry is one task's.
+    const int64_t parts = min(ceil_div(tuning::kTasksPerThread * team.threads, index.panels), index.blocks);
+    team.for_each(index.panels * parts, [&](int64_t task) {
+      const int64_t panel = task / parts, part = task % parts;
       float* const results = sums + index.panel_values[panel];
       for (int64_t t = 0; t < tiles.count(); ++t) {
         const int64_t lanes = tiles.vectors_of(t) * L;
         const float* const x_tile = x + tiles.offset(t, index.cols);
         const float* const dy_panel = dy + tiles.offset(t, index.rows) + panel * index.panel_rows * lanes;
-        for (int64_t block = 0; block < index.blocks; ++block) {
+        for (int64_t block = part * index.blocks / parts; block < (part + 1) * index.blocks / parts; ++block) {
           const int64_t tile = panel * index.blocks + block;
           prefetch_tile(index, tile + 1);
           sample_tile(index, tile, tiles.vectors_of(t), x_tile + block * index.block_cols * lanes, dy_panel, results,
                       m > 0 || t > 0);
         }
       }
-      if (!kIsFloat<T> && m + chunk >= M) {
-        const int64_t first = index.panel_values[panel];
-        const int64_t end = panel + 1 < index.panels ? index.panel_values[panel + 1] : nnz;
-        round_floats(results, end - first, grad_values + first);
-      }
+    });
+  }
+  if constexpr (!kIsFloat<T>) {
+    team.for_each(ceil_div(nnz, tuning::kPassGrain), [&](int64_t task) {
+      const int64_t first = task * tuning::kPassGrain;
+      round_floats(sums + first, min(tuning::kPassGrain, nnz - first), grad_values + first);
     });
   }
 }

@@ -346,7 +346,7 @@ void multiply_panel(const SparseIndex& index, const float* values, const Slices&
   }
 }
 
-// Tiles of input that a task takes.
+// The most tiles of input that a task takes.
 int64_t tiles_per_task(const SparseIndex& index, int64_t width) {
   return max<int64_t>(tuning::kPanelFloats / index.panel_rows / width, 1);
 }
@@ -373,7 +373,8 @@ void multiply_all(const Team& team, const SparseIndex& index, const T* all_value
       max<int64_t>(tuning::kPackedBytes / int64_t{sizeof(float)} / max<int64_t>(index.cols, 1) / width, 1) * width;
   for (int64_t m = 0; m < M; m += chunk) {
     const PackedInput packed(team, index, min(chunk, M - m), input + m * index.cols);
-    const int64_t tiles = packed.tiles.count(), per_task = tiles_per_task(index, width);
+    const int64_t tiles = packed.tiles.count(), wanted = ceil_div(int64_t{team.threads}, index.panels);
+    const int64_t per_task = min(tiles_per_task(index, width), ceil_div(tiles, wanted));
     const int64_t groups = ceil_div(tiles, per_task);
     team.for_each(index.panels * groups, [&](int64_t task) {
       const int64_t panel = task / groups, first = task % groups * per_task;
@@ -418,9 +419,9 @@ void spmm(const Team& team, const SparseIndex& index, Dtype dtype, const void* v
 
 void compress_spmm(const Team& team, const SparseIndex& index, Dtype dtype, Bits bits, const int64_t* offsets,
                    const void* weight, void* values, int64_t M, const void* input, const void* bias, void* output) {
-  // Where a panel is one task.
+  // Where a panel is one task, and each thread has one.
   const int64_t width = tile_vectors(index) * L;
-  if (dtype == Dtype::kFloat && M <= tiles_per_task(index, width) * width) {
+  if (dtype == Dtype::kFloat && M <= tiles_per_task(index, width) * width && index.panels >= team.threads) {
     const DenseWeight dense = {bits, index.cols, offsets, static_cast<const float*>(weight),
                                static_cast<float*>(values)};
     return compress_and_multiply(team, index, dense, M, static_cast<const float*>(input),

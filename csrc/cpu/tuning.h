@@ -38,7 +38,7 @@ constexpr int64_t kPackRun = 64;
 constexpr int64_t kRowsAhead = 12;
 constexpr int64_t kColumnsAhead = 32;
 
-// Up to this many rows of input, a weight is not packed (gemv.cpp); they are taken kSmallTile at a time, with as many
+// Up to this many rows of input, a weight is not packed (gemv.h); they are taken kSmallTile at a time, with as many
 // sums in registers as leave room for what is multiplied.
 constexpr int64_t kSmallRows = 16;
 #if defined(__AVX512F__)
@@ -51,9 +51,13 @@ constexpr int kSmallTile = 4, kSmallSums = 9, kSmallVectors = 4;
 constexpr int64_t kSmallGrain = int64_t{1} << 14;
 constexpr int64_t kBytesAhead = 2048;
 constexpr int64_t kSmallStrip = 512, kSmallBlock = 32;
+// A weight of no more columns than a strip has is cut into rows instead, if each thread gets so many.
+constexpr int64_t kLeastPartRows = 64;
 // grad_input of up to kAxpyRows rows goes by rows of the weight, in strips of this many columns. Tiles of grad_weight.
 constexpr int kAxpyRows = 3;
 constexpr int64_t kAxpyStrip = 1024;
+// Up to so many rows of input, grad_weight is written row by row.
+constexpr int kOuterByRow = 3;
 #if defined(__AVX512F__)
 constexpr int kOuterRows = 4, kOuterVectors = 4;
 #else

@@ -1,0 +1,32 @@
+// A linear layer for a few rows of input, where a weight is used too seldom to be worth packing: the weight streams by
+// as it lies, its bits the predicate of the load, and what it meets is small enough for the caches. Elements of 16 bits
+// become operands (elements.h) as they are loaded. One file for each of the three products.
+#pragma once
+
+#include "elements.h"
+#include "kernels.h"
+#include "tuning.h"
+
+namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
+
+// Rows of input that are taken at once.
+constexpr int kMaxRows = tuning::kSmallTile;
+
+// Tiles of equal height, at most kMaxRows.
+struct RowTiles {
+  int64_t rows, count, height;
+  explicit RowTiles(int64_t M) : rows(M), count(ceil_div(M, kMaxRows)), height(ceil_div(M, count)) {}
+  int64_t begin(int64_t tile) const { return tile * height; }
+  int64_t size(int64_t tile) const { return min(height, rows - tile * height); }
+};
+
+// kernel(Int<n>) for a number of rows, or of vectors, that is known only now.
+template <int N, typename Kernel>
+MASKED_OPS_INLINE void with_int(int64_t n, const Kernel& kernel) {
+  if constexpr (N > 1) {
+    if (n < N) return with_int<N - 1>(n, kernel);
+  }
+  kernel(Int<N>());
+}
+
+}  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY
