@@ -20,6 +20,7 @@
 #include "ops.h"
 #include "path.h"
 #include "pattern.h"
+#include "register_direct.h"
 
 namespace py = pybind11;
 
@@ -247,6 +248,7 @@ TORCH_LIBRARY_IMPL(masked_ops, AutocastCUDA, m) { masked_ops::register_autocast<
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of masked_ops, and what steers them.";
+  masked_ops::define_direct(m);
   m.def("paths", &masked_ops::path_names, "Names of the paths.");
   m.def("set_path", &masked_ops::set_path, py::arg("name") = py::none(), "Force a path; returns the one before.");
   m.def("cache_info", &masked_ops::cache_info_dict, "Counters of the cache of mask patterns.");

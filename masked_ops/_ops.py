@@ -14,7 +14,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,6 +70,19 @@ packed_convolution_grad_values = torch.ops.masked_ops.packed_convolution_grad_va
 unpack_values = torch.ops.masked_ops.unpack_values.default
 pack_values = torch.ops.masked_ops.pack_values.default
 
+
+class _Direct(NamedTuple):
+    """How Python's functions call the operations: by torch.ops, or past it where the compiled kernels serve.
+
+    All arguments are positional. Dynamo, which knows no functions of libraries, is to be shown the operations.
+    """
+
+    linear: Callable[..., Tensor] = linear
+    packed_linear: Callable[..., Tensor] = packed_linear
+
+
+direct = _Direct()
+
 # Every operation that computes, in the order of the schemas.
 OPERATIONS = (
     linear,
@@ -118,7 +131,7 @@ load._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _load() -> bool:
-    global _loaded, _module, _fallback_reason
+    global _loaded, _module, _fallback_reason, direct
     with _lock:
         if _loaded is None:
             try:
@@ -140,6 +153,8 @@ def _load() -> bool:
                 if path:
                     module.set_path(path)
                 module.set_cuda_loader(_cuda.load, _cuda.warn)
+                module.set_boxed(linear, packed_linear)
+                direct = _Direct(module.linear, module.packed_linear)
                 _module, _loaded = module, True
                 for op in OPERATIONS:  # the Python dispatcher, which is on while torch traces, remembers kernels
                     op._dispatch_cache.clear()

@@ -86,7 +86,9 @@ def masked_linear(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | No
                 [4.]])
     """
     _ops.load()
-    return _ops.linear(input, weight, mask, bias)
+    if torch.compiler.is_dynamo_compiling():
+        return _ops.linear(input, weight, mask, bias)
+    return _ops.direct.linear(input, weight, mask, bias)
 
 
 def packed_linear(
@@ -117,7 +119,9 @@ def packed_linear(
         tensor([[310.]])
     """
     _ops.load()
-    return _ops.packed_linear(input, weight_values, weight_bits, in_features, bias)
+    if torch.compiler.is_dynamo_compiling():
+        return _ops.packed_linear(input, weight_values, weight_bits, in_features, bias)
+    return _ops.direct.packed_linear(input, weight_values, weight_bits, in_features, bias)
 
 
 def _expand(name: str, value: _IntOrInts, n: int) -> list[int]:

@@ -7,8 +7,9 @@ import io
 import multiprocessing
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from ranks import Check, assert_passed, name_of, run_in_two_processes, share
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import masked_ops
@@ -216,6 +218,75 @@ def test_jit_trace() -> None:
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(model, x)
     torch.testing.assert_close(traced(x), model(x))
+
+
+def linear_calls() -> dict[str, Callable[[Tensor], Tensor]]:
+    """Calls of one input whose operations Python does not reach by way of torch.ops."""
+    mask = random_mask(torch.empty(4, 9))
+    packed = masked_ops.pack(with_random_masks(masked_ops.MaskedLinear(9, 4)))
+    values = packed.weight_values.detach()  # torch.jit.trace takes no constants that require a gradient
+    return {
+        "linear": lambda x: masked_ops.masked_linear(x, x[:4] + 0.0, mask),
+        "packed_linear": lambda x: masked_ops.packed_linear(x, values, packed.weight_bits, 9),
+    }
+
+
+@pytest.mark.parametrize("name", ["linear", "packed_linear"])
+def test_jit_trace_of_functions(name: str) -> None:
+    call = linear_calls()[name]
+    x, other = torch.randn(6, 9), torch.randn(6, 9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(call, x)
+    assert f"masked_ops::{name}" in str(traced.graph)
+    torch.testing.assert_close(traced(other), call(other))
+
+
+class Named(Tensor):
+    """A subclass that notes the operations which it takes part in."""
+
+    seen: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.seen.append(str(func))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("name", ["linear", "packed_linear"])
+def test_torch_functions_see_the_operations(name: str) -> None:
+    call, x = linear_calls()[name], torch.randn(6, 9)
+    expected = call(x)
+    Named.seen.clear()
+    result = call(x.as_subclass(Named))
+    assert type(result) is Named
+    assert f"masked_ops.{name}.default" in Named.seen
+    torch.testing.assert_close(result.as_subclass(Tensor), expected)
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    seen: list[str] = []
+    with Mode():
+        torch.testing.assert_close(call(x), expected)
+    assert f"masked_ops.{name}.default" in seen
+
+
+@pytest.mark.parametrize("bad", [None, 3, "x", [1.0]], ids=repr)
+def test_arguments_of_a_wrong_type_are_refused_by_torch(bad: Any) -> None:
+    ones = torch.ones(2, 2)
+    for at in range(4):
+        arguments = [ones, ones, ones, torch.ones(2)]
+        arguments[at] = bad
+        if at == 3 and bad is None:
+            continue
+        with pytest.raises((RuntimeError, TypeError)) as direct:
+            masked_ops.masked_linear(*arguments)
+        with pytest.raises((RuntimeError, TypeError)) as boxed:
+            torch.ops.masked_ops.linear(*arguments)
+        assert str(direct.value).partition("\n")[0] == str(boxed.value).partition("\n")[0]
 
 
 # --- modes -----------------------------------------------------------------------------------------------------------
