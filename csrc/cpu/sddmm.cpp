@@ -132,7 +132,7 @@ void sample_all(const Team& team, const SparseIndex& index, int64_t M, const T* 
   const int vectors = tuning::kMaxVectors;
   const int64_t width = vectors * L;
   const int64_t deepest = max<int64_t>(max(index.rows, index.cols), 1);
-  const int64_t chunk = max<int64_t>(tuning::kPackedBytes / int64_t{sizeof(float)} / deepest / width, 1) * width;
+  const int64_t chunk = rows_at_a_time(index, deepest, width);
   for (int64_t m = 0; m < M; m += chunk) {
     const Tiles tiles = {min(chunk, M - m), vectors};
     const auto pack = [&](Slot slot, const T* matrix, int64_t depth) {

@@ -59,6 +59,13 @@ inline int tile_vectors(const SparseIndex& index) {
   return vectors;
 }
 
+// Rows of input, in whole tiles of this width, that are packed at a time.
+inline int64_t rows_at_a_time(const SparseIndex& index, int64_t depth, int64_t width) {
+  const int64_t bytes =
+      max(tuning::kPackedBytes, min(tuning::kPackedBytesPerEntry * index.nnz, tuning::kMostPackedBytes));
+  return max<int64_t>(bytes / int64_t{sizeof(float)} / depth / width, 1) * width;
+}
+
 // Brings what the index has of a tile into L2, while the tile before it is computed.
 inline void prefetch_tile(const SparseIndex& index, int64_t tile) {
   if (tile >= index.panels * index.blocks) return;

@@ -369,8 +369,7 @@ void multiply_all(const Team& team, const SparseIndex& index, const T* all_value
                   const T* bias, T* output) {
   const float* const values = as_floats(team, Slot::kPanelB, all_values, index.nnz);
   const int64_t width = tile_vectors(index) * L;
-  const int64_t chunk =
-      max<int64_t>(tuning::kPackedBytes / int64_t{sizeof(float)} / max<int64_t>(index.cols, 1) / width, 1) * width;
+  const int64_t chunk = rows_at_a_time(index, max<int64_t>(index.cols, 1), width);
   for (int64_t m = 0; m < M; m += chunk) {
     const PackedInput packed(team, index, min(chunk, M - m), input + m * index.cols);
     const int64_t tiles = packed.tiles.count(), wanted = ceil_div(int64_t{team.threads}, index.panels);
