@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import random
 import re
 import sys
@@ -153,7 +154,7 @@ Costs = dict[tuple[str, str, bool], dict[str, float]]
 
 
 def fit(samples: Samples) -> Costs:
-    """Non-negative least squares on relative errors."""
+    """Non-negative least squares on relative errors; they count less, the further a path is from the choice."""
     costs: Costs = {}
     for path, terms in PATH_TERMS.items():
         for name, small in itertools.product(PASSES, (True, False)):
@@ -161,8 +162,10 @@ def fit(samples: Samples) -> Costs:
             for cell, results in samples.items():
                 if (cell[0] <= SMALL_M) == small:
                     took = results[name][path]
-                    rows.append([f / took for f in features(cell, terms)])
-                    ones.append(1.0)
+                    best_other = min(results[name][other] for other in PATH_TERMS if other != path)
+                    counts = math.exp(-abs(math.log(took / best_other)) / 0.6) + 0.04
+                    rows.append([counts * f / took for f in features(cell, terms)])
+                    ones.append(counts)
             solution, _ = nnls(np.array(rows), np.array(ones))
             costs[path, name, small] = dict(zip(terms, solution.tolist(), strict=True))
     return costs

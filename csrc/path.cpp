@@ -13,7 +13,6 @@
 #include "device_tuning.h"
 #include "parallel.h"
 #include "pointwise_convolution.h"
-#include "sparse.h"
 
 namespace masked_ops {
 namespace {
@@ -47,6 +46,7 @@ struct Costs {
   Pass pass;
   int64_t M;
   at::ScalarType dtype;
+  int threads = team_for(std::numeric_limits<int64_t>::max()).threads;
 
   // Where bfloat16 is converted, float16 tells what our kernels take, and torch's are no faster than for float32.
   const cpu::CostTable& table(Path path) const {
@@ -62,7 +62,7 @@ struct Costs {
     if (!reads_dense_weight) c.weight = c.memory = 0;
     const int64_t bytes = N * K * int64_t(c10::elementSize(dtype));
     const double fresh = path == Path::kCopy && bytes >= cpu::kFreshBytes ? cpu::kFreshCost * double(bytes) : 0;
-    return c(M, N, K, nnz, threads(path, N, K, nnz, reads_dense_weight)) + fresh;
+    return c(M, N, K, nnz, threads) + fresh;
   }
 
   double of(Path path, const Pattern& pattern, bool reads_dense_weight = true) const {
@@ -72,12 +72,7 @@ struct Costs {
   double of_compact(const Pattern& pattern) const {
     const int64_t N = pattern.live_rows(), K = pattern.live_cols();
     const int64_t moved = 2 * N * K + M * (N + K + pattern.rows() + pattern.cols());
-    return of(Path::kFused, N, K, pattern.nnz()) +
-           cpu::kGatherCost * double(moved) / threads(Path::kFused, N, K, pattern.nnz(), false) + cpu::kCompactCall;
-  }
-
-  int threads(Path path, int64_t N, int64_t K, int64_t nnz, bool reads_dense_weight) const {
-    return team_for(path == Path::kSparse ? sparse_operations(M, N, K, nnz, reads_dense_weight) : M * N * K).threads;
+    return of(Path::kFused, N, K, pattern.nnz()) + cpu::kGatherCost * double(moved) / threads + cpu::kCompactCall;
   }
 };
 

@@ -9,8 +9,9 @@
 namespace masked_ops {
 namespace {
 
+// For a product of M rows with the remaining weights, by themselves or compressed on the way.
 cpu::Team sparse_team(const Pattern& pattern, int64_t M, bool compresses) {
-  return team_for(sparse_operations(M, pattern.rows(), pattern.cols(), pattern.nnz(), compresses));
+  return team_for(M * pattern.nnz() + (compresses ? pattern.rows() * pattern.cols() : 0));
 }
 
 // One row fills no vector of lanes.

@@ -7,12 +7,6 @@
 
 namespace masked_ops {
 
-// For team_for: of a product of M rows with the nnz remaining weights, by themselves or compressed from N x K on the
-// way.
-inline int64_t sparse_operations(int64_t M, int64_t N, int64_t K, int64_t nnz, bool compresses) {
-  return M * nnz + (compresses ? N * K : 0);
-}
-
 // Contiguous tensors of one dtype that has kernels: x [M][K], y and dy [M][N], dx [M][K], values and grad_values [nnz];
 // M, N, K > 0.
 

@@ -62,27 +62,30 @@ __attribute__((noinline)) void axpys(const Axpys<T>& o, Ahead<T>& ahead) {
       sum[m][j] = o.accumulate ? Vec::loadu(valid(j), o.dx + m * o.ldx + j * L) : Vec::zero();
     }
   }
-  const T* w = o.weight;
-  for (int64_t n = 0; n < o.rows; n += kDepth, w += kDepth * o.ldw) {
+  const auto step = [&](int64_t n, auto rows) __attribute__((always_inline)) {
+    constexpr int kRows = decltype(rows)::value;
+    const T* const w = o.weight + n * o.ldw;
     Vec v[NV];
     MASKED_OPS_UNROLL
     for (int j = 0; j < NV; ++j) {
       Vec::Predicate lanes[kDepth] = {};
       MASKED_OPS_UNROLL
-      for (int d = 0; d < kDepth; ++d) {
-        const bool inside = (kFull || j * L < o.columns) && (d == 0 || n + d < o.rows);
-        if (inside) lanes[d] = Vec::predicate(o.bits.row(n + d), o.column + j * L);
+      for (int d = 0; d < kRows; ++d) {
+        if (kFull || j * L < o.columns) lanes[d] = Vec::predicate(o.bits.row(n + d), o.column + j * L);
       }
       v[j] = Operand<T>::across(lanes, o.columns - j * L, w + j * L, o.ldw);
     }
     ahead.lines(ceil_div(kDepth * NV * L * int{sizeof(T)}, 64));
     MASKED_OPS_UNROLL
     for (int m = 0; m < M; ++m) {
-      const Vec dy = Operand<T>::broadcast(o.rows - n, o.dy + m * o.ldy + n);
+      const Vec dy = Operand<T>::broadcast(kRows, o.dy + m * o.ldy + n);
       MASKED_OPS_UNROLL
       for (int j = 0; j < NV; ++j) sum[m][j] = Operand<T>::multiply_add(dy, v[j], sum[m][j]);
     }
-  }
+  };
+  int64_t n = 0;
+  for (; n + kDepth <= o.rows; n += kDepth) step(n, Int<kDepth>());
+  if (n < o.rows) step(n, Int<1>());
   MASKED_OPS_UNROLL
   for (int m = 0; m < M; ++m) {
     MASKED_OPS_UNROLL

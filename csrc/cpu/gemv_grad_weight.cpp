@@ -6,16 +6,38 @@ namespace {
 
 constexpr int L = Vec::kLanes;
 
+// A matrix [M][columns] as operands (elements.h), [ceil(M / depth)][ld].
+struct Operands {
+  const float* at;
+  int64_t ld;
+};
+
+Operands operands_of(Slot, const float* matrix, int64_t, int64_t columns) { return {matrix, columns}; }
+
+template <typename T>
+Operands operands_of(Slot slot, const T* matrix, int64_t M, int64_t columns) {
+  constexpr int kDepth = Operand<T>::kDepth;
+  const int64_t ld = ceil_div(columns, L) * L;
+  float* const packed = static_cast<float*>(scratch(slot, size_t(ceil_div(M, kDepth) * ld) * sizeof(float)));
+  for (int64_t m = 0; m < M; m += kDepth) {
+    for (int64_t j = 0; j < columns; j += L) {
+      Vec::Predicate lanes[kDepth] = {};
+      for (int d = 0; d < kDepth && m + d < M; ++d) lanes[d] = Vec::first(columns - j);
+      Operand<T>::across(lanes, columns - j, matrix + m * columns + j, columns).store(packed + m / kDepth * ld + j);
+    }
+  }
+  return {packed, ld};
+}
+
 template <typename T>
 struct Outer {
-  int64_t M;
-  const T* dy;  // [M][ldy], at the tile's first row
-  int64_t ldy;
-  const T* x;  // [M][K], at the tile's first column
-  int64_t K;
-  Bits bits;  // of the tile's first row
+  int64_t steps;  // rows of both operands
+  Operands dy;    // from the tile's first row on
+  Operands x;     // from the tile's first column on
+  Bits bits;      // of the tile's first row
   int64_t column, columns;
   T* dw;  // the tile's corner
+  int64_t ldw;
 };
 
 // dw[r][tile] = masked(sum over m of dy[m][r] * x[m][tile]).
@@ -28,22 +50,22 @@ __attribute__((noinline)) void outer(const Outer<T>& o) {
     MASKED_OPS_UNROLL
     for (int j = 0; j < NV; ++j) sum[r][j] = Vec::zero();
   }
-  for (int64_t m = 0; m < o.M; ++m) {
-    const T* const from = o.x + m * o.K;
+  const float *from = o.x.at, *factors = o.dy.at;
+  for (int64_t s = 0; s < o.steps; ++s, from += o.x.ld, factors += o.dy.ld) {
     Vec x[NV];
     MASKED_OPS_UNROLL
-    for (int j = 0; j < NV; ++j) x[j] = kFull ? load_floats(from + j * L) : load_first(o.columns - j * L, from + j * L);
+    for (int j = 0; j < NV; ++j) x[j] = kFull ? Vec::loadu(from + j * L) : load_first(o.columns - j * L, from + j * L);
     MASKED_OPS_UNROLL
     for (int r = 0; r < R; ++r) {
-      const Vec dy = Vec::set1(to_float(o.dy[m * o.ldy + r]));
+      const Vec dy = Vec::set1(factors[r]);
       MASKED_OPS_UNROLL
-      for (int j = 0; j < NV; ++j) sum[r][j] = fmadd(dy, x[j], sum[r][j]);
+      for (int j = 0; j < NV; ++j) sum[r][j] = Operand<T>::multiply_add(dy, x[j], sum[r][j]);
     }
   }
   MASKED_OPS_UNROLL
   for (int r = 0; r < R; ++r) {
     const uint64_t* const bits = o.bits.row(r);
-    T* const to = o.dw + r * o.K;
+    T* const to = o.dw + r * o.ldw;
     MASKED_OPS_UNROLL
     for (int j = 0; j < NV; ++j) {
       if (!kFull && j * L >= o.columns) break;
@@ -53,30 +75,30 @@ __attribute__((noinline)) void outer(const Outer<T>& o) {
   }
 }
 
-// dw[k] = masked(sum over m of dy[m] * x[m][k]): a row, for so few m that the call of a tile would outlast it.
-template <int M, typename T>
+// dw = masked(sum over m of dy[m] * x[m]): a row, for so few m that the call of a tile would outlast it.
+template <int kSteps, typename T>
 void outer_row(const Outer<T>& o) {
-  Vec dy[M];
+  Vec dy[kSteps];
   MASKED_OPS_UNROLL
-  for (int m = 0; m < M; ++m) dy[m] = Vec::set1(to_float(o.dy[m * o.ldy]));
-  for (int64_t k = 0; k < o.K; k += 64) {
+  for (int s = 0; s < kSteps; ++s) dy[s] = Vec::set1(o.dy.at[s * o.dy.ld]);
+  for (int64_t k = 0; k < o.columns; k += 64) {
     const uint64_t word = o.bits.words[k / 64];
     const auto step = [&](int j, auto tail) __attribute__((always_inline)) {
-      const int64_t left = o.K - k - j;
+      const int64_t left = o.columns - k - j;
       Vec sum = Vec::zero();
       MASKED_OPS_UNROLL
-      for (int m = 0; m < M; ++m) {
-        const T* const from = o.x + m * o.K + k + j;
-        sum = fmadd(dy[m], decltype(tail)::value ? load_first(left, from) : load_floats(from), sum);
+      for (int s = 0; s < kSteps; ++s) {
+        const float* const x = o.x.at + s * o.x.ld + k + j;
+        sum = Operand<T>::multiply_add(dy[s], decltype(tail)::value ? load_first(left, x) : Vec::loadu(x), sum);
       }
       sum = sum.select(Vec::predicate(word >> j));
       decltype(tail)::value ? store_floats(sum, left, o.dw + k + j) : store_floats(sum, o.dw + k + j);
     };
-    if (o.K - k >= 64) {
+    if (o.columns - k >= 64) {
       MASKED_OPS_UNROLL
       for (int j = 0; j < 64; j += L) step(j, Int<0>());
     } else {
-      for (int j = 0; k + j < o.K; j += L) step(j, Int<1>());
+      for (int j = 0; k + j < o.columns; j += L) step(j, Int<1>());
     }
   }
 }
@@ -85,27 +107,24 @@ template <typename T>
 void grad_weight(const Team& team, int64_t M, int64_t N, int64_t K, const T* grad_output, const T* input, Bits bits,
                  T* grad_weight) {
   constexpr int64_t kRows = tuning::kOuterRows, kColumns = tuning::kOuterVectors * L;
+  const Operands dy = operands_of(Slot::kPanelA, grad_output, M, N), x = operands_of(Slot::kPanelB, input, M, K);
+  const int64_t steps = ceil_div(M, Operand<T>::kDepth);
+  const auto tile = [&](int64_t n, int64_t k, int64_t columns) {
+    return Outer<T>{steps, {dy.at + n, dy.ld},  {x.at + k, x.ld},        {bits.row(n), bits.stride},
+                    k,     min(columns, K - k), grad_weight + n * K + k, K};
+  };
   const int64_t rows = max(ceil_div(tuning::kSmallGrain, K), kRows) / kRows * kRows;  // of a task
   team.for_each(ceil_div(N, rows), [&](int64_t task) {
     const int64_t last = min(N, (task + 1) * rows);
-    if (M <= tuning::kOuterByRow) {
+    if (steps <= tuning::kOuterByRow) {
       for (int64_t n = task * rows; n < last; ++n) {
-        const Outer<T> o = {M, grad_output + n, N, input, K, {bits.row(n), bits.stride}, 0, K, grad_weight + n * K};
-        with_int<tuning::kOuterByRow>(M, [&](auto height) { outer_row<decltype(height)::value>(o); });
+        with_int<tuning::kOuterByRow>(steps, [&](auto s) { outer_row<decltype(s)::value>(tile(n, 0, K)); });
       }
       return;
     }
     for (int64_t n = task * rows; n < last; n += kRows) {
       for (int64_t k = 0; k < K; k += kColumns) {
-        const Outer<T> o = {M,
-                            grad_output + n,
-                            N,
-                            input + k,
-                            K,
-                            {bits.row(n), bits.stride},
-                            k,
-                            min(kColumns, K - k),
-                            grad_weight + n * K + k};
+        const Outer<T> o = tile(n, k, kColumns);
         with_int<kRows>(min(kRows, last - n), [&](auto height) {
           constexpr int kHeight = decltype(height)::value;
           o.columns == kColumns ? outer<kHeight, true>(o) : outer<kHeight, false>(o);
