@@ -5,9 +5,9 @@
     python bench/fit_cost_model.py --check --minutes 6      # only check the constants that are built in
     python bench/fit_cost_model.py --dtype bfloat16         # one dtype only
 
-Cells are drawn at random, from the same seed, from a grid of M 1..2048, N and K 64..4096, sparsity 0..0.99 and one and
-all threads, for each dtype until its share of the time is up. In each cell every path that can serve is timed against
-the others and against dense torch, interleaved, and the minimum of each counts.
+Cells are drawn at random, others for a check than for a fit, from a grid of M 1..2048, N and K 64..4096, sparsity
+0..0.99 and one and all threads, for each dtype until its share of the time is up. In each cell every path that can
+serve is timed against the others and against dense torch, interleaved, and the minimum of each counts.
 
 The model of a path and pass is a sum of non-negative terms, in nanoseconds:
 
@@ -60,7 +60,7 @@ Cell = tuple[int, int, int, float, int]  # M, N, K, sparsity, threads
 Samples = dict[Cell, dict[str, dict[str, float]]]  # nanoseconds by pass and contender
 
 
-def grid(dtype: str, threads: list[int]) -> list[Cell]:
+def grid(dtype: str, threads: list[int], seed: int) -> list[Cell]:
     most = 512 * 4096 * 4096 if dtype != "float16" else 16 * 1024 * 1024  # torch's own float16 takes seconds beyond
     rows = (1, 2, 4, 8, 12, 16, 24, 32, 64, 128, 256, 512, 1024, 2048)
     features = (64, 128, 256, 512, 768, 1024, 2048, 3072, 4096)
@@ -70,7 +70,7 @@ def grid(dtype: str, threads: list[int]) -> list[Cell]:
         for cell in itertools.product(rows, features, features, sparsities, threads)
         if cell[0] * cell[1] * cell[2] <= most
     ]
-    random.Random(0).shuffle(cells)
+    random.Random(seed).shuffle(cells)
     return cells
 
 
@@ -232,8 +232,11 @@ def main() -> None:
         if args.samples:
             samples = {tuple(cell): results for cell, results in kept[dtype]}
         else:
-            samples = sample(dtype, 60 * args.minutes / len(args.dtype))
+            samples = sample(dtype, 60 * args.minutes / len(args.dtype), seed=1 if args.check else 0)
             kept[dtype] = [[cell, results] for cell, results in samples.items()]
+            if args.json:
+                args.json.parent.mkdir(parents=True, exist_ok=True)
+                args.json.write_text(json.dumps(kept))
         print(f"\n{dtype}: {len(samples)} cells")
         if args.check:
             assess(samples, lambda cell, name: "auto")
@@ -241,17 +244,14 @@ def main() -> None:
         costs = fit_and_assess(samples)
         if args.write:
             write(dtype, costs)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(kept))
 
 
-def sample(dtype: str, seconds: float) -> Samples:
+def sample(dtype: str, seconds: float, seed: int) -> Samples:
     samples: Samples = {}
     most = torch.get_num_threads()
     deadline = time.perf_counter() + seconds
     with tqdm(desc=dtype, total=round(seconds), unit="s", disable=not sys.stderr.isatty()) as bar:
-        for cell in grid(dtype, sorted({1, most})):
+        for cell in grid(dtype, sorted({1, most}), seed):
             started = time.perf_counter()
             if started > deadline:
                 break
