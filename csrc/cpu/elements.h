@@ -177,7 +177,10 @@ MASKED_OPS_INLINE void store_floats(Vec x, int64_t n, T* p) {
 // load_floats(m, valid, p): lanes without a bit are zero; memory from p + valid on is not touched, and the bits of
 // those lanes are zero. store_floats(x, n, p) writes the first n lanes.
 MASKED_OPS_INLINE Vec load_floats(const float* p) { return Vec::loadu(p); }
-MASKED_OPS_INLINE Vec load_floats(Vec::Predicate m, int64_t, const float* p) { return Vec::loadu(m, p); }
+MASKED_OPS_INLINE Vec load_floats(Vec::Predicate m, int64_t valid, const float* p) {
+  // Where a load has no predicate, each lane would be a branch.
+  return Vec::kLanes > 4 || valid < Vec::kLanes ? Vec::loadu(m, p) : Vec::loadu(p).select(m);
+}
 MASKED_OPS_INLINE void store_floats(Vec x, float* p) { x.storeu(p); }
 MASKED_OPS_INLINE void store_floats(Vec x, int64_t n, float* p) { x.storeu(Vec::first(n), p); }
 template <typename T>

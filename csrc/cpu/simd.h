@@ -321,6 +321,7 @@ struct Vec {
   using Predicate = uint8_t;
   typedef float Floats __attribute__((vector_size(16)));
   typedef float LooseFloats __attribute__((vector_size(16), aligned(4), may_alias));
+  typedef int32_t Ints __attribute__((vector_size(16)));
   Floats v;
 
   static MASKED_OPS_INLINE Vec zero() { return {Floats{0, 0, 0, 0}}; }
@@ -354,7 +355,9 @@ struct Vec {
     std::memcpy(high, reinterpret_cast<const char*>(&v) + 8, 8);
   }
   MASKED_OPS_INLINE Vec select(Predicate m) const {
-    return {Floats{m & 1 ? v[0] : 0, m & 2 ? v[1] : 0, m & 4 ? v[2] : 0, m & 8 ? v[3] : 0}};
+    constexpr Ints kBit = {1, 2, 4, 8};
+    const int32_t all = m;
+    return {Floats((Ints{all, all, all, all} & kBit) == kBit ? Ints(v) : Ints{})};
   }
   MASKED_OPS_INLINE float sum() const { return (v[0] + v[2]) + (v[1] + v[3]); }
 
@@ -408,7 +411,15 @@ MASKED_OPS_INLINE uint64_t load_ahead(const uint8_t* p) {
   return word;
 }
 
-// out[i] = bit i ? in[i] : 0 for i < 64; elements without a bit are not read. Element is an unsigned integer type.
+template <typename Element>
+struct PowersOfTwo {
+  Element at[8 * sizeof(Element)];
+  constexpr PowersOfTwo() : at{} {
+    for (unsigned i = 0; i < 8 * sizeof(Element); ++i) at[i] = Element(Element(1) << i);
+  }
+};
+
+// out[i] = bit i ? in[i] : 0 for i < 64. Element is an unsigned integer type.
 template <typename Element>
 MASKED_OPS_INLINE void select64(uint64_t bits, const Element* in, Element* out) {
 #if defined(__AVX512F__)
@@ -423,7 +434,15 @@ MASKED_OPS_INLINE void select64(uint64_t bits, const Element* in, Element* out) 
     _mm512_storeu_si512(out + i, v);
   }
 #else
-  for (int i = 0; i < 64; ++i) out[i] = in[i] & (Element(0) - Element(bits >> i & 1));
+  // As many bits at a time as an element has: each is compared in a lane of its own.
+  constexpr int kBits = 8 * sizeof(Element);
+  constexpr PowersOfTwo<Element> one;
+  for (int first = 0; first < 64; first += kBits) {
+    const Element some = Element(bits >> first);
+    for (int i = 0; i < kBits; ++i) {
+      out[first + i] = in[first + i] & ((some & one.at[i]) == one.at[i] ? Element(~Element(0)) : Element(0));
+    }
+  }
 #endif
 }
 
