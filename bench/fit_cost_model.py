@@ -4,6 +4,8 @@
     python bench/fit_cost_model.py --minutes 6 --write      # the same, and rewrite csrc/cpu/costs.h
     python bench/fit_cost_model.py --check --minutes 6      # only check the constants that are built in
     python bench/fit_cost_model.py --dtype bfloat16         # one dtype only
+    MASKED_OPS_CAPABILITY=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python bench/fit_cost_model.py \
+        --dtype float32                                     # for CPUs with AVX2
 
 Cells are drawn at random, others for a check than for a fit, from a grid of M 1..2048, N and K 64..4096, sparsity
 0..0.99 and one and all threads, for each dtype until its share of the time is up. In each cell every path that can
@@ -199,7 +201,11 @@ def assess(samples: Samples, chosen: Callable[[Cell, str], str]) -> None:
 
 def write(dtype: str, costs: Costs) -> None:
     source = COSTS_H.read_text()
-    begin, end = f"// {dtype}: begin\n", f"    // {dtype}: end\n"
+    capability = _ops._module.capability()
+    section = dtype if capability.startswith("AVX512") else f"{dtype}, {capability}"
+    begin, end = f"// {section}: begin\n", f"    // {section}: end\n"
+    if begin not in source:
+        sys.exit(f"{COSTS_H} has no costs of {section}")
     lines = []
     for path in PATH_TERMS:
         lines.append(f"    {{  // {path}")
@@ -212,7 +218,7 @@ def write(dtype: str, costs: Costs) -> None:
         lines.append("    },")
     body = "\n".join(lines) + "\n"
     COSTS_H.write_text(re.sub(f"{begin}.*{end}", begin + body + end, source, flags=re.DOTALL))
-    print(f"wrote {COSTS_H}, {dtype}")
+    print(f"wrote {COSTS_H}, {section}")
 
 
 def main() -> None:

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <cstring>
 #include <limits>
 
 #include "channels.h"
@@ -41,6 +40,9 @@ Choice obey(const char* operation, const Obstacles& obstacles, Choice chosen) {
   return {*path, "forced by use_path"};
 }
 
+// Vectors of four floats, a quarter of what torch's own kernels may find at run time.
+bool portable() { return cpu::kernels().lanes == 4; }
+
 // One operation with M rows in a dtype that has kernels.
 struct Costs {
   Pass pass;
@@ -50,6 +52,8 @@ struct Costs {
 
   // Where bfloat16 is converted, float16 tells what our kernels take, and torch's are no faster than for float32.
   const cpu::CostTable& table(Path path) const {
+    if (portable()) return cpu::kFloatCostsPortable;
+    if (cpu::kernels().lanes == 8) return cpu::kFloatCostsAvx2;
     if (dtype == at::kFloat) return cpu::kFloatCosts;
     if (dtype == at::kHalf) return cpu::kHalfCosts;
     if (cpu::kernels().bf16_dots) return cpu::kBFloat16Costs;
@@ -75,8 +79,6 @@ struct Costs {
     return of(Path::kFused, N, K, pattern.nnz()) + cpu::kGatherCost * double(moved) / threads + cpu::kCompactCall;
   }
 };
-
-bool portable() { return std::strcmp(cpu::kernels().capability, "DEFAULT") == 0; }
 
 }  // namespace
 
@@ -120,12 +122,9 @@ Choice choose_linear(Pass pass, int64_t rows, const at::Tensor& weight, const Pa
       }
     };
     consider(Path::kCopy, costs.of(Path::kCopy, *pattern), "torch's GEMM over the masked weight");
-    // The portable kernel has a quarter of the vector width that torch's own GEMM finds at run time.
-    if (!portable()) {
-      consider(Path::kFused, costs.of(Path::kFused, *pattern), "masked GEMM: most weights remain");
-      if (pattern->reused() && pattern->live_rows() * pattern->live_cols() < pattern->rows() * pattern->cols()) {
-        consider(Path::kCompact, costs.of_compact(*pattern), "masked GEMM without the empty rows and columns");
-      }
+    consider(Path::kFused, costs.of(Path::kFused, *pattern), "masked GEMM: most weights remain");
+    if (pattern->reused() && pattern->live_rows() * pattern->live_cols() < pattern->rows() * pattern->cols()) {
+      consider(Path::kCompact, costs.of_compact(*pattern), "masked GEMM without the empty rows and columns");
     }
     // An index is worth its making from the second use of a mask on.
     if (pattern->reused() && pattern->indexable()) {
@@ -175,7 +174,9 @@ struct ConvolutionCosts {
     images = positions * double(c.out_channels) + double(c.batch) * volume(c.input) * double(c.in_channels);
   }
   double of_dense(int threads) const { return dense(macs, weights, 0, packed, images, threads); }
-  double of_sparse(double nnz, int threads) const { return sparse(macs, weights, nnz, packed, images, threads); }
+  double of_sparse(double nnz, int threads) const {
+    return (portable() ? cpu::kPortableConvCost : 1) * sparse(macs, weights, nnz, packed, images, threads);
+  }
 
   // What the dense one without the pruned channels costs besides that.
   static double of_moves(Pass pass, const cpu::Convolution& c, const Channels& left, int threads) {

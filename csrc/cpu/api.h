@@ -74,6 +74,7 @@ inline constexpr int64_t kMaxColumns = int64_t{1} << 16, kColumnsPadding = 16;
 
 struct Kernels {
   const char* capability;
+  int lanes;       // floats of a vector
   bool bf16_dots;  // whether bfloat16 is multiplied as it is, at twice the rate of float, and not converted first
 
   // mask.cpp. Bits of mask[rows][cols] (contiguous), set where the value is not zero.

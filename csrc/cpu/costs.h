@@ -37,6 +37,7 @@ inline constexpr double kFreshCost = 0.03;
 // [path: copy, fused, sparse][pass: forward, grad_input, grad_weight, each for M <= 16 and for M > 16]
 inline constexpr int64_t kSmallM = 16;
 using CostTable = Cost[3][6];
+// Of AVX-512.
 inline constexpr CostTable kFloatCosts = {
     // float32: begin
     {
@@ -68,6 +69,74 @@ inline constexpr CostTable kFloatCosts = {
     },
     // float32: end
 };
+
+// Of AVX2 and of any CPU, measured on the same machine with torch held to the like (ATEN_CPU_CAPABILITY and
+// ONEDNN_MAX_CPU_ISA). They serve for all dtypes: elements of 16 bits are converted.
+inline constexpr CostTable kFloatCostsAvx2 = {
+    // float32, AVX2: begin
+    {
+        // copy
+        {1.9e+03, 0, 0.0217, 0, 0.117, 0, 0, 0},         // forward, M <= 16
+        {3.06e+03, 0, 0.0186, 0, 0.161, 0, 0, 0},        // forward, M > 16
+        {2.4e+03, 0, 0.0251, 0, 0.108, 0, 0, 0},         // grad_input, M <= 16
+        {3.31e+03, 0, 0.0186, 0, 0.192, 0, 0, 0},        // grad_input, M > 16
+        {2.98e+03, 0, 0.0189, 0.00566, 0.108, 0, 0, 0},  // grad_weight, M <= 16
+        {3.61e+03, 0, 0.0191, 0, 0.112, 0, 0.0616, 0},   // grad_weight, M > 16
+    },
+    {
+        // fused
+        {1.56e+03, 0, 0.021, 0.0165, 0.0112, 0, 0.337, 0},  // forward, M <= 16
+        {2.57e+03, 0, 0.0155, 0, 0.0928, 0, 0.118, 0},      // forward, M > 16
+        {1.95e+03, 0, 0.0236, 0.0149, 0.0241, 0, 0, 0},     // grad_input, M <= 16
+        {3.03e+03, 0, 0.016, 0, 0.0497, 0, 0.0521, 0},      // grad_input, M > 16
+        {1.76e+03, 0, 0.0211, 0.032, 0.0188, 0, 0, 0},      // grad_weight, M <= 16
+        {2.75e+03, 0, 0.0162, 0, 0.0515, 0, 0.0766, 0},     // grad_weight, M > 16
+    },
+    {
+        // sparse
+        {1.64e+03, 0.00316, 0, 0.00574, 0.0278, 0.463, 0, 0.866},  // forward, M <= 16
+        {2.14e+03, 0.016, 0, 0, 0.086, 0.321, 0.0979, 0.137},      // forward, M > 16
+        {1.96e+03, 0.0348, 0, 0, 0.0421, 0.627, 0, 0.521},         // grad_input, M <= 16
+        {2.8e+03, 0.0173, 0, 0, 0.0744, 0.669, 0.0697, 0.135},     // grad_input, M > 16
+        {1.9e+03, 0.0213, 0, 0.337, 0.0279, 0.828, 0, 0.0977},     // grad_weight, M <= 16
+        {2.97e+03, 0.0169, 0, 0.0488, 0.234, 0.336, 0.158, 0.28},  // grad_weight, M > 16
+    },
+    // float32, AVX2: end
+};
+
+inline constexpr CostTable kFloatCostsPortable = {
+    // float32, DEFAULT: begin
+    {
+        // copy
+        {2.27e+03, 0, 0.0312, 0, 0.121, 0, 0, 0},              // forward, M <= 16
+        {2.54e+03, 0, 0.0189, 0, 0.259, 0, 0, 0},              // forward, M > 16
+        {2.57e+03, 0, 0.0384, 0, 0.122, 0, 0, 0},              // grad_input, M <= 16
+        {3.13e+03, 0, 0.0191, 0, 0.301, 0, 0, 0},              // grad_input, M > 16
+        {3.15e+03, 0, 0.0191, 0.00815, 0.131, 0, 0.00363, 0},  // grad_weight, M <= 16
+        {3.67e+03, 0, 0.0205, 0, 0.168, 0, 0, 0},              // grad_weight, M > 16
+    },
+    {
+        // fused
+        {1.84e+03, 0, 0.0554, 0.0684, 0.0239, 0, 0.000425, 0},  // forward, M <= 16
+        {3.42e+03, 0, 0.0445, 0.148, 0.239, 0, 0.187, 0},       // forward, M > 16
+        {2.03e+03, 0, 0.0735, 0.015, 0.0657, 0, 0, 0},          // grad_input, M <= 16
+        {4.65e+03, 0, 0.0446, 0.00402, 0.179, 0, 0.0757, 0},    // grad_input, M > 16
+        {1.99e+03, 0, 0.0646, 0.0325, 0.0279, 0, 0, 0},         // grad_weight, M <= 16
+        {3.67e+03, 0, 0.0462, 0, 0.192, 0, 0.0635, 0},          // grad_weight, M > 16
+    },
+    {
+        // sparse
+        {2.02e+03, 0.0512, 0, 0.0366, 0.0235, 0.736, 0, 0.369},  // forward, M <= 16
+        {2.97e+03, 0.0377, 0, 0, 0.0191, 0.946, 0.141, 0.41},    // forward, M > 16
+        {2.4e+03, 0.0855, 0, 0, 0.0581, 0.912, 0, 0.17},         // grad_input, M <= 16
+        {3.23e+03, 0.0362, 0, 0, 0.0518, 1.28, 0.175, 0.446},    // grad_input, M > 16
+        {2.33e+03, 0.079, 0, 0.238, 0.0282, 1.21, 0, 0.251},     // grad_weight, M <= 16
+        {3.45e+03, 0.0716, 0, 0, 0.2, 0.379, 0.222, 0.202},      // grad_weight, M > 16
+    },
+    // float32, DEFAULT: end
+};
+
+// The following are of AVX-512.
 
 // For CPUs that multiply bfloat16.
 inline constexpr CostTable kBFloat16Costs = {
@@ -151,6 +220,9 @@ struct ConvCost {
 // Sparse is taken when it is expected to need less than this share of the dense operation: the model's error is about
 // that large, and not to be slower than dense is a promise.
 inline constexpr double kConvMargin = 0.85;
+// How much more sparse ones cost with vectors of four floats, as the sums of linear layers do (kFloatCostsPortable),
+// where torch may have wider ones.
+inline constexpr double kPortableConvCost = 4;
 
 // Convolutions without their pruned channels: the block of channels that torch's kernels round up to, nanoseconds for
 // an element moved on one thread, and for the calls; the share of the dense operation below which it is taken; and how

@@ -7,6 +7,7 @@ namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
 extern const Kernels table;
 const Kernels table = {
     .capability = MASKED_OPS_STRING(MASKED_OPS_CAPABILITY),
+    .lanes = Vec::kLanes,
     .bf16_dots = Operand<BFloat16>::kDepth == 2,
     .pack_mask = pack_mask,
     .mask_copy = mask_copy,
