@@ -25,54 +25,35 @@ int64_t rows_between(const SparseIndex& index, int64_t first, int64_t last) {
   return index.row_of(last - 1) + index.rows_of(last - 1) - index.row_of(first);
 }
 
-// The columns of a phase: (channel, tap), in blocks.
+// The columns of a phase.
 struct Columns {
+  TapBlocks blocks;
   int64_t channels;  // of a group
-  int64_t taps, columns, first_block, block_cols;
-  const int32_t* table = nullptr;  // aligned strips: where column j is, from the first channel of its block
+  int64_t taps, columns, first_block;
 
-  Columns(const Convolution& c, const SparseIndex& index, const Cut& cut)
-      : channels((index.transposed ? c.out_channels : c.in_channels) / c.groups),
-        taps(cut.phase->taps()),
+  Columns(const Convolution& c, const SparseIndex& index, const Phase& phase)
+      : blocks(phase.blocks(index.block_cols)),
+        channels((index.transposed ? c.out_channels : c.in_channels) / c.groups),
+        taps(phase.taps()),
         columns(channels * taps),
-        first_block(cut.phase->first_block),
-        block_cols(index.block_cols) {
-    if (cut.banded) table = make_table(*cut.phase, PackedChannel(*cut.phase, cut, cut.lanes()));
-  }
+        first_block(phase.first_block) {}
 
   // body(block of the index, first and last of its columns counted from the phase's first).
   template <typename Body>
   void for_blocks(const Body& body) const {
-    for (int64_t j = 0; j < columns; j += block_cols) {
-      body(first_block + j / block_cols, j, min(columns, j + block_cols));
+    for (int64_t j = 0; j < columns; j += blocks.columns) {
+      body(first_block + j / blocks.columns, j, min(columns, j + blocks.columns));
     }
   }
 
   // Packs the channels of a group that columns [begin, end) belong to.
   template <typename Packer>
   const float* pack(const Packer& packer, int64_t group, int64_t begin, int64_t end) const {
-    const int64_t first = begin / taps, last = ceil_div(end, taps), floats = packer.packed().floats;
-    float* const x = static_cast<float*>(scratch(Slot::kPanelA, size_t((last - first) * floats) * sizeof(float)));
+    const int64_t first = begin / taps, last = ceil_div(end, taps);
+    const PackedChannel& packed = packer.packed();
+    float* const x = static_cast<float*>(scratch(Slot::kPanelA, packed.bytes(last - first)));
     packer.pack(group * channels + first, group * channels + last, x);
-    return table ? x : x + (begin - first * taps) * packer.packed().width;
-  }
-
- private:
-  const int32_t* make_table(const Phase& phase, const PackedChannel& packed) const {
-    int32_t* const places = static_cast<int32_t*>(scratch(Slot::kTable, size_t(columns + taps) * sizeof(int32_t)));
-    int32_t* const of_taps = places + columns;
-    for (int64_t t = 0; t < taps; ++t) of_taps[t] = int32_t(packed.offset(phase, t));
-    for_blocks([&](int64_t, int64_t begin, int64_t end) {
-      int64_t tap = begin % taps, at = 0;
-      for (int64_t j = begin; j < end; ++j) {
-        places[j] = int32_t(at + of_taps[tap]);
-        if (++tap == taps) {
-          tap = 0;
-          at += packed.floats;
-        }
-      }
-    });
-    return places;
+    return x + (begin - first * taps) * (packed.channel / taps);
   }
 };
 
@@ -107,7 +88,7 @@ struct Multiplication {
            int64_t last_panel) const {
     for (int64_t s = first; s < last; ++s) {
       const Strip strip(cut, s);
-      with_packer(cut, strip, from, Slot::kPlaces,
+      with_packer(cut, columns.blocks, strip, from, Slot::kPlaces,
                   [&](const auto& packer) { run(strip, packer, columns, first_panel, last_panel); });
     }
   }
@@ -128,8 +109,8 @@ struct Multiplication {
           const int64_t tile = panel * index.blocks + block;
           const float* const v = values + (index.transposed ? index.tiles[tile].entry : index.panel_values[panel]);
           float* const sums = c + (index.row_of(panel) - row) * width;
-          if (columns.table) {
-            multiply_tile(index, tile, strip.vectors(), v, x, columns.table + begin, sums);
+          if (strip.banded()) {
+            multiply_banded(index, tile, strip.vectors(), v, x, packer.packed().row, sums);
           } else {
             multiply_tile(index, tile, strip.vectors(), v, x, sums);
           }
@@ -153,6 +134,7 @@ struct Sampling {
   const SparseIndex& index;
   const Cut& cut;     // of the positions of the output
   const Cut& output;  // the same, each of which reads itself
+  const TapBlocks& itself;
   const Columns& columns;
   Memory<const float> input, grad_output;
 
@@ -160,8 +142,8 @@ struct Sampling {
   void run(int64_t first, int64_t last, int64_t first_panel, int64_t last_panel, float* results) const {
     for (int64_t s = first; s < last; ++s) {
       const Strip x_strip(cut, s), dy_strip(output, s);
-      with_packer(cut, x_strip, input, Slot::kPlaces, [&](const auto& x_packer) {
-        with_packer(output, dy_strip, grad_output, Slot::kMorePlaces, [&](const auto& dy_packer) {
+      with_packer(cut, columns.blocks, x_strip, input, Slot::kPlaces, [&](const auto& x_packer) {
+        with_packer(output, itself, dy_strip, grad_output, Slot::kMorePlaces, [&](const auto& dy_packer) {
           for_groups(index, first_panel, last_panel, [&](int64_t group, int64_t begin, int64_t end) {
             run_group(x_strip, x_packer, dy_packer, group, begin, end, results, s > first);
           });
@@ -184,8 +166,8 @@ struct Sampling {
         const int64_t tile = panel * index.blocks + block;
         const float* const dy_panel = dy + (index.row_of(panel) - row) * width;
         float* const to = results + index.panel_values[panel];
-        if (columns.table) {
-          sample_tile(index, tile, strip.vectors(), x, columns.table + begin, dy_panel, to, accumulate);
+        if (strip.banded()) {
+          sample_banded(index, tile, strip.vectors(), x, x_packer.packed().row, dy_panel, to, accumulate);
         } else {
           sample_tile(index, tile, strip.vectors(), x, dy_panel, to, accumulate);
         }
@@ -207,8 +189,8 @@ void conv_spmm(const Team& team, const Convolution& c, const SparseIndex& index,
   const Memory<float> to(output, transposed ? c.in_channels : c.out_channels, transposed ? c.input : c.output);
   const Multiplication multiplication = {index, transposed ? in_order(team, index, values) : values, bias, from, to};
   for_phases(c, transposed, index.block_cols, [&](const Phase& phase) {
-    const Cut cut(phase, c.batch, team.threads);
-    const Columns columns(c, index, cut);
+    const Columns columns(c, index, phase);
+    const Cut cut(phase, columns.blocks, c.batch, team.threads);
     const int64_t strips = cut.strips(), splits = splits_for(strips, index.panels, team.threads);
     // Neighbours share lines of memory: they are one task, as far as there are enough of them.
     const int64_t parts = min(strips, tuning::kStripTasks * team.threads);
@@ -224,13 +206,15 @@ void conv_sddmm(const Team& team, const Convolution& c, const SparseIndex& index
                 Images<const float> input, float* grad_values) {
   const Phase output = {{identity_axis(c, 0), identity_axis(c, 1), identity_axis(c, 2)}};
   const Phase phase = {{forward_axis(c, 0), forward_axis(c, 1), forward_axis(c, 2)}};
-  const Cut cut(phase, c.batch, team.threads);
+  const Columns columns(c, index, phase);
+  const Cut cut(phase, columns.blocks, c.batch, team.threads);
   Cut of_output = cut;
   of_output.phase = &output;
-  const Columns columns(c, index, cut);
+  const TapBlocks itself = output.blocks(1);
   const Sampling sampling = {index,
                              cut,
                              of_output,
+                             itself,
                              columns,
                              Memory<const float>(input, c.in_channels, c.input),
                              Memory<const float>(grad_output, c.out_channels, c.output)};

@@ -42,11 +42,18 @@ MASKED_OPS_INLINE void with_vectors(int vectors, const Body& body) {
   }
 }
 
-// Of column j of a block of input, [column][lanes] or where the table says.
-template <int NV, bool kTable>
-MASKED_OPS_INLINE const float* row_of(const float* x, const int32_t* table, uint8_t column) {
-  return x + (kTable ? int64_t{table[column]} : int64_t{column} * (NV * Vec::kLanes));
-}
+// A block of input. Its columns are one after the other, NV vectors each; or, if banded, vector j of column i is the
+// vector number i + j * pitch.
+template <int NV, bool kBanded>
+struct InputBlock {
+  const float* x;
+  int64_t pitch;  // in floats
+
+  MASKED_OPS_INLINE const float* column(uint8_t i) const { return x + int64_t{i} * ((kBanded ? 1 : NV) * Vec::kLanes); }
+  MASKED_OPS_INLINE Vec load(const float* column, int j) const {
+    return Vec::load(column + j * (kBanded ? pitch : Vec::kLanes));
+  }
+};
 
 // Vectors of a tile: as many as let the block of input stay in L1; the most, where a row has so few entries in a block
 // that its sums come and go more often than the input.
@@ -137,15 +144,15 @@ inline void multiply_tile(const SparseIndex& index, int64_t tile, int vectors, c
   multiply_tile(index, tile, vectors, values, x, c, Ahead{x});
 }
 
-// The same of 7 or 8 vectors; column j of the block is at x + table[j], a multiple of a vector.
-void multiply_tile(const SparseIndex&, int64_t tile, int vectors, const float* values, const float* x,
-                   const int32_t* table, float* c);
+// The same of 7 or 8 vectors, banded; the pitch counts floats.
+void multiply_banded(const SparseIndex&, int64_t tile, int vectors, const float* values, const float* x, int64_t pitch,
+                     float* c);
 
 // sddmm.cpp: the tile's entries of dy * x^T, for the panel's dy[row][lanes]; the segments' results count from
 // `results`.
 void sample_tile(const SparseIndex&, int64_t tile, int vectors, const float* x, const float* dy, float* results,
                  bool accumulate);
-void sample_tile(const SparseIndex&, int64_t tile, int vectors, const float* x, const int32_t* table, const float* dy,
-                 float* results, bool accumulate);
+void sample_banded(const SparseIndex&, int64_t tile, int vectors, const float* x, int64_t pitch, const float* dy,
+                   float* results, bool accumulate);
 
 }  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY

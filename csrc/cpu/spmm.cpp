@@ -27,10 +27,10 @@ struct Operands {
   const uint8_t* columns;
   const SparseIndex::Segment* segments;
   const float* values;
-  const float* x;        // the block's [block_cols][lanes]
-  const int32_t* table;  // or where its columns are
-  float* c;              // the panel's [row][lanes]
-  Ahead ahead;           // from the first segment on
+  const float* x;  // the block of input
+  int64_t pitch;
+  float* c;     // the panel's [row][lanes]
+  Ahead ahead;  // from the first segment on
 };
 
 MASKED_OPS_INLINE Vec broadcast(Vec quad, int element) {
@@ -59,18 +59,18 @@ struct Sums {
   }
 
   // Adds N <= 8 entries: their columns are the bytes of word, their values v[0..N).
-  template <int N, bool kTable>
-  MASKED_OPS_INLINE void add(uint64_t word, const float* v, const float* x, const int32_t* table) {
+  template <int N, bool kBanded>
+  MASKED_OPS_INLINE void add(uint64_t word, const float* v, InputBlock<NV, kBanded> x) {
     Vec quad;
     MASKED_OPS_UNROLL
     for (int i = 0; i < N; ++i) {
       const bool whole = i / 4 * 4 + 4 <= N;
       if (whole && i % 4 == 0) quad = Vec::quad(v + i);
       const Vec value = whole ? broadcast(quad, i % 4) : Vec::set1(v[i]);
-      const float* row = row_of<NV, kTable>(x, table, uint8_t(word));
+      const float* const column = x.column(uint8_t(word));
       word >>= 8;
       MASKED_OPS_UNROLL
-      for (int j = 0; j < NV; ++j) sum[i % kSets<NV>][j] = fmadd(value, Vec::load(row + j * L), sum[i % kSets<NV>][j]);
+      for (int j = 0; j < NV; ++j) sum[i % kSets<NV>][j] = fmadd(value, x.load(column, j), sum[i % kSets<NV>][j]);
     }
   }
 
@@ -86,7 +86,7 @@ struct Sums {
 };
 
 // A run of segments of N entries. The columns of a segment are loaded while the one before it is computed.
-template <int NV, bool kTable, int N>
+template <int NV, bool kBanded, int N>
 __attribute__((noinline)) void short_run(int64_t segments, Operands o) {
   constexpr int kWords = (N + 7) / 8;
   uint64_t words[kWords];
@@ -107,9 +107,9 @@ __attribute__((noinline)) void short_run(int64_t segments, Operands o) {
       const uint64_t word = words[w];
       words[w] = load_ahead(o.columns + 8 * w);
       if (8 * w + 8 <= N) {
-        sums.template add<8, kTable>(word, v + 8 * w, o.x, o.table);
+        sums.template add<8, kBanded>(word, v + 8 * w, {o.x, o.pitch});
       } else {
-        sums.template add<N % 8, kTable>(word, v + 8 * w, o.x, o.table);
+        sums.template add<N % 8, kBanded>(word, v + 8 * w, {o.x, o.pitch});
       }
     }
     sums.add_to(c);
@@ -117,7 +117,7 @@ __attribute__((noinline)) void short_run(int64_t segments, Operands o) {
 }
 
 // A run of segments of count entries, kRest of them beyond the last whole octet.
-template <int NV, bool kTable, int kRest>
+template <int NV, bool kBanded, int kRest>
 __attribute__((noinline)) void long_run(int64_t segments, int count, Operands o) {
   uint64_t word = load_ahead(o.columns);
   SparseIndex::Segment next = o.segments[0];
@@ -131,22 +131,23 @@ __attribute__((noinline)) void long_run(int64_t segments, int count, Operands o)
       const uint64_t now = word;
       word = load_ahead(o.columns += 8);
       prefetch_l2(v + count + 12);
-      sums.template add<8, kTable>(now, v, o.x, o.table);
+      sums.template add<8, kBanded>(now, v, {o.x, o.pitch});
       v += 8;
     }
     if (kRest) {
       const uint64_t now = word;
       word = load_ahead(o.columns += kRest);
-      sums.template add<kRest, kTable>(now, v, o.x, o.table);
+      sums.template add<kRest, kBanded>(now, v, {o.x, o.pitch});
     }
     sums.add_to(c);
   }
 }
 
 // A run of blocks of rows that share their columns: of a tile's vectors N from J on, each loaded once for all rows.
-template <int NV, bool kTable, int J, int N>
+template <int NV, bool kBanded, int J, int N>
 __attribute__((noinline)) void block_run(int64_t blocks, int count, Operands o) {
   constexpr int kRows = SparseIndex::kBlockRows;
+  const InputBlock<NV, kBanded> x = {o.x, o.pitch};
   for (int64_t b = 0; b < blocks; ++b, o.columns += count) {
     float* const c = o.c + int64_t{o.segments[b * kRows].row} * (NV * L) + J * L;
     const float* v[kRows];
@@ -158,16 +159,16 @@ __attribute__((noinline)) void block_run(int64_t blocks, int count, Operands o) 
       MASKED_OPS_UNROLL
       for (int j = 0; j < N; ++j) sum[r][j] = Vec::load(c + r * (NV * L) + j * L);
     }
-    const auto add = [&](uint8_t column, auto value_of) __attribute__((always_inline)) {
-      const float* const row = row_of<NV, kTable>(o.x, o.table, column) + J * L;
-      Vec x[N];
+    const auto add = [&](uint8_t number, auto value_of) __attribute__((always_inline)) {
+      const float* const column = x.column(number);
+      Vec part[N];
       MASKED_OPS_UNROLL
-      for (int j = 0; j < N; ++j) x[j] = Vec::load(row + j * L);
+      for (int j = 0; j < N; ++j) part[j] = x.load(column, J + j);
       MASKED_OPS_UNROLL
       for (int r = 0; r < kRows; ++r) {
         const Vec value = value_of(r);
         MASKED_OPS_UNROLL
-        for (int j = 0; j < N; ++j) sum[r][j] = fmadd(value, x[j], sum[r][j]);
+        for (int j = 0; j < N; ++j) sum[r][j] = fmadd(value, part[j], sum[r][j]);
       }
     };
     int i = 0;
@@ -197,12 +198,12 @@ __attribute__((noinline)) void block_run(int64_t blocks, int count, Operands o) 
 }
 
 // All vectors, as many at a time as leave their sums in registers.
-template <int NV, bool kTable, int J = 0>
+template <int NV, bool kBanded, int J = 0>
 void block_runs(int64_t blocks, int count, const Operands& o) {
   if constexpr (J < NV) {
     constexpr int N = min(tuning::kBlockVectors, NV - J);
-    block_run<NV, kTable, J, N>(blocks, count, o);
-    block_runs<NV, kTable, J + N>(blocks, count, o);
+    block_run<NV, kBanded, J, N>(blocks, count, o);
+    block_runs<NV, kBanded, J + N>(blocks, count, o);
   }
 }
 
@@ -212,7 +213,7 @@ using LongRun = void (*)(int64_t segments, int count, Operands);
 // Runs of up to kShort entries are unrolled whole.
 constexpr int kShort = 24;
 
-template <int NV, bool kTable>
+template <int NV, bool kBanded>
 struct RunTable {
   ShortRun short_runs[kShort + 1];
   LongRun long_runs[8];
@@ -221,19 +222,19 @@ struct RunTable {
 
   template <int N>
   constexpr void fill() {
-    short_runs[N] = short_run<NV, kTable, N>;
-    if constexpr (N <= 8) long_runs[N - 1] = long_run<NV, kTable, N - 1>;
+    short_runs[N] = short_run<NV, kBanded, N>;
+    if constexpr (N <= 8) long_runs[N - 1] = long_run<NV, kBanded, N - 1>;
     if constexpr (N > 1) fill<N - 1>();
   }
 };
 
-template <int NV, bool kTable>
+template <int NV, bool kBanded>
 void multiply(const SparseIndex& index, int64_t tile, Operands o) {
-  static constexpr RunTable<NV, kTable> table;
+  static constexpr RunTable<NV, kBanded> table;
   for (int64_t r = index.tiles[tile].run; r < index.tiles[tile + 1].run; ++r) {
     const int count = index.runs[r].count, segments = index.runs[r].segments;
     if (index.runs[r].rows > 1) {
-      block_runs<NV, kTable>(segments, count, o);
+      block_runs<NV, kBanded>(segments, count, o);
     } else if (count <= kShort) {
       table.short_runs[count](segments, o);
     } else {
@@ -250,14 +251,14 @@ void multiply(const SparseIndex& index, int64_t tile, Operands o) {
 void multiply_tile(const SparseIndex& index, int64_t tile, int vectors, const float* values, const float* x, float* c,
                    Ahead ahead) {
   const SparseIndex::Tile begin = index.tiles[tile];
-  const Operands operands = {index.columns + begin.entry, index.segments + begin.segment, values, x, nullptr, c, ahead};
+  const Operands operands = {index.columns + begin.entry, index.segments + begin.segment, values, x, 0, c, ahead};
   with_vectors(vectors, [&](auto nv) { multiply<decltype(nv)::value, false>(index, tile, operands); });
 }
 
-void multiply_tile(const SparseIndex& index, int64_t tile, int vectors, const float* values, const float* x,
-                   const int32_t* table, float* c) {
+void multiply_banded(const SparseIndex& index, int64_t tile, int vectors, const float* values, const float* x,
+                     int64_t pitch, float* c) {
   const SparseIndex::Tile begin = index.tiles[tile];
-  const Operands operands = {index.columns + begin.entry, index.segments + begin.segment, values, x, table, c, {x}};
+  const Operands operands = {index.columns + begin.entry, index.segments + begin.segment, values, x, pitch, c, {x}};
   vectors == 7 ? multiply<7, true>(index, tile, operands) : multiply<8, true>(index, tile, operands);
 }
 

@@ -35,10 +35,10 @@ struct Cut {
   static constexpr int L = Vec::kLanes;
   static constexpr int kWide = 8, kOdd = 7, kNarrow = 4;
 
-  Cut(const Phase& of, int64_t batch, int threads) : phase(&of), batch(batch), banded(false) {
+  Cut(const Phase& of, const TapBlocks& blocks, int64_t batch, int threads) : phase(&of), batch(batch), banded(false) {
     const int64_t positions = batch * of.positions();
     vectors = positions > kNarrow * L && positions >= 4 * threads * kWide * L ? kWide : kNarrow;
-    if (of.axes[1].taps < 2 || of.axes[1].step != 1) return;
+    if (blocks.pitch == 0) return;
     double least = 1.25 * double(positions) / L;  // what it may cost in lanes that are none
     constexpr int kVectors[] = {kWide, kOdd};
     for (const int v : kVectors) {
