@@ -169,43 +169,54 @@ class LinePacker {
   // kStep: 1, 2, or 0 for any.
   template <int kStep>
   void pack_channels(const float* in, int64_t channels, float* out) const {
-    const auto load = [&](const Piece& p, const float* x) __attribute__((always_inline)) {
+    const int step = int(step_);
+    const auto load = [=](Piece p, const float* x) __attribute__((always_inline)) {
       if constexpr (kStep == 1) return Vec::loadu(Vec::Predicate(p.lanes), x + p.offset);
       if constexpr (kStep == 2) return Vec::load_even(p.lanes, x + p.offset);
-      return Vec::gather(Vec::Predicate(p.lanes), x + p.offset, int(step_));
+      return Vec::gather(Vec::Predicate(p.lanes), x + p.offset, step);
     };
+    const int64_t ahead = ahead_;
     for (int64_t c = 0; c < channels; ++c, in += source_.channel, out += packed_.channel) {
       clear(out);
-      for_vectors(kWhole, in, out, [&](const Piece* p, const float* x) __attribute__((always_inline)) {
-        prefetch(x + p->offset + ahead_);
-        return Vec::loadu(x + p->offset);
+      for_vectors(kWhole, [=](Vector v) __attribute__((always_inline)) {
+        const int64_t offset = pieces_[v.first].offset;
+        for_rows(v, in + offset, out, [=](const float* x) __attribute__((always_inline)) {
+          prefetch(x + ahead);
+          return Vec::loadu(x);
+        });
       });
-      for_vectors(kOne, in, out,
-                  [&](const Piece* p, const float* x) __attribute__((always_inline)) { return load(*p, x); });
-      for_vectors(kTwo, in, out, [&](const Piece* p, const float* x) __attribute__((always_inline)) {
-        return load(p[0], x) + load(p[1], x);
+      for_vectors(kOne, [=](Vector v) __attribute__((always_inline)) {
+        const Piece p = pieces_[v.first];
+        for_rows(v, in, out, [=](const float* x) __attribute__((always_inline)) { return load(p, x); });
       });
-      for (int64_t v = begin_[kMany]; v < begin_[kMany + 1]; ++v) {
-        for_rows(vectors_[v], in, out, [&](const Piece* p, const float* x) __attribute__((always_inline)) {
-          Vec sum = load(p[0], x);
-          for (int i = 1; i < vectors_[v].count; ++i) sum = sum + load(p[i], x);
+      for_vectors(kTwo, [=](Vector v) __attribute__((always_inline)) {
+        const Piece p = pieces_[v.first], q = pieces_[v.first + 1];
+        for_rows(v, in, out, [=](const float* x) __attribute__((always_inline)) { return load(p, x) + load(q, x); });
+      });
+      for_vectors(kMany, [=](Vector v) __attribute__((always_inline)) {
+        const Piece* const pieces = pieces_ + v.first;
+        for_rows(v, in, out, [=](const float* x) __attribute__((always_inline)) {
+          Vec sum = load(pieces[0], x);
+          for (int i = 1; i < v.count; ++i) sum = sum + load(pieces[i], x);
           return sum;
         });
-      }
+      });
     }
   }
 
-  template <typename Load>
-  MASKED_OPS_INLINE void for_vectors(Kind kind, const float* in, float* out, const Load& load) const {
-    for (int64_t v = begin_[kind]; v < begin_[kind + 1]; ++v) for_rows(vectors_[v], in, out, load);
+  template <typename Body>
+  MASKED_OPS_INLINE void for_vectors(Kind kind, const Body& body) const {
+    const int64_t last = begin_[kind + 1];
+    for (int64_t v = begin_[kind]; v < last; ++v) body(vectors_[v]);
   }
 
+  // A vector of all rows.
   template <typename Load>
-  MASKED_OPS_INLINE void for_rows(const Vector& v, const float* in, float* out, const Load& load) const {
-    const Piece* const pieces = pieces_ + v.first;
-    for (int64_t r = rows_.first; r < rows_.last; ++r) {
-      load(pieces, in + r * rows_.stride).store(out + v.to + r * packed_.row);
-    }
+  MASKED_OPS_INLINE void for_rows(Vector v, const float* in, float* out, const Load& load) const {
+    const int64_t stride = rows_.stride, row = packed_.row, first = rows_.first;
+    const float* x = in + first * stride;
+    float* to = out + v.to + first * row;
+    for (int64_t rows = rows_.last - first; rows > 0; --rows, x += stride, to += row) load(x).store(to);
   }
 
   // What lies beyond the source: vectors that have no piece, and rows.
