@@ -42,17 +42,25 @@ MASKED_OPS_INLINE void with_vectors(int vectors, const Body& body) {
   }
 }
 
-// A block of input. Its columns are one after the other, NV vectors each; or, if banded, vector j of column i is the
-// vector number i + j * pitch.
-template <int NV, bool kBanded>
-struct InputBlock {
-  const float* x;
-  int64_t pitch;  // in floats
+// How a block of input lies: packed, one column after the other, NV vectors each; banded, vector j of column i being
+// the vector number i + j * pitch; or as it is in memory, the columns in planes, and the rows of output or grad_output
+// too.
+enum class Layout { kPacked, kBanded, kPlanes };
 
-  MASKED_OPS_INLINE const float* column(uint8_t i) const { return x + int64_t{i} * ((kBanded ? 1 : NV) * Vec::kLanes); }
-  MASKED_OPS_INLINE Vec load(const float* column, int j) const {
-    return Vec::load(column + j * (kBanded ? pitch : Vec::kLanes));
+template <int NV, Layout kLayout>
+struct InputBlock {
+  static constexpr int L = Vec::kLanes;
+  const float* x;
+  int64_t pitch;  // in floats, of rows or of planes
+
+  MASKED_OPS_INLINE const float* column(uint8_t i) const {
+    return x + int64_t{i} * (kLayout == Layout::kPacked ? NV * L : kLayout == Layout::kBanded ? L : pitch);
   }
+  MASKED_OPS_INLINE Vec load(const float* column, int j) const {
+    return Vec::load(column + j * (kLayout == Layout::kBanded ? pitch : L));
+  }
+  // From a row of the product to the next.
+  MASKED_OPS_INLINE int64_t row_pitch() const { return kLayout == Layout::kPlanes ? pitch : NV * L; }
 };
 
 // Vectors of a tile: as many as let the block of input stay in L1; the most, where a row has so few entries in a block
@@ -127,26 +135,59 @@ void start_from_bias(const T* bias, int64_t rows, int64_t lanes, float* c) {
   }
 }
 
-// What is read after a tile: a line of it is brought into L2 with each segment.
+// Lines of memory that are brought into L2 while something else is computed, a few at a time: those at the offsets from
+// base, then those a step further, and so on.
+struct Lines {
+  static constexpr int64_t kFloats = 16;  // of a line
+  const float* base;
+  const int64_t* offsets;
+  int64_t count, step;        // of the offsets; floats
+  int64_t left, per_segment;  // of all; to be fetched at a time
+  int64_t at = 0;
+
+  // All with as many calls as there are segments.
+  Lines(const float* base, const int64_t* offsets, int64_t count, int64_t step, int64_t repeats, int64_t segments)
+      : base(base),
+        offsets(offsets),
+        count(count),
+        step(step),
+        left(count * repeats),
+        per_segment(ceil_div(left, max<int64_t>(segments, 1))) {}
+
+  __attribute__((noinline)) void prefetch_some() {
+    const int64_t some = min(per_segment, left);
+    left -= some;
+    for (int64_t i = 0; i < some; ++i) {
+      prefetch_l2(base + offsets[at]);
+      if (++at == count) {
+        at = 0;
+        base += step;
+      }
+    }
+  }
+};
+
+// What is read after a tile is brought into L2 meanwhile: with each segment a line, and some of the lines, if any.
 struct Ahead {
   const float* from;
+  Lines* lines = nullptr;
 
-  MASKED_OPS_INLINE void prefetch_at(int64_t s) const { prefetch_l2(from + s * 16); }
-  MASKED_OPS_INLINE void skip(int64_t segments) { from += segments * 16; }
+  MASKED_OPS_INLINE void prefetch_at(int64_t s) const {
+    prefetch_l2(from + s * Lines::kFloats);
+    if (lines) lines->prefetch_some();
+  }
+  MASKED_OPS_INLINE void skip(int64_t segments) { from += segments * Lines::kFloats; }
 };
 
 // spmm.cpp: c[row][lanes] += a tile of the index times its block of input, of 1, 2, 4 or 8 vectors. The segments'
 // values count from `values`; column j of the block is x[j][lanes].
 void multiply_tile(const SparseIndex&, int64_t tile, int vectors, const float* values, const float* x, float* c,
                    Ahead ahead);
-inline void multiply_tile(const SparseIndex& index, int64_t tile, int vectors, const float* values, const float* x,
-                          float* c) {
-  multiply_tile(index, tile, vectors, values, x, c, Ahead{x});
-}
-
-// The same of 7 or 8 vectors, banded; the pitch counts floats.
+// The same of 7 or 8 vectors, banded or in planes; the pitch counts floats.
 void multiply_banded(const SparseIndex&, int64_t tile, int vectors, const float* values, const float* x, int64_t pitch,
                      float* c);
+void multiply_planes(const SparseIndex&, int64_t tile, int vectors, const float* values, const float* x, int64_t pitch,
+                     float* c, Ahead ahead);
 
 // sddmm.cpp: the tile's entries of dy * x^T, for the panel's dy[row][lanes]; the segments' results count from
 // `results`.
@@ -154,5 +195,7 @@ void sample_tile(const SparseIndex&, int64_t tile, int vectors, const float* x, 
                  bool accumulate);
 void sample_banded(const SparseIndex&, int64_t tile, int vectors, const float* x, int64_t pitch, const float* dy,
                    float* results, bool accumulate);
+void sample_planes(const SparseIndex&, int64_t tile, int vectors, const float* x, int64_t pitch, const float* dy,
+                   float* results, bool accumulate, Lines* lines);
 
 }  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY

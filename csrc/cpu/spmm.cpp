@@ -59,8 +59,8 @@ struct Sums {
   }
 
   // Adds N <= 8 entries: their columns are the bytes of word, their values v[0..N).
-  template <int N, bool kBanded>
-  MASKED_OPS_INLINE void add(uint64_t word, const float* v, InputBlock<NV, kBanded> x) {
+  template <int N, Layout kLayout>
+  MASKED_OPS_INLINE void add(uint64_t word, const float* v, InputBlock<NV, kLayout> x) {
     Vec quad;
     MASKED_OPS_UNROLL
     for (int i = 0; i < N; ++i) {
@@ -86,15 +86,16 @@ struct Sums {
 };
 
 // A run of segments of N entries. The columns of a segment are loaded while the one before it is computed.
-template <int NV, bool kBanded, int N>
+template <int NV, Layout kLayout, int N>
 __attribute__((noinline)) void short_run(int64_t segments, Operands o) {
   constexpr int kWords = (N + 7) / 8;
+  const InputBlock<NV, kLayout> x = {o.x, o.pitch};
   uint64_t words[kWords];
   MASKED_OPS_UNROLL
   for (int w = 0; w < kWords; ++w) words[w] = load_ahead(o.columns + 8 * w);
   SparseIndex::Segment next = o.segments[0];
   for (int64_t s = 0; s < segments; ++s) {
-    float* const c = o.c + int64_t{next.row} * (NV * L);
+    float* const c = o.c + next.row * x.row_pitch();
     const float* const v = o.values + next.value;
     next = o.segments[s + 1];
     o.columns += N;
@@ -107,9 +108,9 @@ __attribute__((noinline)) void short_run(int64_t segments, Operands o) {
       const uint64_t word = words[w];
       words[w] = load_ahead(o.columns + 8 * w);
       if (8 * w + 8 <= N) {
-        sums.template add<8, kBanded>(word, v + 8 * w, {o.x, o.pitch});
+        sums.template add<8, kLayout>(word, v + 8 * w, x);
       } else {
-        sums.template add<N % 8, kBanded>(word, v + 8 * w, {o.x, o.pitch});
+        sums.template add<N % 8, kLayout>(word, v + 8 * w, x);
       }
     }
     sums.add_to(c);
@@ -117,12 +118,13 @@ __attribute__((noinline)) void short_run(int64_t segments, Operands o) {
 }
 
 // A run of segments of count entries, kRest of them beyond the last whole octet.
-template <int NV, bool kBanded, int kRest>
+template <int NV, Layout kLayout, int kRest>
 __attribute__((noinline)) void long_run(int64_t segments, int count, Operands o) {
+  const InputBlock<NV, kLayout> x = {o.x, o.pitch};
   uint64_t word = load_ahead(o.columns);
   SparseIndex::Segment next = o.segments[0];
   for (int64_t s = 0; s < segments; ++s) {
-    float* const c = o.c + int64_t{next.row} * (NV * L);
+    float* const c = o.c + next.row * x.row_pitch();
     const float* v = o.values + next.value;
     next = o.segments[s + 1];
     o.ahead.prefetch_at(s);
@@ -131,25 +133,25 @@ __attribute__((noinline)) void long_run(int64_t segments, int count, Operands o)
       const uint64_t now = word;
       word = load_ahead(o.columns += 8);
       prefetch_l2(v + count + 12);
-      sums.template add<8, kBanded>(now, v, {o.x, o.pitch});
+      sums.template add<8, kLayout>(now, v, x);
       v += 8;
     }
     if (kRest) {
       const uint64_t now = word;
       word = load_ahead(o.columns += kRest);
-      sums.template add<kRest, kBanded>(now, v, {o.x, o.pitch});
+      sums.template add<kRest, kLayout>(now, v, x);
     }
     sums.add_to(c);
   }
 }
 
 // A run of blocks of rows that share their columns: of a tile's vectors N from J on, each loaded once for all rows.
-template <int NV, bool kBanded, int J, int N>
+template <int NV, Layout kLayout, int J, int N>
 __attribute__((noinline)) void block_run(int64_t blocks, int count, Operands o) {
   constexpr int kRows = SparseIndex::kBlockRows;
-  const InputBlock<NV, kBanded> x = {o.x, o.pitch};
+  const InputBlock<NV, kLayout> x = {o.x, o.pitch};
   for (int64_t b = 0; b < blocks; ++b, o.columns += count) {
-    float* const c = o.c + int64_t{o.segments[b * kRows].row} * (NV * L) + J * L;
+    float* const c = o.c + o.segments[b * kRows].row * x.row_pitch() + J * L;
     const float* v[kRows];
     Vec sum[kRows][N];
     MASKED_OPS_UNROLL
@@ -157,7 +159,7 @@ __attribute__((noinline)) void block_run(int64_t blocks, int count, Operands o) 
       v[r] = o.values + o.segments[b * kRows + r].value;
       if (J == 0) o.ahead.prefetch_at(b * kRows + r);
       MASKED_OPS_UNROLL
-      for (int j = 0; j < N; ++j) sum[r][j] = Vec::load(c + r * (NV * L) + j * L);
+      for (int j = 0; j < N; ++j) sum[r][j] = Vec::load(c + r * x.row_pitch() + j * L);
     }
     const auto add = [&](uint8_t number, auto value_of) __attribute__((always_inline)) {
       const float* const column = x.column(number);
@@ -192,18 +194,18 @@ __attribute__((noinline)) void block_run(int64_t blocks, int count, Operands o) 
     MASKED_OPS_UNROLL
     for (int r = 0; r < kRows; ++r) {
       MASKED_OPS_UNROLL
-      for (int j = 0; j < N; ++j) sum[r][j].store(c + r * (NV * L) + j * L);
+      for (int j = 0; j < N; ++j) sum[r][j].store(c + r * x.row_pitch() + j * L);
     }
   }
 }
 
 // All vectors, as many at a time as leave their sums in registers.
-template <int NV, bool kBanded, int J = 0>
+template <int NV, Layout kLayout, int J = 0>
 void block_runs(int64_t blocks, int count, const Operands& o) {
   if constexpr (J < NV) {
     constexpr int N = min(tuning::kBlockVectors, NV - J);
-    block_run<NV, kBanded, J, N>(blocks, count, o);
-    block_runs<NV, kBanded, J + N>(blocks, count, o);
+    block_run<NV, kLayout, J, N>(blocks, count, o);
+    block_runs<NV, kLayout, J + N>(blocks, count, o);
   }
 }
 
@@ -213,7 +215,7 @@ using LongRun = void (*)(int64_t segments, int count, Operands);
 // Runs of up to kShort entries are unrolled whole.
 constexpr int kShort = 24;
 
-template <int NV, bool kBanded>
+template <int NV, Layout kLayout>
 struct RunTable {
   ShortRun short_runs[kShort + 1];
   LongRun long_runs[8];
@@ -222,19 +224,19 @@ struct RunTable {
 
   template <int N>
   constexpr void fill() {
-    short_runs[N] = short_run<NV, kBanded, N>;
-    if constexpr (N <= 8) long_runs[N - 1] = long_run<NV, kBanded, N - 1>;
+    short_runs[N] = short_run<NV, kLayout, N>;
+    if constexpr (N <= 8) long_runs[N - 1] = long_run<NV, kLayout, N - 1>;
     if constexpr (N > 1) fill<N - 1>();
   }
 };
 
-template <int NV, bool kBanded>
+template <int NV, Layout kLayout>
 void multiply(const SparseIndex& index, int64_t tile, Operands o) {
-  static constexpr RunTable<NV, kBanded> table;
+  static constexpr RunTable<NV, kLayout> table;
   for (int64_t r = index.tiles[tile].run; r < index.tiles[tile + 1].run; ++r) {
     const int count = index.runs[r].count, segments = index.runs[r].segments;
     if (index.runs[r].rows > 1) {
-      block_runs<NV, kBanded>(segments, count, o);
+      block_runs<NV, kLayout>(segments, count, o);
     } else if (count <= kShort) {
       table.short_runs[count](segments, o);
     } else {
@@ -252,14 +254,29 @@ void multiply_tile(const SparseIndex& index, int64_t tile, int vectors, const fl
                    Ahead ahead) {
   const SparseIndex::Tile begin = index.tiles[tile];
   const Operands operands = {index.columns + begin.entry, index.segments + begin.segment, values, x, 0, c, ahead};
-  with_vectors(vectors, [&](auto nv) { multiply<decltype(nv)::value, false>(index, tile, operands); });
+  with_vectors(vectors, [&](auto nv) { multiply<decltype(nv)::value, Layout::kPacked>(index, tile, operands); });
 }
+
+namespace {
+
+template <Layout kLayout>
+void multiply_pitched(const SparseIndex& index, int64_t tile, int vectors, const float* values, const float* x,
+                      int64_t pitch, float* c, Ahead ahead) {
+  const SparseIndex::Tile begin = index.tiles[tile];
+  const Operands o = {index.columns + begin.entry, index.segments + begin.segment, values, x, pitch, c, ahead};
+  vectors == 7 ? multiply<7, kLayout>(index, tile, o) : multiply<8, kLayout>(index, tile, o);
+}
+
+}  // namespace
 
 void multiply_banded(const SparseIndex& index, int64_t tile, int vectors, const float* values, const float* x,
                      int64_t pitch, float* c) {
-  const SparseIndex::Tile begin = index.tiles[tile];
-  const Operands operands = {index.columns + begin.entry, index.segments + begin.segment, values, x, pitch, c, {x}};
-  vectors == 7 ? multiply<7, true>(index, tile, operands) : multiply<8, true>(index, tile, operands);
+  multiply_pitched<Layout::kBanded>(index, tile, vectors, values, x, pitch, c, {x});
+}
+
+void multiply_planes(const SparseIndex& index, int64_t tile, int vectors, const float* values, const float* x,
+                     int64_t pitch, float* c, Ahead ahead) {
+  multiply_pitched<Layout::kPlanes>(index, tile, vectors, values, x, pitch, c, ahead);
 }
 
 namespace {

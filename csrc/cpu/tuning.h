@@ -95,8 +95,8 @@ constexpr int64_t kPackSlice = 128;  // columns packed by one task
 
 // Convolution: vectors that packing prefetches ahead of itself.
 constexpr int64_t kVectorsAhead = 128;
-// Columns of a block where taps share what is packed: on one thread, 512 channels of 7 x 7 take 1.42 ms at 90% with 126,
-// 1.37 with 189 and with 252; 0.98, 0.91 and 0.86 at 95%.
+// Columns of a block where taps share what is packed: on one thread, 512 channels of 7 x 7 take 1.42 ms at 90% with
+// 126, 1.37 with 189 and with 252; 0.98, 0.91 and 0.86 at 95%.
 constexpr int64_t banded_block_cols(int64_t block_cols) { return block_cols == 64 ? 128 : 256; }
 // Rows of a panel of a convolution that are not split for the sake of more tasks: 512 channels of 7 x 7, from 64 rows
 // to 512, take 0.87 of the time.
