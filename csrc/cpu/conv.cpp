@@ -5,6 +5,7 @@
 #include "conv_tasks.h"
 #include "im2col.h"
 #include "kernels.h"
+#include "line_list.h"
 
 namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
 namespace {
@@ -23,6 +24,8 @@ struct Columns {
         taps(phase.taps()),
         columns(channels * taps),
         first_block(phase.first_block) {}
+
+  int64_t count() const { return ceil_div(columns, blocks.columns); }
 
   // body(block of the index, first and last of its columns counted from the phase's first).
   template <typename Body>
@@ -43,41 +46,70 @@ struct Columns {
   }
 };
 
+// Adds the lines of a strip's pixels in some channels of images that it is stored to, or that lie like those.
+template <typename T>
+void add_lines(LineList& list, const Strip& strip, const Memory<T>& in, int64_t channel, int64_t channels) {
+  constexpr int64_t kFloats = Ahead::kFloats;
+  int64_t offsets[Strip::kMostLines];
+  const int64_t count = strip.lines(in, offsets);
+  const T* const base = in.data + channel * in.channel;
+  if (in.channels_last) {
+    list.add(base, offsets, count, kFloats, ceil_div(channels + kFloats - 1, kFloats));
+  } else {
+    list.add(base, offsets, count, in.channel, channels);
+  }
+}
+
 struct Multiplication {
   const SparseIndex& index;
   const float* values;  // in order, if the index is transposed
-  const float* bias;
   Memory<const float> from;
   Memory<float> to;
+  bool fetches_input, fetches_output;  // ahead of their use; input only if a position reads the pixel that it is
 
-  void run(const Cut& cut, const Columns& columns, Span strips, Span panels) const {
+  void run(const Cut& cut, const Columns& columns, const Starts& starts, Span strips, Span panels) const {
     for (int64_t s = strips.first; s < strips.last; ++s) {
-      const Strip strip(cut, s);
+      const Strip strip(cut, s), next(cut, min(s + 1, strips.last - 1));
       with_packer(cut, columns.blocks, strip, from, Slot::kPlaces,
-                  [&](const auto& packer) { run(strip, packer, columns, panels); });
+                  [&](const auto& packer) { run(strip, next, packer, columns, starts, panels); });
     }
   }
 
  private:
   template <typename Packer>
-  void run(const Strip& strip, const Packer& packer, const Columns& columns, Span all_panels) const {
+  void run(const Strip& strip, const Strip& next, const Packer& packer, const Columns& columns, const Starts& starts,
+           Span all_panels) const {
     for_groups(index, all_panels, [&](int64_t group, Span panels) {
       const int64_t row = index.row_of(panels.first), rows = rows_of(index, panels), width = strip.width();
       float* const c =
           static_cast<float*>(scratch(Slot::kAccumulator, size_t(ceil_div(rows, L) * L * width) * sizeof(float)));
-      start_from_bias(bias ? bias + row : nullptr, rows, width, c);
+      for (int64_t panel = panels.first; panel < panels.last; ++panel) {
+        starts.set_others(index, panel, strip.vectors(), width, c + (index.row_of(panel) - row) * width);
+      }
+      LineList lines(index.rows);
       columns.for_blocks([&](int64_t block, int64_t begin, int64_t end) {
-        if (segments_of(index, block, panels) == 0) return;
+        const int64_t segments = segments_of(index, block, panels);
+        if (segments == 0) return;
         const float* const x = columns.pack(packer, group, begin, end);
+        lines.clear();
+        const bool last = end == columns.columns;
+        if (fetches_input) {
+          const int64_t first = last ? 0 : end, left = columns.channels - first;
+          add_lines(lines, last ? next : strip, from, group * columns.channels + first,
+                    min(columns.blocks.columns, left));
+        }
+        if (fetches_output && last) add_lines(lines, strip, to, row, rows);
+        Ahead ahead = lines.over(segments, x);
         for (int64_t panel = panels.first; panel < panels.last; ++panel) {
           const int64_t tile = panel * index.blocks + block;
           const float* const v = values_of(index, values, tile);
-          float* const sums = c + (index.row_of(panel) - row) * width;
+          const Target sums = {c + (index.row_of(panel) - row) * width, starts.of(index, panel, block)};
           if (strip.banded()) {
-            multiply_banded(index, tile, strip.vectors(), v, x, packer.packed().row, sums);
+            multiply_banded(index, tile, strip.vectors(), v, x, packer.packed().row, sums, ahead);
           } else {
-            multiply_tile(index, tile, strip.vectors(), v, x, sums, {x});
+            multiply_tile(index, tile, strip.vectors(), v, x, sums, ahead);
           }
+          ahead.skip(segments_of(index, block, {panel, panel + 1}));
         }
       });
       strip.store(c, row, rows, to);
@@ -145,12 +177,16 @@ void conv_spmm(const Team& team, const Convolution& c, const SparseIndex& index,
   const bool transposed = index.transposed;
   const Memory<const float> from(input, transposed ? c.out_channels : c.in_channels, transposed ? c.output : c.input);
   const Memory<float> to(output, transposed ? c.in_channels : c.out_channels, transposed ? c.input : c.output);
-  const Multiplication multiplication = {index, in_order(team, index, values), bias, from, to};
+  // With one tap, memory is what limits if few weights meet an element.
+  const bool pointwise = is_pointwise(c), few = index.nnz < tuning::kFewProducts * max(c.in_channels, c.out_channels);
+  const Multiplication multiplication = {index, in_order(team, index, values),          from,
+                                         to,    pointwise && few && from.channels_last, few || !pointwise};
   for_phases(c, transposed, index.block_cols, [&](const Phase& phase) {
     const Columns columns(c, index, phase);
     const Cut cut(phase, columns.blocks, c.batch, team.threads);
+    const Starts starts(index, {columns.first_block, columns.first_block + columns.count()}, bias);
     for_strips(team, cut.strips(), index.panels,
-               [&](Span strips, Span panels) { multiplication.run(cut, columns, strips, panels); });
+               [&](Span strips, Span panels) { multiplication.run(cut, columns, starts, strips, panels); });
   });
 }
 

@@ -100,6 +100,14 @@ MASKED_OPS_INLINE int64_t gcd(int64_t a, int64_t b) {
   return a;
 }
 
+// One tap, that of the position itself.
+inline bool is_pointwise(const Convolution& c) {
+  for (int d = 0; d < 3; ++d) {
+    if (c.kernel[d] != 1 || c.stride[d] != 1 || c.padding[d] != 0) return false;
+  }
+  return true;
+}
+
 inline Axis forward_axis(const Convolution& c, int d) {
   return {c.output[d], c.kernel[d], c.input[d], c.stride[d], -c.padding[d], c.dilation[d], c.output[d], 0, 1, 0, 1};
 }

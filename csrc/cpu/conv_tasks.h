@@ -52,6 +52,53 @@ inline const float* values_of(const SparseIndex& index, const float* ordered, in
   return ordered + (index.transposed ? index.tiles[tile].entry : index.panel_values[tile / index.blocks]);
 }
 
+// Where the sums of rows begin: with a panel's first tile that has entries, the rows of it that have none apart.
+class Starts {
+ public:
+  // For the blocks of a phase and values in the order of rows, or zero if null.
+  Starts(const SparseIndex& index, Span blocks, const float* values) {
+    const int64_t panels = index.panels, rows = index.rows;
+    values_ = static_cast<float*>(scratch(Slot::kTable, size_t(2 * rows + 2 * panels + 1) * sizeof(int32_t)));
+    without_ = reinterpret_cast<int32_t*>(values_ + rows);
+    first_of_ = without_ + rows;
+    block_of_ = first_of_ + panels + 1;
+    for (int64_t row = 0; row < rows; ++row) values_[row] = values ? values[row] : 0;
+    int32_t count = 0;
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const SparseIndex::Tile* const tiles = index.tiles + panel * index.blocks;
+      int64_t block = blocks.first;
+      while (block < blocks.last && tiles[block].entry == tiles[block + 1].entry) ++block;
+      block_of_[panel] = int32_t(block);
+      first_of_[panel] = count;
+      bool has[tuning::kPanelRows];
+      std::memset(has, 0, size_t(index.rows_of(panel)));
+      if (block < blocks.last) {
+        for (int64_t s = tiles[block].segment; s < tiles[block + 1].segment; ++s) has[index.segments[s].row] = true;
+      }
+      for (int64_t row = 0; row < index.rows_of(panel); ++row) {
+        if (!has[row]) without_[count++] = int32_t(row);
+      }
+    }
+    first_of_[panels] = count;
+  }
+
+  // What the panel's sums in this block start from; null if they are there already.
+  const float* of(const SparseIndex& index, int64_t panel, int64_t block) const {
+    return block == block_of_[panel] ? values_ + index.row_of(panel) : nullptr;
+  }
+  // Sets the rows of a panel that its first tile does not.
+  void set_others(const SparseIndex& index, int64_t panel, int vectors, int64_t pitch, float* c) const {
+    for (int32_t i = first_of_[panel]; i < first_of_[panel + 1]; ++i) {
+      const Vec value = Vec::set1(values_[index.row_of(panel) + without_[i]]);
+      for (int j = 0; j < vectors; ++j) value.store(c + without_[i] * pitch + j * Vec::kLanes);
+    }
+  }
+
+ private:
+  float* values_;
+  int32_t *without_, *first_of_, *block_of_;  // the rows without entries, panel by panel
+};
+
 // Into how many ranges of panels each strip is split, so that no thread waits for long. Each packs the strip anew.
 inline int64_t splits_for(int64_t strips, int64_t panels, int threads) {
   int64_t splits = 1;

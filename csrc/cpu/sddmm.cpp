@@ -22,7 +22,7 @@ struct Operands {
   const float* dy;  // the panel's [row][lanes]
   float* results;   // segment.value counts from here
   bool accumulate;
-  Lines* lines;  // to be fetched meanwhile
+  Ahead ahead;  // from the first segment on
 };
 
 template <int NV, Layout kLayout>
@@ -48,7 +48,7 @@ __attribute__((noinline)) void dots(int64_t segments, Operands o) {
     const float* const row = o.dy + next.row * x.row_pitch();
     float* const to = o.results + next.value;
     next = o.segments[s + 1];
-    if (kLayout == Layout::kPlanes && o.lines) o.lines->prefetch_some();
+    if (kLayout == Layout::kPlanes) o.ahead.prefetch_at(s);
     Vec dy[NV];
     MASKED_OPS_UNROLL
     for (int j = 0; j < NV; ++j) dy[j] = Vec::load(row + j * L);
@@ -100,17 +100,19 @@ void sample(const SparseIndex& index, int64_t tile, Operands o) {
       Operands part = o;
       part.columns += first;
       part.results += first;
+      if (first > 0) part.ahead.due = 0;
       table.dots_of[min<int64_t>(L, count - first)](n * rows, part);
     }
     o.columns += count * n;
     o.segments += n * rows;
+    o.ahead.skip(n * rows);
   }
 }
 
 Operands operands(const SparseIndex& index, int64_t tile, const float* x, int64_t pitch, const float* dy,
-                  float* results, bool accumulate, Lines* lines) {
+                  float* results, bool accumulate, Ahead ahead) {
   const SparseIndex::Tile begin = index.tiles[tile];
-  return {index.columns + begin.entry, 0, 0, index.segments + begin.segment, x, pitch, dy, results, accumulate, lines};
+  return {index.columns + begin.entry, 0, 0, index.segments + begin.segment, x, pitch, dy, results, accumulate, ahead};
 }
 
 template <Layout kLayout>
@@ -122,20 +124,19 @@ void sample_pitched(const SparseIndex& index, int64_t tile, int vectors, const O
 
 void sample_tile(const SparseIndex& index, int64_t tile, int vectors, const float* x, const float* dy, float* results,
                  bool accumulate) {
-  const Operands o = operands(index, tile, x, 0, dy, results, accumulate, nullptr);
+  const Operands o = operands(index, tile, x, 0, dy, results, accumulate, {x});
   with_vectors(vectors, [&](auto nv) { sample<decltype(nv)::value, Layout::kPacked>(index, tile, o); });
 }
 
 void sample_banded(const SparseIndex& index, int64_t tile, int vectors, const float* x, int64_t pitch, const float* dy,
                    float* results, bool accumulate) {
-  sample_pitched<Layout::kBanded>(index, tile, vectors,
-                                  operands(index, tile, x, pitch, dy, results, accumulate, nullptr));
+  sample_pitched<Layout::kBanded>(index, tile, vectors, operands(index, tile, x, pitch, dy, results, accumulate, {x}));
 }
 
 void sample_planes(const SparseIndex& index, int64_t tile, int vectors, const float* x, int64_t pitch, const float* dy,
-                   float* results, bool accumulate, Lines* lines) {
+                   float* results, bool accumulate, Ahead ahead) {
   sample_pitched<Layout::kPlanes>(index, tile, vectors,
-                                  operands(index, tile, x, pitch, dy, results, accumulate, lines));
+                                  operands(index, tile, x, pitch, dy, results, accumulate, ahead));
 }
 
 namespace {

@@ -135,59 +135,39 @@ void start_from_bias(const T* bias, int64_t rows, int64_t lanes, float* c) {
   }
 }
 
-// Lines of memory that are brought into L2 while something else is computed, a few at a time: those at the offsets from
-// base, then those a step further, and so on.
-struct Lines {
-  static constexpr int64_t kFloats = 16;  // of a line
-  const float* base;
-  const int64_t* offsets;
-  int64_t count, step;        // of the offsets; floats
-  int64_t left, per_segment;  // of all; to be fetched at a time
-  int64_t at = 0;
-
-  // All with as many calls as there are segments.
-  Lines(const float* base, const int64_t* offsets, int64_t count, int64_t step, int64_t repeats, int64_t segments)
-      : base(base),
-        offsets(offsets),
-        count(count),
-        step(step),
-        left(count * repeats),
-        per_segment(ceil_div(left, max<int64_t>(segments, 1))) {}
-
-  __attribute__((noinline)) void prefetch_some() {
-    const int64_t some = min(per_segment, left);
-    left -= some;
-    for (int64_t i = 0; i < some; ++i) {
-      prefetch_l2(base + offsets[at]);
-      if (++at == count) {
-        at = 0;
-        base += step;
-      }
-    }
-  }
-};
-
-// What is read after a tile is brought into L2 meanwhile: with each segment a line, and some of the lines, if any.
+// What is brought into L2 while a tile is computed: with each segment a line of what is read next, and as many as are
+// due of a list of lines.
 struct Ahead {
+  static constexpr int64_t kFloats = 16;  // of a line
   const float* from;
-  Lines* lines = nullptr;
+  const float* const* lines = nullptr;
+  int64_t due = 0;
 
   MASKED_OPS_INLINE void prefetch_at(int64_t s) const {
-    prefetch_l2(from + s * Lines::kFloats);
-    if (lines) lines->prefetch_some();
+    prefetch_l2(from + s * kFloats);
+    for (int64_t i = 0; i < due; ++i) prefetch_l2(lines[s * due + i]);
   }
-  MASKED_OPS_INLINE void skip(int64_t segments) { from += segments * Lines::kFloats; }
+  MASKED_OPS_INLINE void skip(int64_t segments) {
+    from += segments * kFloats;
+    lines += segments * due;
+  }
 };
 
-// spmm.cpp: c[row][lanes] += a tile of the index times its block of input, of 1, 2, 4 or 8 vectors. The segments'
-// values count from `values`; column j of the block is x[j][lanes].
-void multiply_tile(const SparseIndex&, int64_t tile, int vectors, const float* values, const float* x, float* c,
+// Where a tile's products are added, [row][lanes]; or, with a start of each row, where there is nothing yet.
+struct Target {
+  float* c;
+  const float* start = nullptr;
+};
+
+// spmm.cpp: adds a tile of the index times its block of input, of 1, 2, 4 or 8 vectors. The segments' values count from
+// `values`; column j of the block is x[j][lanes].
+void multiply_tile(const SparseIndex&, int64_t tile, int vectors, const float* values, const float* x, Target,
                    Ahead ahead);
 // The same of 7 or 8 vectors, banded or in planes; the pitch counts floats.
 void multiply_banded(const SparseIndex&, int64_t tile, int vectors, const float* values, const float* x, int64_t pitch,
-                     float* c);
+                     Target, Ahead ahead);
 void multiply_planes(const SparseIndex&, int64_t tile, int vectors, const float* values, const float* x, int64_t pitch,
-                     float* c, Ahead ahead);
+                     Target, Ahead ahead);
 
 // sddmm.cpp: the tile's entries of dy * x^T, for the panel's dy[row][lanes]; the segments' results count from
 // `results`.
@@ -196,6 +176,6 @@ void sample_tile(const SparseIndex&, int64_t tile, int vectors, const float* x, 
 void sample_banded(const SparseIndex&, int64_t tile, int vectors, const float* x, int64_t pitch, const float* dy,
                    float* results, bool accumulate);
 void sample_planes(const SparseIndex&, int64_t tile, int vectors, const float* x, int64_t pitch, const float* dy,
-                   float* results, bool accumulate, Lines* lines);
+                   float* results, bool accumulate, Ahead ahead);
 
 }  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY

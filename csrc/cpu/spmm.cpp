@@ -29,8 +29,9 @@ struct Operands {
   const float* values;
   const float* x;  // the block of input
   int64_t pitch;
-  float* c;     // the panel's [row][lanes]
-  Ahead ahead;  // from the first segment on
+  float* c;            // the panel's [row][lanes]
+  const float* start;  // of each of the panel's rows, if nothing is in c
+  Ahead ahead;         // from the first segment on
 };
 
 MASKED_OPS_INLINE Vec broadcast(Vec quad, int element) {
@@ -74,13 +75,22 @@ struct Sums {
     }
   }
 
-  MASKED_OPS_INLINE void add_to(float* c) const {
-    MASKED_OPS_UNROLL
-    for (int j = 0; j < NV; ++j) {
-      Vec total = sum[0][j];
+  // To what is there, or to start, which is to be there.
+  MASKED_OPS_INLINE void add_to(float* c, const float* start) const {
+    const auto store = [&](auto before) __attribute__((always_inline)) {
       MASKED_OPS_UNROLL
-      for (int s = 1; s < kSets<NV>; ++s) total = total + sum[s][j];
-      (total + Vec::load(c + j * L)).store(c + j * L);
+      for (int j = 0; j < NV; ++j) {
+        Vec total = sum[0][j];
+        MASKED_OPS_UNROLL
+        for (int s = 1; s < kSets<NV>; ++s) total = total + sum[s][j];
+        (total + before(j)).store(c + j * L);
+      }
+    };
+    if (start) {
+      const Vec value = Vec::set1(*start);
+      store([&](int) __attribute__((always_inline)) { return value; });
+    } else {
+      store([&](int j) __attribute__((always_inline)) { return Vec::load(c + j * L); });
     }
   }
 };
@@ -95,7 +105,7 @@ __attribute__((noinline)) void short_run(int64_t segments, Operands o) {
   for (int w = 0; w < kWords; ++w) words[w] = load_ahead(o.columns + 8 * w);
   SparseIndex::Segment next = o.segments[0];
   for (int64_t s = 0; s < segments; ++s) {
-    float* const c = o.c + next.row * x.row_pitch();
+    const uint32_t row = next.row;
     const float* const v = o.values + next.value;
     next = o.segments[s + 1];
     o.columns += N;
@@ -113,7 +123,7 @@ __attribute__((noinline)) void short_run(int64_t segments, Operands o) {
         sums.template add<N % 8, kLayout>(word, v + 8 * w, x);
       }
     }
-    sums.add_to(c);
+    sums.add_to(o.c + row * x.row_pitch(), o.start ? o.start + row : nullptr);
   }
 }
 
@@ -124,7 +134,7 @@ __attribute__((noinline)) void long_run(int64_t segments, int count, Operands o)
   uint64_t word = load_ahead(o.columns);
   SparseIndex::Segment next = o.segments[0];
   for (int64_t s = 0; s < segments; ++s) {
-    float* const c = o.c + next.row * x.row_pitch();
+    const uint32_t row = next.row;
     const float* v = o.values + next.value;
     next = o.segments[s + 1];
     o.ahead.prefetch_at(s);
@@ -141,7 +151,7 @@ __attribute__((noinline)) void long_run(int64_t segments, int count, Operands o)
       word = load_ahead(o.columns += kRest);
       sums.template add<kRest, kLayout>(now, v, x);
     }
-    sums.add_to(c);
+    sums.add_to(o.c + row * x.row_pitch(), o.start ? o.start + row : nullptr);
   }
 }
 
@@ -151,7 +161,8 @@ __attribute__((noinline)) void block_run(int64_t blocks, int count, Operands o) 
   constexpr int kRows = SparseIndex::kBlockRows;
   const InputBlock<NV, kLayout> x = {o.x, o.pitch};
   for (int64_t b = 0; b < blocks; ++b, o.columns += count) {
-    float* const c = o.c + o.segments[b * kRows].row * x.row_pitch() + J * L;
+    const uint32_t first = o.segments[b * kRows].row;
+    float* const c = o.c + first * x.row_pitch() + J * L;
     const float* v[kRows];
     Vec sum[kRows][N];
     MASKED_OPS_UNROLL
@@ -159,7 +170,9 @@ __attribute__((noinline)) void block_run(int64_t blocks, int count, Operands o) 
       v[r] = o.values + o.segments[b * kRows + r].value;
       if (J == 0) o.ahead.prefetch_at(b * kRows + r);
       MASKED_OPS_UNROLL
-      for (int j = 0; j < N; ++j) sum[r][j] = Vec::load(c + r * x.row_pitch() + j * L);
+      for (int j = 0; j < N; ++j) {
+        sum[r][j] = o.start ? Vec::set1(o.start[first + r]) : Vec::load(c + r * x.row_pitch() + j * L);
+      }
     }
     const auto add = [&](uint8_t number, auto value_of) __attribute__((always_inline)) {
       const float* const column = x.column(number);
@@ -250,33 +263,34 @@ void multiply(const SparseIndex& index, int64_t tile, Operands o) {
 
 }  // namespace
 
-void multiply_tile(const SparseIndex& index, int64_t tile, int vectors, const float* values, const float* x, float* c,
+void multiply_tile(const SparseIndex& index, int64_t tile, int vectors, const float* values, const float* x, Target to,
                    Ahead ahead) {
   const SparseIndex::Tile begin = index.tiles[tile];
-  const Operands operands = {index.columns + begin.entry, index.segments + begin.segment, values, x, 0, c, ahead};
-  with_vectors(vectors, [&](auto nv) { multiply<decltype(nv)::value, Layout::kPacked>(index, tile, operands); });
+  const Operands o = {index.columns + begin.entry, index.segments + begin.segment, values, x, 0, to.c, to.start, ahead};
+  with_vectors(vectors, [&](auto nv) { multiply<decltype(nv)::value, Layout::kPacked>(index, tile, o); });
 }
 
 namespace {
 
 template <Layout kLayout>
 void multiply_pitched(const SparseIndex& index, int64_t tile, int vectors, const float* values, const float* x,
-                      int64_t pitch, float* c, Ahead ahead) {
+                      int64_t pitch, Target to, Ahead ahead) {
   const SparseIndex::Tile begin = index.tiles[tile];
-  const Operands o = {index.columns + begin.entry, index.segments + begin.segment, values, x, pitch, c, ahead};
+  const Operands o = {
+      index.columns + begin.entry, index.segments + begin.segment, values, x, pitch, to.c, to.start, ahead};
   vectors == 7 ? multiply<7, kLayout>(index, tile, o) : multiply<8, kLayout>(index, tile, o);
 }
 
 }  // namespace
 
 void multiply_banded(const SparseIndex& index, int64_t tile, int vectors, const float* values, const float* x,
-                     int64_t pitch, float* c) {
-  multiply_pitched<Layout::kBanded>(index, tile, vectors, values, x, pitch, c, {x});
+                     int64_t pitch, Target to, Ahead ahead) {
+  multiply_pitched<Layout::kBanded>(index, tile, vectors, values, x, pitch, to, ahead);
 }
 
 void multiply_planes(const SparseIndex& index, int64_t tile, int vectors, const float* values, const float* x,
-                     int64_t pitch, float* c, Ahead ahead) {
-  multiply_pitched<Layout::kPlanes>(index, tile, vectors, values, x, pitch, c, ahead);
+                     int64_t pitch, Target to, Ahead ahead) {
+  multiply_pitched<Layout::kPlanes>(index, tile, vectors, values, x, pitch, to, ahead);
 }
 
 namespace {
@@ -355,7 +369,7 @@ void multiply_panel(const SparseIndex& index, const float* values, const Slices&
     const float* const v = index.transposed ? gather_values(index, tile, values) : values + index.panel_values[panel];
     for (int64_t t = first; t < last; ++t) {
       const Ahead ahead = {t + 1 < last ? x_of(t + 1, block) : x_of(first, block + 1)};
-      multiply_tile(index, tile, tiles.vectors_of(t), v, x_of(t, block), c_of(t), ahead);
+      multiply_tile(index, tile, tiles.vectors_of(t), v, x_of(t, block), {c_of(t)}, ahead);
     }
   }
   for (int64_t t = first; t < last; ++t) {

@@ -4,6 +4,7 @@
 
 #include "conv_geometry.h"
 #include "simd.h"
+#include "sparse_tiles.h"
 
 namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
 
@@ -106,6 +107,21 @@ class Strip {
   int64_t width() const { return vectors_ * L; }
   int64_t step() const { return phase_.axes[2].step; }
 
+  // Where the lines are that hold the strip's pixels in images that it is stored to: offsets from a channel of NCHW, or
+  // from some channels of each pixel.
+  static constexpr int64_t kMostLines = 2 * kMaxLanes;
+  template <typename T>
+  int64_t lines(const Memory<T>& in, int64_t* offsets) const {
+    int64_t count = 0;
+    for (int64_t r = 0; r < row_count_; ++r) {
+      const int64_t offset = target(rows_[r], in), step = phase_.axes[2].to_step * in.pixel;
+      const int64_t apart = max<int64_t>(Ahead::kFloats / step, 1);
+      for (int64_t w = 0; w < rows_[r].count; w += apart) offsets[count++] = offset + w * step;
+      if (apart > 1 && rows_[r].count > 1) offsets[count++] = offset + (rows_[r].count - 1) * step;
+    }
+    return count;
+  }
+
   // c[row][lanes] to the images' channels from `channel` on; reads whole vectors of rows.
   void store(const float* c, int64_t channel, int64_t rows, const Memory<float>& to) const {
     if (to.channels_last) {
@@ -116,7 +132,8 @@ class Strip {
   }
 
  private:
-  int64_t target(const Row& row, const Memory<float>& to) const {
+  template <typename T>
+  int64_t target(const Row& row, const Memory<T>& to) const {
     const auto& axes = phase_.axes;
     const auto at = [&](int d, int64_t i) { return axes[d].to_first + i * axes[d].to_step; };
     const int64_t line = at(0, row.d) * axes[1].to_size + at(1, row.h);
