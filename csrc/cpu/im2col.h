@@ -247,15 +247,18 @@ class PixelPacker {
   static constexpr int L = Vec::kLanes;
 
   static size_t bytes(const Strip&, const PackedChannel& packed) {
-    return size_t(packed.vectors * L) * sizeof(int64_t);
+    return size_t(packed.vectors) * (L * sizeof(int64_t) + sizeof(int64_t));
   }
 
   PixelPacker(const Strip& strip, const PackedChannel& packed, const Memory<const float>& source, void* memory)
       : source_(source), packed_(packed), rows_(strip, packed, source), offsets_(static_cast<int64_t*>(memory)) {
+    inside_ = offsets_ + packed.vectors * L;
     for (int64_t i = 0; i < packed.vectors * L; ++i) offsets_[i] = kOutside;
+    for (int64_t v = 0; v < packed.vectors; ++v) inside_[v] = 0;
     for_runs(strip, packed, source, [&](int64_t vector, int64_t lane, int64_t count, int64_t offset) {
       int64_t* const to = offsets_ + vector * L + lane;
       for (int64_t i = 0; i < count; ++i) to[i] = offset + i * strip.step() * source.pixel;
+      inside_[vector] += count;
     });
   }
 
@@ -265,10 +268,16 @@ class PixelPacker {
     for (int64_t c = first; c < last; c += L, packed += L * packed_.channel) {
       const int64_t valid = min<int64_t>(L, last - c);
       for (int64_t v = 0; v < packed_.vectors; ++v) {
-        for (int64_t r = 0; r < packed_.rows; ++r) {
-          const bool inside = r >= rows_.first && r < rows_.last;
-          pack_vector(source_.data + c + r * rows_.stride, inside ? valid : 0, offsets_ + v * L, valid,
-                      packed + packed_.place(v) + r * packed_.row);
+        const bool whole = valid == L && inside_[v] == L;
+        const int64_t* const offsets = offsets_ + v * L;
+        float* out = packed + packed_.place(v);
+        for (int64_t r = 0; r < packed_.rows; ++r, out += packed_.row) {
+          const float* const in = source_.data + c + r * rows_.stride;
+          if (inside_[v] == 0 || r < rows_.first || r >= rows_.last) {
+            for (int64_t i = 0; i < valid; ++i) Vec::zero().store(out + i * packed_.channel);
+          } else {
+            whole ? pack_vector<true>(in, offsets, L, out) : pack_vector<false>(in, offsets, valid, out);
+          }
         }
       }
     }
@@ -277,19 +286,26 @@ class PixelPacker {
  private:
   static constexpr int64_t kOutside = INT64_MIN;
 
-  void pack_vector(const float* in, int64_t readable, const int64_t* offsets, int64_t channels, float* out) const {
-    const Vec::Predicate some = Vec::first(readable);
+  // kWhole: all lanes lie in the source, and there are as many channels.
+  template <bool kWhole>
+  void pack_vector(const float* in, const int64_t* offsets, int64_t channels, float* out) const {
+    const Vec::Predicate some = Vec::first(channels);
+    const int64_t step = packed_.channel;
     Vec tile[L];
     MASKED_OPS_UNROLL
     for (int i = 0; i < L; ++i) {
-      tile[i] = readable == 0 || offsets[i] == kOutside ? Vec::zero() : Vec::loadu(some, in + offsets[i]);
+      if (kWhole) {
+        tile[i] = Vec::loadu(in + offsets[i]);
+      } else {
+        tile[i] = offsets[i] == kOutside ? Vec::zero() : Vec::loadu(some, in + offsets[i]);
+      }
     }
     transpose(tile);
-    if (channels == L) {
+    if (kWhole || channels == L) {
       MASKED_OPS_UNROLL
-      for (int i = 0; i < L; ++i) tile[i].store(out + i * packed_.channel);
+      for (int i = 0; i < L; ++i) tile[i].store(out + i * step);
     } else {
-      for (int i = 0; i < channels; ++i) tile[i].store(out + i * packed_.channel);
+      for (int i = 0; i < channels; ++i) tile[i].store(out + i * step);
     }
   }
 
@@ -297,6 +313,7 @@ class PixelPacker {
   const PackedChannel& packed_;
   const SourceRows rows_;
   int64_t* offsets_;  // of each lane, those of banded strips for the first row
+  int64_t* inside_;   // of each vector, how many of its lanes lie in the source
 };
 
 // Calls body with the packer for the source, which keeps what it finds in the slot.
