@@ -178,22 +178,22 @@ class LinePacker {
     const int64_t ahead = ahead_;
     for (int64_t c = 0; c < channels; ++c, in += source_.channel, out += packed_.channel) {
       clear(out);
-      for_vectors(kWhole, [=](Vector v) __attribute__((always_inline)) {
+      for_vectors(kWhole, [=, this](Vector v) __attribute__((always_inline)) {
         const int64_t offset = pieces_[v.first].offset;
         for_rows(v, in + offset, out, [=](const float* x) __attribute__((always_inline)) {
           prefetch(x + ahead);
           return Vec::loadu(x);
         });
       });
-      for_vectors(kOne, [=](Vector v) __attribute__((always_inline)) {
+      for_vectors(kOne, [=, this](Vector v) __attribute__((always_inline)) {
         const Piece p = pieces_[v.first];
         for_rows(v, in, out, [=](const float* x) __attribute__((always_inline)) { return load(p, x); });
       });
-      for_vectors(kTwo, [=](Vector v) __attribute__((always_inline)) {
+      for_vectors(kTwo, [=, this](Vector v) __attribute__((always_inline)) {
         const Piece p = pieces_[v.first], q = pieces_[v.first + 1];
         for_rows(v, in, out, [=](const float* x) __attribute__((always_inline)) { return load(p, x) + load(q, x); });
       });
-      for_vectors(kMany, [=](Vector v) __attribute__((always_inline)) {
+      for_vectors(kMany, [=, this](Vector v) __attribute__((always_inline)) {
         const Piece* const pieces = pieces_ + v.first;
         for_rows(v, in, out, [=](const float* x) __attribute__((always_inline)) {
           Vec sum = load(pieces[0], x);
