@@ -355,19 +355,19 @@ std::shared_ptr<const Index> Pattern::index(bool transposed) const {
   return result;
 }
 
-Pattern::ConvKey Pattern::conv_key(const cpu::Convolution& c, bool transposed) {
+Pattern::ConvKey Pattern::conv_key(const cpu::Convolution& c) {
   ConvKey key = {c.in_channels, c.out_channels, c.groups};
   for (size_t d = 0; d < 3; ++d) {
     key[3 + d] = c.kernel[d];
-    key[6 + d] = transposed ? c.stride[d] : 0;
-    key[9 + d] = transposed ? c.dilation[d] : 0;
+    key[6 + d] = c.stride[d];
+    key[9 + d] = c.dilation[d];
   }
   return key;
 }
 
 std::shared_ptr<const Index> Pattern::conv_index(const cpu::Convolution& geometry, bool transposed) const {
   const int64_t* starts = offsets();
-  const ConvKey key = conv_key(geometry, transposed);
+  const ConvKey key = conv_key(geometry);
   std::shared_ptr<const Index> result;
   {
     const std::lock_guard<std::mutex> lock(mutex_);

@@ -119,7 +119,7 @@ class Pattern final : public Cached {
     ConvKey key;
     std::shared_ptr<const Index> index;
   };
-  static ConvKey conv_key(const cpu::Convolution& geometry, bool transposed);
+  static ConvKey conv_key(const cpu::Convolution& geometry);
 
   void count_live();
 

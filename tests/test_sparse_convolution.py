@@ -151,6 +151,13 @@ EDGES = [
     *(conv((n, 3, h, w), (4, 3, 3, 3), padding=1) for n, h, w in [(9, 7, 7), (33, 8, 5), (17, 15, 3), (5, 14, 13)]),
     *(conv((9, c, 6, 7), (o, c, 1, 1)) for c, o in [(63, 15), (64, 16), (65, 17), (127, 64), (257, 65), (130, 513)]),
     *(conv((5, c, 5, 5), (17, c, 3, 3), padding=1) for c in (7, 14, 15, 28, 29, 57)),
+    # One tap, planes of 7 and 8 vectors of 4, 8 and 16 lanes, and of nearly so many pixels: strips, blocks, panels.
+    *(conv((3, 5, 4, w), (6, 5, 1, 1)) for w in (7, 8, 13, 14, 15, 16, 27, 28, 32, 56, 64)),
+    *(conv((2, c, 8, 14), (o, c, 1, 1)) for c, o in [(1, 1), (127, 65), (257, 17), (130, 530)]),
+    conv((3, 12, 7, 32), (9, 4, 1, 1), groups=3),
+    conv((3, 9, 16, 16), (9, 5, 1, 1), transposed=True),
+    conv((5, 3, 112), (4, 3, 1)),
+    conv((2, 3, 2, 8, 7), (4, 3, 1, 1, 1)),
     conv((20, 4, 30, 30), (6, 4, 2, 5), padding=2),
     conv((16, 3, 28, 28), (4, 3, 5, 5), padding=2, dilation=2),
     conv((16, 3, 14, 14), (4, 3, 3, 3), padding=3, dilation=3),
@@ -330,6 +337,23 @@ def test_chosen_path_is_right() -> None:
         ours, theirs = (torch.autograd.grad(t, (x, w, b), torch.ones_like(t)) for t in (y, expected))
         for a, e in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-3)
+
+
+@every_capability
+def test_planes_that_are_not_aligned(capability: str) -> None:
+    """Kernels of one tap work on the images in place only where vectors are aligned."""
+    mask, geometry = torch.rand(5, 4, 1, 1) < 0.5, ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+    w = integers(5, 4, 1, 1)
+    for size, offset in itertools.product(((8, 14), (16, 16)), (1, 2, 4, 8)):
+        x = integers(2 * 4 * size[0] * size[1] + offset)[offset:].view(2, 4, *size)
+        dy = integers(2 * 5 * size[0] * size[1] + offset)[offset:].view(2, 5, *size)
+        exact = torch.ops.aten.convolution(x.double(), (w * mask).double(), None, *geometry)
+        exact_x = torch.ops.aten.convolution(dy.double(), (w * mask).double().transpose(0, 1), None, *geometry)
+        exact_w = torch.einsum("nohw,nihw->oi", dy.double(), x.double()).view(w.shape) * mask
+        with running_on("sparse", capability), poisoned():
+            assert_exact(_ops.convolution(x, w, mask, None, *geometry), exact)
+            assert_exact(_ops.convolution_grad_input(dy, w, mask, list(x.shape), *geometry), exact_x)
+            assert_exact(_ops.convolution_grad_weight(dy, x, mask, *geometry), exact_w)
 
 
 def test_unusual_layouts_of_the_operands() -> None:

@@ -23,7 +23,7 @@ struct Team {
 };
 
 // Memory that is reused from call to call: one block per thread and slot, aligned to a page, growing only.
-enum class Slot { kPanelA, kPanelB, kAccumulator, kValues, kPlaces, kMorePlaces, kTable, kCount };
+enum class Slot { kPanelA, kPanelB, kAccumulator, kValues, kPlaces, kMorePlaces, kLines, kTable, kCount };
 void* scratch(Slot slot, size_t bytes);  // contents undefined; throws std::bad_alloc
 void release_scratch();                  // of the calling thread
 
@@ -128,8 +128,8 @@ struct Kernels {
                 void* grad_values);
 
   // conv.cpp, for a weight [out_channels][in_channels / groups * kernel] of which bits, offsets and values are those of
-  // a matrix. The index depends on channels, groups and kernel, a transposed one on stride and dilation too; null if
-  // the matrix is beyond what it can address. Scratch is bounded and does not grow with the batch.
+  // a matrix. The index depends on channels, groups, kernel, stride and dilation; null if the matrix is beyond what it
+  // can address. Scratch is bounded and does not grow with the batch.
   SparseIndex* (*make_conv_index)(const Team&, Bits, const Convolution&, const int64_t* offsets, bool transposed);
   // output = convolution of input + bias[out_channels] (may be null). With a transposed index the gradient with respect
   // to the input: from images like output to images like input, with bias[in_channels].

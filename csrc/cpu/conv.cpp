@@ -2,137 +2,114 @@
 //
 // A task takes a strip of positions through all blocks of columns; of each it packs the strip's input into L1 and
 // multiplies all rows with it, whose sums, [row][lanes], stay in L2. Nothing that it keeps grows with the batch.
+#include "conv_tasks.h"
 #include "im2col.h"
 #include "kernels.h"
+#include "line_list.h"
 
 namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
 namespace {
 
 constexpr int L = Vec::kLanes;
 
-// Panels [first, last) in runs of one group each: body(group, first, last).
-template <typename Body>
-void for_groups(const SparseIndex& index, int64_t first, int64_t last, const Body& body) {
-  const int64_t per_group = index.panels_of_group();
-  while (first < last) {
-    const int64_t group = first / per_group, end = min(last, (group + 1) * per_group);
-    body(group, first, end);
-    first = end;
-  }
-}
-
-int64_t rows_between(const SparseIndex& index, int64_t first, int64_t last) {
-  return index.row_of(last - 1) + index.rows_of(last - 1) - index.row_of(first);
-}
-
-// The columns of a phase: (channel, tap), in blocks.
+// The columns of a phase.
 struct Columns {
+  TapBlocks blocks;
   int64_t channels;  // of a group
-  int64_t taps, columns, first_block, block_cols;
-  const int32_t* table = nullptr;  // aligned strips: where column j is, from the first channel of its block
+  int64_t taps, columns, first_block;
 
-  Columns(const Convolution& c, const SparseIndex& index, const Cut& cut)
-      : channels((index.transposed ? c.out_channels : c.in_channels) / c.groups),
-        taps(cut.phase->taps()),
+  Columns(const Convolution& c, const SparseIndex& index, const Phase& phase)
+      : blocks(phase.blocks(index.block_cols)),
+        channels((index.transposed ? c.out_channels : c.in_channels) / c.groups),
+        taps(phase.taps()),
         columns(channels * taps),
-        first_block(cut.phase->first_block),
-        block_cols(index.block_cols) {
-    if (cut.banded) table = make_table(*cut.phase, PackedChannel(*cut.phase, cut, cut.lanes()));
-  }
+        first_block(phase.first_block) {}
+
+  int64_t count() const { return ceil_div(columns, blocks.columns); }
 
   // body(block of the index, first and last of its columns counted from the phase's first).
   template <typename Body>
   void for_blocks(const Body& body) const {
-    for (int64_t j = 0; j < columns; j += block_cols) {
-      body(first_block + j / block_cols, j, min(columns, j + block_cols));
+    for (int64_t j = 0; j < columns; j += blocks.columns) {
+      body(first_block + j / blocks.columns, j, min(columns, j + blocks.columns));
     }
   }
 
   // Packs the channels of a group that columns [begin, end) belong to.
   template <typename Packer>
   const float* pack(const Packer& packer, int64_t group, int64_t begin, int64_t end) const {
-    const int64_t first = begin / taps, last = ceil_div(end, taps), floats = packer.packed().floats;
-    float* const x = static_cast<float*>(scratch(Slot::kPanelA, size_t((last - first) * floats) * sizeof(float)));
+    const int64_t first = begin / taps, last = ceil_div(end, taps);
+    const PackedChannel& packed = packer.packed();
+    float* const x = static_cast<float*>(scratch(Slot::kPanelA, packed.bytes(last - first)));
     packer.pack(group * channels + first, group * channels + last, x);
-    return table ? x : x + (begin - first * taps) * packer.packed().width;
-  }
-
- private:
-  const int32_t* make_table(const Phase& phase, const PackedChannel& packed) const {
-    int32_t* const places = static_cast<int32_t*>(scratch(Slot::kTable, size_t(columns + taps) * sizeof(int32_t)));
-    int32_t* const of_taps = places + columns;
-    for (int64_t t = 0; t < taps; ++t) of_taps[t] = int32_t(packed.offset(phase, t));
-    for_blocks([&](int64_t, int64_t begin, int64_t end) {
-      int64_t tap = begin % taps, at = 0;
-      for (int64_t j = begin; j < end; ++j) {
-        places[j] = int32_t(at + of_taps[tap]);
-        if (++tap == taps) {
-          tap = 0;
-          at += packed.floats;
-        }
-      }
-    });
-    return places;
+    return x + (begin - first * taps) * (packed.channel / taps);
   }
 };
 
-bool has_entries(const SparseIndex& index, int64_t block, int64_t first_panel, int64_t last_panel) {
-  for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-    const SparseIndex::Tile* const tile = index.tiles + panel * index.blocks + block;
-    if (tile[0].entry < tile[1].entry) return true;
+// Adds the lines of a strip's pixels in some channels of images that it is stored to, or that lie like those.
+template <typename T>
+void add_lines(LineList& list, const Strip& strip, const Memory<T>& in, int64_t channel, int64_t channels) {
+  constexpr int64_t kFloats = Ahead::kFloats;
+  int64_t offsets[Strip::kMostLines];
+  const int64_t count = strip.lines(in, offsets);
+  const T* const base = in.data + channel * in.channel;
+  if (in.channels_last) {
+    list.add(base, offsets, count, kFloats, ceil_div(channels + kFloats - 1, kFloats));
+  } else {
+    list.add(base, offsets, count, in.channel, channels);
   }
-  return false;
-}
-
-// The values in the order of a transposed index's entries.
-const float* in_order(const Team& team, const SparseIndex& index, const float* values) {
-  const int64_t n = index.nnz;
-  float* const ordered = static_cast<float*>(scratch(Slot::kValues, size_t(n) * sizeof(float)));
-  team.for_each(ceil_div(n, tuning::kPassGrain), [&](int64_t task) {
-    const int64_t last = min(n, (task + 1) * tuning::kPassGrain);
-    for (int64_t i = task * tuning::kPassGrain; i < last; ++i) ordered[i] = values[index.positions[i]];
-  });
-  return ordered;
 }
 
 struct Multiplication {
   const SparseIndex& index;
   const float* values;  // in order, if the index is transposed
-  const float* bias;
   Memory<const float> from;
   Memory<float> to;
+  bool fetches_input, fetches_output;  // ahead of their use; input only if a position reads the pixel that it is
 
-  // Strips [first, last).
-  void run(const Cut& cut, const Columns& columns, int64_t first, int64_t last, int64_t first_panel,
-           int64_t last_panel) const {
-    for (int64_t s = first; s < last; ++s) {
-      const Strip strip(cut, s);
-      with_packer(cut, strip, from, Slot::kPlaces,
-                  [&](const auto& packer) { run(strip, packer, columns, first_panel, last_panel); });
+  void run(const Cut& cut, const Columns& columns, const Starts& starts, Span strips, Span panels) const {
+    for (int64_t s = strips.first; s < strips.last; ++s) {
+      const Strip strip(cut, s), next(cut, min(s + 1, strips.last - 1));
+      with_packer(cut, columns.blocks, strip, from, Slot::kPlaces,
+                  [&](const auto& packer) { run(strip, next, packer, columns, starts, panels); });
     }
   }
 
  private:
   template <typename Packer>
-  void run(const Strip& strip, const Packer& packer, const Columns& columns, int64_t first_panel,
-           int64_t last_panel) const {
-    for_groups(index, first_panel, last_panel, [&](int64_t group, int64_t first, int64_t last) {
-      const int64_t row = index.row_of(first), rows = rows_between(index, first, last), width = strip.width();
+  void run(const Strip& strip, const Strip& next, const Packer& packer, const Columns& columns, const Starts& starts,
+           Span all_panels) const {
+    for_groups(index, all_panels, [&](int64_t group, Span panels) {
+      const int64_t row = index.row_of(panels.first), rows = rows_of(index, panels), width = strip.width();
       float* const c =
           static_cast<float*>(scratch(Slot::kAccumulator, size_t(ceil_div(rows, L) * L * width) * sizeof(float)));
-      start_from_bias(bias ? bias + row : nullptr, rows, width, c);
+      for (int64_t panel = panels.first; panel < panels.last; ++panel) {
+        starts.set_others(index, panel, strip.vectors(), width, c + (index.row_of(panel) - row) * width);
+      }
+      LineList lines(index.rows);
       columns.for_blocks([&](int64_t block, int64_t begin, int64_t end) {
-        if (!has_entries(index, block, first, last)) return;
+        const int64_t segments = segments_of(index, block, panels);
+        if (segments == 0) return;
         const float* const x = columns.pack(packer, group, begin, end);
-        for (int64_t panel = first; panel < last; ++panel) {
+        lines.clear();
+        const bool last = end == columns.columns;
+        if (fetches_input) {
+          const int64_t first = last ? 0 : end, left = columns.channels - first;
+          add_lines(lines, last ? next : strip, from, group * columns.channels + first,
+                    min(columns.blocks.columns, left));
+        }
+        if (fetches_output && last) add_lines(lines, strip, to, row, rows);
+        Ahead ahead = lines.over(segments, x);
+        for (int64_t panel = panels.first; panel < panels.last; ++panel) {
           const int64_t tile = panel * index.blocks + block;
-          const float* const v = values + (index.transposed ? index.tiles[tile].entry : index.panel_values[panel]);
-          float* const sums = c + (index.row_of(panel) - row) * width;
-          if (columns.table) {
-            multiply_tile(index, tile, strip.vectors(), v, x, columns.table + begin, sums);
+          const float* const v = values_of(index, values, tile);
+          const Target sums = {c + (index.row_of(panel) - row) * width, starts.of(index, panel, block)};
+          if (strip.banded()) {
+            multiply_banded(index, tile, strip.vectors(), v, x, packer.packed().row, sums, ahead);
           } else {
-            multiply_tile(index, tile, strip.vectors(), v, x, sums);
+            multiply_tile(index, tile, strip.vectors(), v, x, sums, ahead);
           }
+          ahead.skip(segments_of(index, block, {panel, panel + 1}));
         }
       });
       strip.store(c, row, rows, to);
@@ -140,30 +117,22 @@ struct Multiplication {
   }
 };
 
-// Into how many ranges of panels each strip is split, so that no thread waits for long. Each packs the strip anew.
-int64_t splits_for(int64_t strips, int64_t panels, int threads) {
-  int64_t splits = 1;
-  while (splits < panels && double(ceil_div(strips * splits, threads) * threads) > 1.1 * double(strips * splits)) {
-    ++splits;
-  }
-  return splits;
-}
-
 struct Sampling {
   const SparseIndex& index;
   const Cut& cut;     // of the positions of the output
   const Cut& output;  // the same, each of which reads itself
+  const TapBlocks& itself;
   const Columns& columns;
   Memory<const float> input, grad_output;
 
-  // Adds what strips [first, last) give to the panels' results, or sets it if they are the first.
-  void run(int64_t first, int64_t last, int64_t first_panel, int64_t last_panel, float* results) const {
-    for (int64_t s = first; s < last; ++s) {
+  // Sets the panels' results to what the strips give.
+  void run(Span strips, Span all_panels, float* results) const {
+    for (int64_t s = strips.first; s < strips.last; ++s) {
       const Strip x_strip(cut, s), dy_strip(output, s);
-      with_packer(cut, x_strip, input, Slot::kPlaces, [&](const auto& x_packer) {
-        with_packer(output, dy_strip, grad_output, Slot::kMorePlaces, [&](const auto& dy_packer) {
-          for_groups(index, first_panel, last_panel, [&](int64_t group, int64_t begin, int64_t end) {
-            run_group(x_strip, x_packer, dy_packer, group, begin, end, results, s > first);
+      with_packer(cut, columns.blocks, x_strip, input, Slot::kPlaces, [&](const auto& x_packer) {
+        with_packer(output, itself, dy_strip, grad_output, Slot::kMorePlaces, [&](const auto& dy_packer) {
+          for_groups(index, all_panels, [&](int64_t group, Span panels) {
+            run_group(x_strip, x_packer, dy_packer, group, panels, results, s > strips.first);
           });
         });
       });
@@ -172,20 +141,20 @@ struct Sampling {
 
  private:
   template <typename XPacker, typename DyPacker>
-  void run_group(const Strip& strip, const XPacker& x_packer, const DyPacker& dy_packer, int64_t group, int64_t first,
-                 int64_t last, float* results, bool accumulate) const {
-    const int64_t row = index.row_of(first), rows = rows_between(index, first, last), width = strip.width();
+  void run_group(const Strip& strip, const XPacker& x_packer, const DyPacker& dy_packer, int64_t group, Span panels,
+                 float* results, bool accumulate) const {
+    const int64_t row = index.row_of(panels.first), rows = rows_of(index, panels), width = strip.width();
     float* const dy = static_cast<float*>(scratch(Slot::kAccumulator, size_t(rows * width) * sizeof(float)));
     dy_packer.pack(row, row + rows, dy);
     columns.for_blocks([&](int64_t block, int64_t begin, int64_t end) {
-      if (!has_entries(index, block, first, last)) return;
+      if (segments_of(index, block, panels) == 0) return;
       const float* const x = columns.pack(x_packer, group, begin, end);
-      for (int64_t panel = first; panel < last; ++panel) {
+      for (int64_t panel = panels.first; panel < panels.last; ++panel) {
         const int64_t tile = panel * index.blocks + block;
         const float* const dy_panel = dy + (index.row_of(panel) - row) * width;
         float* const to = results + index.panel_values[panel];
-        if (columns.table) {
-          sample_tile(index, tile, strip.vectors(), x, columns.table + begin, dy_panel, to, accumulate);
+        if (strip.banded()) {
+          sample_banded(index, tile, strip.vectors(), x, x_packer.packed().row, dy_panel, to, accumulate);
         } else {
           sample_tile(index, tile, strip.vectors(), x, dy_panel, to, accumulate);
         }
@@ -202,59 +171,47 @@ Axis identity_axis(const Convolution& c, int d) {
 
 void conv_spmm(const Team& team, const Convolution& c, const SparseIndex& index, const float* values,
                Images<const float> input, const float* bias, Images<float> output) {
+  if (planes_serve(c, input, {output.data, output.channels_last})) {
+    return planes_spmm(team, c, index, values, input.data, bias, output.data);
+  }
   const bool transposed = index.transposed;
   const Memory<const float> from(input, transposed ? c.out_channels : c.in_channels, transposed ? c.output : c.input);
   const Memory<float> to(output, transposed ? c.in_channels : c.out_channels, transposed ? c.input : c.output);
-  const Multiplication multiplication = {index, transposed ? in_order(team, index, values) : values, bias, from, to};
+  // With one tap, memory is what limits if few weights meet an element.
+  const bool pointwise = is_pointwise(c), few = index.nnz < tuning::kFewProducts * max(c.in_channels, c.out_channels);
+  const Multiplication multiplication = {index, in_order(team, index, values),          from,
+                                         to,    pointwise && few && from.channels_last, few || !pointwise};
   for_phases(c, transposed, index.block_cols, [&](const Phase& phase) {
-    const Cut cut(phase, c.batch, team.threads);
-    const Columns columns(c, index, cut);
-    const int64_t strips = cut.strips(), splits = splits_for(strips, index.panels, team.threads);
-    // Neighbours share lines of memory: they are one task, as far as there are enough of them.
-    const int64_t parts = min(strips, tuning::kStripTasks * team.threads);
-    team.for_each(parts * splits, [&](int64_t task) {
-      const int64_t part = task / splits, split = task % splits;
-      multiplication.run(cut, columns, strips * part / parts, strips * (part + 1) / parts,
-                         index.panels * split / splits, index.panels * (split + 1) / splits);
-    });
+    const Columns columns(c, index, phase);
+    const Cut cut(phase, columns.blocks, c.batch, team.threads);
+    const Starts starts(index, {columns.first_block, columns.first_block + columns.count()}, bias);
+    for_strips(team, cut.strips(), index.panels,
+               [&](Span strips, Span panels) { multiplication.run(cut, columns, starts, strips, panels); });
   });
 }
 
 void conv_sddmm(const Team& team, const Convolution& c, const SparseIndex& index, Images<const float> grad_output,
                 Images<const float> input, float* grad_values) {
+  if (planes_serve(c, input, grad_output)) {
+    return planes_sddmm(team, c, index, grad_output.data, input.data, grad_values);
+  }
   const Phase output = {{identity_axis(c, 0), identity_axis(c, 1), identity_axis(c, 2)}};
   const Phase phase = {{forward_axis(c, 0), forward_axis(c, 1), forward_axis(c, 2)}};
-  const Cut cut(phase, c.batch, team.threads);
+  const Columns columns(c, index, phase);
+  const Cut cut(phase, columns.blocks, c.batch, team.threads);
   Cut of_output = cut;
   of_output.phase = &output;
-  const Columns columns(c, index, cut);
+  const TapBlocks itself = output.blocks(1);
   const Sampling sampling = {index,
                              cut,
                              of_output,
+                             itself,
                              columns,
                              Memory<const float>(input, c.in_channels, c.input),
                              Memory<const float>(grad_output, c.out_channels, c.output)};
 
-  // Ranges of positions have results of their own, which are added up in their order: the sums do not depend on who
-  // computed what.
-  const int64_t nnz = index.nnz;
-  const int64_t strips = cut.strips();
-  const int64_t most = max<int64_t>(tuning::kPartialBytes / int64_t{sizeof(float)} / max<int64_t>(nnz, 1), 1);
-  const int64_t parts = min(min<int64_t>(strips, 2 * team.threads), most);
-  const int64_t splits = splits_for(parts, index.panels, team.threads);
-  float* const partial = static_cast<float*>(scratch(Slot::kValues, size_t((parts - 1) * nnz) * sizeof(float)));
-  team.for_each(parts * splits, [&](int64_t task) {
-    const int64_t part = task / splits, split = task % splits;
-    sampling.run(strips * part / parts, strips * (part + 1) / parts, index.panels * split / splits,
-                 index.panels * (split + 1) / splits, part ? partial + (part - 1) * nnz : grad_values);
-  });
-  if (parts == 1) return;
-  team.for_each(ceil_div(nnz, tuning::kPassGrain), [&](int64_t task) {
-    const int64_t last = min(nnz, (task + 1) * tuning::kPassGrain);
-    for (int64_t part = 0; part + 1 < parts; ++part) {
-      for (int64_t i = task * tuning::kPassGrain; i < last; ++i) grad_values[i] += partial[part * nnz + i];
-    }
-  });
+  add_up_strips(team, cut.strips(), index, grad_values,
+                [&](Span strips, Span panels, float* results) { sampling.run(strips, panels, results); });
 }
 
 }  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY

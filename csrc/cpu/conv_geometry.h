@@ -30,10 +30,63 @@ struct Axis {
   static int64_t ceiling(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
 };
 
+// How the columns of a phase, (channel, tap), are cut into blocks, and what number, a byte, each has in its block:
+// where its vectors lie in the packed input.
+//
+// A block is of whole channels, if one fits. For strips whose vectors are rows (see strips.h), taps of the middle axis
+// can share what is packed: then a number is (row that the tap reads, channel, taps of the other axes), so that for all
+// columns the next vector is one row, pitch numbers, further.
+struct TapBlocks {
+  static constexpr int64_t kNumbers = 256;
+  static constexpr int64_t kLeastShared = 64;  // columns of a block below which sharing is not worth it
+
+  int64_t taps[3];
+  int64_t rows_apart;  // from a tap of the middle axis to the next, in rows of the source; may be negative
+  int64_t columns;     // of a block
+  int64_t pitch = 0;   // 0 if taps do not share rows
+
+  // Blocks of at most most_columns, or of one channel; the same for most_columns = columns.
+  TapBlocks(int64_t of_d, int64_t of_h, int64_t of_w, int64_t rows_apart, int64_t most_columns)
+      : taps{of_d, of_h, of_w}, rows_apart(rows_apart) {
+    const int64_t all = of_d * of_h * of_w;
+    if (all == 0) {
+      columns = 1;
+      return;
+    }
+    int64_t channels = all <= kNumbers ? max(most_columns / all, int64_t{1}) : 0;
+    const int64_t shared = of_h > 1 && rows_apart != 0 ? kNumbers / (slots() * span()) : 0;
+    if (shared * all >= kLeastShared) {
+      channels = min(channels, shared);
+      pitch = channels * slots();
+    }
+    columns = channels > 0 ? channels * all : min(most_columns, kNumbers);
+  }
+
+  int64_t slots() const { return taps[0] * taps[2]; }  // of a channel in a row
+  int64_t span() const { return (taps[1] - 1) * (rows_apart < 0 ? -rows_apart : rows_apart) + 1; }  // rows of all taps
+
+  // Of a column, counted from the first of its block.
+  int64_t number(int64_t column) const {
+    if (pitch == 0) return column;
+    const int64_t slot = column / (taps[1] * taps[2]) * taps[2] + column % taps[2], h = column / taps[2] % taps[1];
+    return (rows_apart < 0 ? h - (taps[1] - 1) : h) * rows_apart * pitch + slot;
+  }
+  void number(uint8_t* of_columns, int64_t n) const {
+    if (pitch == 0) return;
+    uint8_t numbers[kNumbers];
+    for (int64_t j = 0; j < columns; ++j) numbers[j] = uint8_t(number(j));
+    for (int64_t i = 0; i < n; ++i) of_columns[i] = numbers[of_columns[i]];
+  }
+};
+
 struct Phase {
   Axis axes[3];
   int64_t first_block = 0;
 
+  TapBlocks blocks(int64_t most_columns) const {
+    const int64_t rows_apart = axes[1].step == 1 ? axes[1].shift_step : 0;
+    return {axes[0].taps, axes[1].taps, axes[2].taps, rows_apart, most_columns};
+  }
   int64_t positions() const { return axes[0].count * axes[1].count * axes[2].count; }
   int64_t taps() const { return axes[0].taps * axes[1].taps * axes[2].taps; }
 };
@@ -45,6 +98,14 @@ MASKED_OPS_INLINE int64_t gcd(int64_t a, int64_t b) {
     b = rest;
   }
   return a;
+}
+
+// One tap, that of the position itself.
+inline bool is_pointwise(const Convolution& c) {
+  for (int d = 0; d < 3; ++d) {
+    if (c.kernel[d] != 1 || c.stride[d] != 1 || c.padding[d] != 0) return false;
+  }
+  return true;
 }
 
 inline Axis forward_axis(const Convolution& c, int d) {
@@ -73,17 +134,19 @@ inline Axis backward_axis(const Convolution& c, int d, int64_t first) {
   return axis;
 }
 
-// Calls body(class of depth, of height, of width, first block) in the order of the transposed matrix's columns; returns
-// the number of blocks.
+// Calls body(class of depth, of height, of width, its blocks, the first of them) in the order of the transposed
+// matrix's columns; returns the number of blocks.
 template <typename Body>
-int64_t for_tap_classes(const Convolution& c, int64_t block_cols, const Body& body) {
+int64_t for_tap_classes(const Convolution& c, int64_t most_columns, const Body& body) {
+  const int64_t rows_apart = -(tap_period(c, 1) * c.dilation[1] / c.stride[1]);
   int64_t block = 0;
   for (int64_t d = 0; d < tap_classes(c, 0); ++d) {
     for (int64_t h = 0; h < tap_classes(c, 1); ++h) {
       for (int64_t w = 0; w < tap_classes(c, 2); ++w) {
-        body(d, h, w, block);
-        const int64_t taps = taps_of_class(c, 0, d) * taps_of_class(c, 1, h) * taps_of_class(c, 2, w);
-        block += ceil_div(c.out_channels / c.groups * taps, block_cols);
+        const int64_t taps[3] = {taps_of_class(c, 0, d), taps_of_class(c, 1, h), taps_of_class(c, 2, w)};
+        const TapBlocks blocks(taps[0], taps[1], taps[2], rows_apart, most_columns);
+        body(d, h, w, blocks, block);
+        block += ceil_div(c.out_channels / c.groups * taps[0] * taps[1] * taps[2], blocks.columns);
       }
     }
   }
@@ -92,7 +155,7 @@ int64_t for_tap_classes(const Convolution& c, int64_t block_cols, const Body& bo
 
 // Calls body(phase) for each phase that has positions, those that no tap reaches included.
 template <typename Body>
-void for_phases(const Convolution& c, bool transposed, int64_t block_cols, const Body& body) {
+void for_phases(const Convolution& c, bool transposed, int64_t most_columns, const Body& body) {
   if (!transposed) {
     return body(Phase{{forward_axis(c, 0), forward_axis(c, 1), forward_axis(c, 2)}});
   }
@@ -101,7 +164,7 @@ void for_phases(const Convolution& c, bool transposed, int64_t block_cols, const
       for (int64_t w = 0; w < min(c.stride[2], c.input[2]); ++w) {
         Phase phase = {{backward_axis(c, 0, d), backward_axis(c, 1, h), backward_axis(c, 2, w)}};
         if (phase.taps() > 0) {
-          for_tap_classes(c, block_cols, [&](int64_t i, int64_t j, int64_t k, int64_t block) {
+          for_tap_classes(c, most_columns, [&](int64_t i, int64_t j, int64_t k, const TapBlocks&, int64_t block) {
             const Axis* const axes = phase.axes;
             if (axes[0].first_tap == i && axes[1].first_tap == j && axes[2].first_tap == k) phase.first_block = block;
           });

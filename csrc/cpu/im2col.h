@@ -8,36 +8,46 @@
 
 namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
 
-// Where a strip's taps find their lanes in what is packed of a channel. Dense strips: one tap after the other. Banded
-// strips: the rows of the source one below the other, a vector of each, for each tap of the first and of the last axis;
-// the taps of the middle one begin at different rows.
+// Where the vectors of a channel lie in what is packed of a strip: by the numbers of the taps (see TapBlocks).
+//
+// Dense strips: for each tap the strip's vectors. Banded strips: for each tap of the first and of the last axis a
+// vector, and that of the next row of the source one row further; taps of the middle axis begin at different rows.
 struct PackedChannel {
   static constexpr int L = Vec::kLanes;
-  int64_t width;            // lanes of a strip
+  const TapBlocks& blocks;
+  int strip_vectors;
+  int64_t vectors;          // of banded strips, in a row
   int64_t rows, first_row;  // banded strips: source rows, and where the first lies from the strip's first position
-  int64_t floats;
+  int64_t row, channel;     // floats from one to the next
 
-  PackedChannel(const Phase& phase, const Cut& cut, int64_t width) : width(width), rows(1), first_row(0) {
+  // Not sharing rows, a banded strip has one tap: a channel's rows follow each other.
+  PackedChannel(const Phase& phase, const TapBlocks& blocks, const Cut& cut, int strip_vectors)
+      : blocks(blocks), strip_vectors(cut.banded ? 1 : strip_vectors), rows(1), first_row(0) {
+    const bool shared = blocks.pitch > 0;
+    row = (shared ? blocks.pitch : 1) * this->strip_vectors * L;
     if (cut.banded) {
       const Axis& h = phase.axes[1];
-      const int64_t last = h.at(h.taps - 1);
-      first_row = min(h.at(0), last);
-      rows = cut.vectors + max(h.at(0), last) - first_row;
+      rows = cut.vectors + blocks.span() - 1;
+      first_row = min(h.at(0), h.at(h.taps - 1));
     }
-    floats = cut.banded ? phase.axes[0].taps * phase.axes[2].taps * rows * L : phase.taps() * width;
+    vectors = (cut.banded ? blocks.slots() : phase.taps()) * this->strip_vectors;
+    channel = (shared ? blocks.slots() * this->strip_vectors : vectors * rows) * L;
   }
 
-  int64_t offset(const Phase& phase, int64_t tap) const {
-    if (rows == 1) return tap * width;
-    const int64_t of_w = phase.axes[2].taps, of_h = phase.axes[1].taps;
-    const int64_t w = tap % of_w, h = tap / of_w % of_h, d = tap / of_w / of_h;
-    return ((d * of_w + w) * rows + phase.axes[1].at(h) - first_row) * L;
+  // From a channel's first float to that of a vector in the first row.
+  int64_t place(int64_t vector) const {
+    const int64_t tap = vector / strip_vectors;
+    return ((rows > 1 ? tap : blocks.number(tap)) * strip_vectors + vector % strip_vectors) * L;
+  }
+  // Of channels in a block.
+  size_t bytes(int64_t channels) const {
+    const int64_t of_rows = (rows > 1 ? rows : blocks.span()) * row;
+    return size_t(blocks.pitch ? of_rows : channels * channel) * sizeof(float);
   }
 };
 
 // Calls body(vector, lane, count, offset) for the lanes of each vector of a packed channel that lie in the source,
-// which follow each other at step() pixels from the offset on; of banded strips for the first row of each tap's
-// vectors.
+// which follow each other at step() pixels from the offset on; of banded strips for the first row.
 template <typename Body>
 void for_runs(const Strip& strip, const PackedChannel& packed, const Memory<const float>& source, const Body& body) {
   constexpr int L = Vec::kLanes;
@@ -63,7 +73,7 @@ void for_runs(const Strip& strip, const PackedChannel& packed, const Memory<cons
             w += count;
           }
         }
-        first_vector += strip.banded() ? packed.rows : strip.vectors();
+        first_vector += strip.banded() ? 1 : strip.vectors();
       }
     }
   }
@@ -90,23 +100,22 @@ class LinePacker {
   static constexpr int L = Vec::kLanes;
 
   static size_t bytes(const Strip& strip, const PackedChannel& packed) {
-    const int64_t vectors = packed.floats / packed.rows / L;
     const int64_t lanes = gather_overflows(strip) ? L : min<int64_t>(L, strip.runs());
-    return size_t(vectors) * (size_t(lanes) * sizeof(Piece) + 2 * sizeof(Vector));
+    return size_t(packed.vectors) * (size_t(lanes) * sizeof(Piece) + 2 * sizeof(Vector));
   }
 
   LinePacker(const Strip& strip, const PackedChannel& packed, const Memory<const float>& source, void* memory)
       : source_(source), packed_(packed), rows_(strip, packed, source), vectors_(static_cast<Vector*>(memory)) {
     const bool each_lane = gather_overflows(strip);  // then a lane is a piece, and the step does not matter
-    const int64_t vectors = packed.floats / packed.rows / L, step = strip.step();
+    const int64_t vectors = packed.vectors, step = strip.step();
     Vector* const in_order = vectors_ + vectors;
     pieces_ = reinterpret_cast<Piece*>(in_order + vectors);
     step_ = each_lane ? 1 : step;
-    ahead_ = ceil_div(tuning::kVectorsAhead * L, max<int64_t>(packed.floats, 1)) * source.channel;
-    for (int64_t v = 0; v < vectors; ++v) in_order[v] = {int32_t(v * packed.rows * L), 0, 0, kNone};
+    ahead_ = ceil_div(tuning::kVectorsAhead, max<int64_t>(vectors * packed.rows, 1)) * source.channel;
+    for (int64_t v = 0; v < vectors; ++v) in_order[v] = {int32_t(packed.place(v)), 0, 0, kNone};
     int32_t pieces = 0;
     for_runs(strip, packed, source, [&](int64_t vector, int64_t lane, int64_t count, int64_t offset) {
-      Vector& v = in_order[vector / packed.rows];
+      Vector& v = in_order[vector];
       if (v.count == 0) v.first = pieces;
       for (int64_t i = 0; i < count; i += each_lane ? 1 : count) {
         const uint32_t bits = ((1u << (each_lane ? 1 : count)) - 1) << (lane + i);
@@ -160,52 +169,65 @@ class LinePacker {
   // kStep: 1, 2, or 0 for any.
   template <int kStep>
   void pack_channels(const float* in, int64_t channels, float* out) const {
-    const auto load = [&](const Piece& p, const float* x) __attribute__((always_inline)) {
+    const int step = int(step_);
+    const auto load = [=](Piece p, const float* x) __attribute__((always_inline)) {
       if constexpr (kStep == 1) return Vec::loadu(Vec::Predicate(p.lanes), x + p.offset);
       if constexpr (kStep == 2) return Vec::load_even(p.lanes, x + p.offset);
-      return Vec::gather(Vec::Predicate(p.lanes), x + p.offset, int(step_));
+      return Vec::gather(Vec::Predicate(p.lanes), x + p.offset, step);
     };
-    for (int64_t c = 0; c < channels; ++c, in += source_.channel, out += packed_.floats) {
+    const int64_t ahead = ahead_;
+    for (int64_t c = 0; c < channels; ++c, in += source_.channel, out += packed_.channel) {
       clear(out);
-      for_vectors(kWhole, in, out, [&](const Piece* p, const float* x) __attribute__((always_inline)) {
-        prefetch(x + p->offset + ahead_);
-        return Vec::loadu(x + p->offset);
+      for_vectors(kWhole, [=, this](Vector v) __attribute__((always_inline)) {
+        const int64_t offset = pieces_[v.first].offset;
+        for_rows(v, in + offset, out, [=](const float* x) __attribute__((always_inline)) {
+          prefetch(x + ahead);
+          return Vec::loadu(x);
+        });
       });
-      for_vectors(kOne, in, out,
-                  [&](const Piece* p, const float* x) __attribute__((always_inline)) { return load(*p, x); });
-      for_vectors(kTwo, in, out, [&](const Piece* p, const float* x) __attribute__((always_inline)) {
-        return load(p[0], x) + load(p[1], x);
+      for_vectors(kOne, [=, this](Vector v) __attribute__((always_inline)) {
+        const Piece p = pieces_[v.first];
+        for_rows(v, in, out, [=](const float* x) __attribute__((always_inline)) { return load(p, x); });
       });
-      for (int64_t v = begin_[kMany]; v < begin_[kMany + 1]; ++v) {
-        for_rows(vectors_[v], in, out, [&](const Piece* p, const float* x) __attribute__((always_inline)) {
-          Vec sum = load(p[0], x);
-          for (int i = 1; i < vectors_[v].count; ++i) sum = sum + load(p[i], x);
+      for_vectors(kTwo, [=, this](Vector v) __attribute__((always_inline)) {
+        const Piece p = pieces_[v.first], q = pieces_[v.first + 1];
+        for_rows(v, in, out, [=](const float* x) __attribute__((always_inline)) { return load(p, x) + load(q, x); });
+      });
+      for_vectors(kMany, [=, this](Vector v) __attribute__((always_inline)) {
+        const Piece* const pieces = pieces_ + v.first;
+        for_rows(v, in, out, [=](const float* x) __attribute__((always_inline)) {
+          Vec sum = load(pieces[0], x);
+          for (int i = 1; i < v.count; ++i) sum = sum + load(pieces[i], x);
           return sum;
         });
-      }
+      });
     }
   }
 
-  template <typename Load>
-  MASKED_OPS_INLINE void for_vectors(Kind kind, const float* in, float* out, const Load& load) const {
-    for (int64_t v = begin_[kind]; v < begin_[kind + 1]; ++v) for_rows(vectors_[v], in, out, load);
+  template <typename Body>
+  MASKED_OPS_INLINE void for_vectors(Kind kind, const Body& body) const {
+    const int64_t last = begin_[kind + 1];
+    for (int64_t v = begin_[kind]; v < last; ++v) body(vectors_[v]);
   }
 
+  // A vector of all rows.
   template <typename Load>
-  MASKED_OPS_INLINE void for_rows(const Vector& v, const float* in, float* out, const Load& load) const {
-    const Piece* const pieces = pieces_ + v.first;
-    for (int64_t r = rows_.first; r < rows_.last; ++r) load(pieces, in + r * rows_.stride).store(out + v.to + r * L);
+  MASKED_OPS_INLINE void for_rows(Vector v, const float* in, float* out, const Load& load) const {
+    const int64_t stride = rows_.stride, row = packed_.row, first = rows_.first;
+    const float* x = in + first * stride;
+    float* to = out + v.to + first * row;
+    for (int64_t rows = rows_.last - first; rows > 0; --rows, x += stride, to += row) load(x).store(to);
   }
 
   // What lies beyond the source: vectors that have no piece, and rows.
   void clear(float* out) const {
     for (int64_t v = 0; v < begin_[kNone + 1]; ++v) {
-      for (int64_t r = 0; r < packed_.rows; ++r) Vec::zero().store(out + vectors_[v].to + r * L);
+      for (int64_t r = 0; r < packed_.rows; ++r) Vec::zero().store(out + vectors_[v].to + r * packed_.row);
     }
     if (rows_.first == 0 && rows_.last == packed_.rows) return;
     for (int64_t v = begin_[kNone + 1]; v < begin_[kKinds]; ++v) {
       for (int64_t r = 0; r < packed_.rows; ++r) {
-        if (r < rows_.first || r >= rows_.last) Vec::zero().store(out + vectors_[v].to + r * L);
+        if (r < rows_.first || r >= rows_.last) Vec::zero().store(out + vectors_[v].to + r * packed_.row);
       }
     }
   }
@@ -225,28 +247,37 @@ class PixelPacker {
   static constexpr int L = Vec::kLanes;
 
   static size_t bytes(const Strip&, const PackedChannel& packed) {
-    return size_t(packed.floats / packed.rows) * sizeof(int64_t);
+    return size_t(packed.vectors) * (L * sizeof(int64_t) + sizeof(int64_t));
   }
 
   PixelPacker(const Strip& strip, const PackedChannel& packed, const Memory<const float>& source, void* memory)
       : source_(source), packed_(packed), rows_(strip, packed, source), offsets_(static_cast<int64_t*>(memory)) {
-    for (int64_t i = 0; i < packed.floats / packed.rows; ++i) offsets_[i] = kOutside;
+    inside_ = offsets_ + packed.vectors * L;
+    for (int64_t i = 0; i < packed.vectors * L; ++i) offsets_[i] = kOutside;
+    for (int64_t v = 0; v < packed.vectors; ++v) inside_[v] = 0;
     for_runs(strip, packed, source, [&](int64_t vector, int64_t lane, int64_t count, int64_t offset) {
-      int64_t* const to = offsets_ + vector / packed.rows * L + lane;
+      int64_t* const to = offsets_ + vector * L + lane;
       for (int64_t i = 0; i < count; ++i) to[i] = offset + i * strip.step() * source.pixel;
+      inside_[vector] += count;
     });
   }
 
   const PackedChannel& packed() const { return packed_; }
 
   void pack(int64_t first, int64_t last, float* packed) const {
-    for (int64_t c = first; c < last; c += L, packed += L * packed_.floats) {
+    for (int64_t c = first; c < last; c += L, packed += L * packed_.channel) {
       const int64_t valid = min<int64_t>(L, last - c);
-      for (int64_t v = 0; v < packed_.floats / packed_.rows / L; ++v) {
-        for (int64_t r = 0; r < packed_.rows; ++r) {
-          const bool inside = r >= rows_.first && r < rows_.last;
-          pack_vector(source_.data + c + r * rows_.stride, inside ? valid : 0, offsets_ + v * L, valid,
-                      packed + (v * packed_.rows + r) * L);
+      for (int64_t v = 0; v < packed_.vectors; ++v) {
+        const bool whole = valid == L && inside_[v] == L;
+        const int64_t* const offsets = offsets_ + v * L;
+        float* out = packed + packed_.place(v);
+        for (int64_t r = 0; r < packed_.rows; ++r, out += packed_.row) {
+          const float* const in = source_.data + c + r * rows_.stride;
+          if (inside_[v] == 0 || r < rows_.first || r >= rows_.last) {
+            for (int64_t i = 0; i < valid; ++i) Vec::zero().store(out + i * packed_.channel);
+          } else {
+            whole ? pack_vector<true>(in, offsets, L, out) : pack_vector<false>(in, offsets, valid, out);
+          }
         }
       }
     }
@@ -255,19 +286,26 @@ class PixelPacker {
  private:
   static constexpr int64_t kOutside = INT64_MIN;
 
-  void pack_vector(const float* in, int64_t readable, const int64_t* offsets, int64_t channels, float* out) const {
-    const Vec::Predicate some = Vec::first(readable);
+  // kWhole: all lanes lie in the source, and there are as many channels.
+  template <bool kWhole>
+  void pack_vector(const float* in, const int64_t* offsets, int64_t channels, float* out) const {
+    const Vec::Predicate some = Vec::first(channels);
+    const int64_t step = packed_.channel;
     Vec tile[L];
     MASKED_OPS_UNROLL
     for (int i = 0; i < L; ++i) {
-      tile[i] = readable == 0 || offsets[i] == kOutside ? Vec::zero() : Vec::loadu(some, in + offsets[i]);
+      if (kWhole) {
+        tile[i] = Vec::loadu(in + offsets[i]);
+      } else {
+        tile[i] = offsets[i] == kOutside ? Vec::zero() : Vec::loadu(some, in + offsets[i]);
+      }
     }
     transpose(tile);
-    if (channels == L) {
+    if (kWhole || channels == L) {
       MASKED_OPS_UNROLL
-      for (int i = 0; i < L; ++i) tile[i].store(out + i * packed_.floats);
+      for (int i = 0; i < L; ++i) tile[i].store(out + i * step);
     } else {
-      for (int i = 0; i < channels; ++i) tile[i].store(out + i * packed_.floats);
+      for (int i = 0; i < channels; ++i) tile[i].store(out + i * step);
     }
   }
 
@@ -275,13 +313,14 @@ class PixelPacker {
   const PackedChannel& packed_;
   const SourceRows rows_;
   int64_t* offsets_;  // of each lane, those of banded strips for the first row
+  int64_t* inside_;   // of each vector, how many of its lanes lie in the source
 };
 
 // Calls body with the packer for the source, which keeps what it finds in the slot.
 template <typename Body>
-MASKED_OPS_INLINE void with_packer(const Cut& cut, const Strip& strip, const Memory<const float>& source, Slot slot,
-                                   const Body& body) {
-  const PackedChannel packed(strip.phase(), cut, strip.width());
+MASKED_OPS_INLINE void with_packer(const Cut& cut, const TapBlocks& blocks, const Strip& strip,
+                                   const Memory<const float>& source, Slot slot, const Body& body) {
+  const PackedChannel packed(strip.phase(), blocks, cut, strip.vectors());
   if (source.channels_last) {
     body(PixelPacker(strip, packed, source, scratch(slot, PixelPacker::bytes(strip, packed))));
   } else {

@@ -62,6 +62,13 @@ void conv_spmm(const Team&, const Convolution&, const SparseIndex&, const float*
 void conv_sddmm(const Team&, const Convolution&, const SparseIndex&, Images<const float> grad_output,
                 Images<const float> input, float* grad_values);
 
+// conv_planes.cpp. Whether it serves between such images, and conv_spmm and conv_sddmm of what it serves.
+bool planes_serve(const Convolution&, Images<const float> from, Images<const float> to);
+void planes_spmm(const Team&, const Convolution&, const SparseIndex&, const float* values, const float* input,
+                 const float* bias, float* output);
+void planes_sddmm(const Team&, const Convolution&, const SparseIndex&, const float* grad_output, const float* input,
+                  float* grad_values);
+
 void select_channels(const Team&, size_t element_size, int64_t outer, int64_t in_channels, int64_t out_channels,
                      int64_t inner, const int64_t* slots, const void* in, const void* fill, void* out);
 

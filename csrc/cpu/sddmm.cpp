@@ -17,34 +17,38 @@ struct Operands {
   int64_t stride;          // entries from segment to segment
   int64_t further;         // rows of a block beside the first, which share its columns: 0 or 3
   const SparseIndex::Segment* segments;
-  const float* x;        // the block's [block_cols][lanes]
-  const int32_t* table;  // or where its columns are
-  const float* dy;       // the panel's [row][lanes]
-  float* results;        // segment.value counts from here
+  const float* x;  // the block of input
+  int64_t pitch;
+  const float* dy;  // the panel's [row][lanes]
+  float* results;   // segment.value counts from here
   bool accumulate;
+  Ahead ahead;  // from the first segment on
 };
 
-template <int NV>
-MASKED_OPS_INLINE Vec dot(const Vec (&dy)[NV], const float* x) {
-  Vec sum = dy[0] * Vec::load(x);
+template <int NV, Layout kLayout>
+MASKED_OPS_INLINE Vec dot(const Vec (&dy)[NV], InputBlock<NV, kLayout> x, uint8_t number) {
+  const float* const column = x.column(number);
+  Vec sum = dy[0] * x.load(column, 0);
   MASKED_OPS_UNROLL
-  for (int j = 1; j < NV; ++j) sum = fmadd(dy[j], Vec::load(x + j * L), sum);
+  for (int j = 1; j < NV; ++j) sum = fmadd(dy[j], x.load(column, j), sum);
   return sum;
 }
 
 // N <= L entries of each segment of a run. Columns and segments are loaded one segment ahead (see spmm.cpp).
-template <int NV, bool kTable, int N>
+template <int NV, Layout kLayout, int N>
 __attribute__((noinline)) void dots(int64_t segments, Operands o) {
   constexpr int kWords = (N + 7) / 8;
   uint64_t words[kWords];
   MASKED_OPS_UNROLL
   for (int w = 0; w < kWords; ++w) words[w] = load_ahead(o.columns + 8 * w);
   const auto valid = Vec::first(N);
+  const InputBlock<NV, kLayout> x = {o.x, o.pitch};
   SparseIndex::Segment next = o.segments[0];
   for (int64_t s = 0; s < segments; ++s) {
-    const float* const row = o.dy + int64_t{next.row} * (NV * L);
+    const float* const row = o.dy + next.row * x.row_pitch();
     float* const to = o.results + next.value;
     next = o.segments[s + 1];
+    if (kLayout == Layout::kPlanes) o.ahead.prefetch_at(s);
     Vec dy[NV];
     MASKED_OPS_UNROLL
     for (int j = 0; j < NV; ++j) dy[j] = Vec::load(row + j * L);
@@ -60,7 +64,7 @@ __attribute__((noinline)) void dots(int64_t segments, Operands o) {
       Vec sum[4];
       MASKED_OPS_UNROLL
       for (int i = 0; i < 4; ++i) {
-        sum[i] = 4 * q + i < N ? dot<NV>(dy, row_of<NV, kTable>(o.x, o.table, uint8_t(word))) : Vec::zero();
+        sum[i] = 4 * q + i < N ? dot(dy, x, uint8_t(word)) : Vec::zero();
         word >>= 8;
       }
       quads[q] = 4 * q < N ? sum_quads(sum[0], sum[1], sum[2], sum[3]) : Vec::zero();
@@ -73,48 +77,66 @@ __attribute__((noinline)) void dots(int64_t segments, Operands o) {
 
 using Dots = void (*)(int64_t segments, Operands);
 
-template <int NV, bool kTable>
+template <int NV, Layout kLayout>
 struct DotsTable {
   Dots dots_of[L + 1];
 
   constexpr DotsTable() : dots_of{} { fill<L>(); }
   template <int N>
   constexpr void fill() {
-    dots_of[N] = dots<NV, kTable, N>;
+    dots_of[N] = dots<NV, kLayout, N>;
     if constexpr (N > 1) fill<N - 1>();
   }
 };
 
-template <int NV, bool kTable>
-void sample(const SparseIndex& index, int64_t tile, const float* x, const int32_t* places, const float* dy,
-            float* results, bool accumulate) {
-  static constexpr DotsTable<NV, kTable> table;
-  const uint8_t* columns = index.columns + index.tiles[tile].entry;
-  const SparseIndex::Segment* segments = index.segments + index.tiles[tile].segment;
+template <int NV, Layout kLayout>
+void sample(const SparseIndex& index, int64_t tile, Operands o) {
+  static constexpr DotsTable<NV, kLayout> table;
   for (int64_t r = index.tiles[tile].run; r < index.tiles[tile + 1].run; ++r) {
-    const int64_t count = index.runs[r].count, n = index.runs[r].segments;
-    const int64_t rows = index.runs[r].rows;
+    const int64_t count = index.runs[r].count, n = index.runs[r].segments, rows = index.runs[r].rows;
+    o.stride = count;
+    o.further = rows - 1;
     for (int64_t first = 0; first < count; first += L) {
-      table.dots_of[min<int64_t>(L, count - first)](
-          n * rows, {columns + first, count, rows - 1, segments, x, places, dy, results + first, accumulate});
+      Operands part = o;
+      part.columns += first;
+      part.results += first;
+      if (first > 0) part.ahead.due = 0;
+      table.dots_of[min<int64_t>(L, count - first)](n * rows, part);
     }
-    columns += count * n;
-    segments += n * rows;
+    o.columns += count * n;
+    o.segments += n * rows;
+    o.ahead.skip(n * rows);
   }
+}
+
+Operands operands(const SparseIndex& index, int64_t tile, const float* x, int64_t pitch, const float* dy,
+                  float* results, bool accumulate, Ahead ahead) {
+  const SparseIndex::Tile begin = index.tiles[tile];
+  return {index.columns + begin.entry, 0, 0, index.segments + begin.segment, x, pitch, dy, results, accumulate, ahead};
+}
+
+template <Layout kLayout>
+void sample_pitched(const SparseIndex& index, int64_t tile, int vectors, const Operands& o) {
+  vectors == 7 ? sample<7, kLayout>(index, tile, o) : sample<8, kLayout>(index, tile, o);
 }
 
 }  // namespace
 
 void sample_tile(const SparseIndex& index, int64_t tile, int vectors, const float* x, const float* dy, float* results,
                  bool accumulate) {
-  with_vectors(vectors,
-               [&](auto nv) { sample<decltype(nv)::value, false>(index, tile, x, nullptr, dy, results, accumulate); });
+  const Operands o = operands(index, tile, x, 0, dy, results, accumulate, {x});
+  with_vectors(vectors, [&](auto nv) { sample<decltype(nv)::value, Layout::kPacked>(index, tile, o); });
 }
 
-void sample_tile(const SparseIndex& index, int64_t tile, int vectors, const float* x, const int32_t* table,
-                 const float* dy, float* results, bool accumulate) {
-  vectors == 7 ? sample<7, true>(index, tile, x, table, dy, results, accumulate)
-               : sample<8, true>(index, tile, x, table, dy, results, accumulate);
+void sample_banded(const SparseIndex& index, int64_t tile, int vectors, const float* x, int64_t pitch, const float* dy,
+                   float* results, bool accumulate) {
+  sample_pitched<Layout::kBanded>(index, tile, vectors, operands(index, tile, x, pitch, dy, results, accumulate, {x}));
+}
+
+void sample_planes(const SparseIndex& index, int64_t tile, int vectors, const float* x, int64_t pitch, const float* dy,
+                   float* results, bool accumulate, Ahead ahead) {
+  sample_pitched<Layout::kPlanes>(index, tile, vectors,
+                                  operands(index, tile, x, pitch, dy, results, accumulate, ahead));
 }
 
 namespace {

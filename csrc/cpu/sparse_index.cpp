@@ -35,6 +35,7 @@ struct Block : Range {
 struct Plain {
   Bits bits;
   const int64_t* offsets;
+  const TapBlocks* blocks = nullptr;  // of a convolution
 
   // Calls body(word, column of its first bit) for the words of columns [first, last) of a row.
   template <typename Body>
@@ -75,6 +76,10 @@ struct Plain {
       });
     }
   }
+
+  void number(Block, uint8_t* columns, int64_t n) const {
+    if (blocks) blocks->number(columns, n);
+  }
 };
 
 // Its transpose: rows are columns of the weight, a panel is a range of words in each of its rows.
@@ -104,6 +109,8 @@ struct Transposed {
       }
     }
   }
+
+  void number(Block, uint8_t*, int64_t) const {}
 };
 
 // The matrix of a convolution's gradient with respect to its input: rows are input channels, columns are (output
@@ -126,17 +133,20 @@ class Flipped {
   }
 
   void fill(Range rows, Block cols, uint32_t* starts, uint8_t* columns, uint32_t* positions) const {
-    for_entries(rows, cols, [&](int64_t row, int64_t col, int64_t position) {
+    for_entries(rows, cols, [&](int64_t row, int64_t column, int64_t position) {
       const uint32_t entry = starts[row - rows.first]++;
-      columns[entry] = uint8_t(col - cols.first);
+      columns[entry] = uint8_t(column);
       positions[entry] = uint32_t(position);
     });
   }
 
+  void number(Block cols, uint8_t* columns, int64_t n) const { class_of(cols).blocks.number(columns, n); }
+
  private:
-  // The columns of one class of taps: from first on, one for each (output channel, tap of the class).
+  // The columns of one class of taps: one for each (output channel, tap of the class).
   struct Class {
-    int64_t first, taps;
+    TapBlocks blocks;
+    int64_t first_block, taps;
     int64_t begin[3], period[3], count[3];
 
     // Which of the class's taps a tap of the kernel is; -1 if it is none.
@@ -152,11 +162,11 @@ class Flipped {
   };
 
   // All columns of a block belong to one class.
-  Class class_of(int64_t col, int64_t block_cols) const {
-    Class result = {};
-    for_tap_classes(c_, block_cols, [&](int64_t i, int64_t j, int64_t k, int64_t block) {
-      if (block * block_cols > col) return;
-      result = {block * block_cols, 1, {i, j, k}, {}, {}};
+  Class class_of(Block cols) const {
+    Class result = {{1, 1, 1, 0, 1}, 0, 1, {}, {}, {}};
+    for_tap_classes(c_, cols.width, [&](int64_t i, int64_t j, int64_t k, const TapBlocks& blocks, int64_t first) {
+      if (first * cols.width > cols.first) return;
+      result = {blocks, first, 1, {i, j, k}, {}, {}};
       for (int d = 0; d < 3; ++d) {
         result.period[d] = tap_period(c_, d);
         result.count[d] = taps_of_class(c_, d, result.begin[d]);
@@ -166,11 +176,12 @@ class Flipped {
     return result;
   }
 
-  // body(row, column, position of the value) for the entries of a tile, by rising columns.
+  // body(row, column in its block, position of the value) for the entries of a tile, by rising columns.
   template <typename Body>
   void for_entries(Range rows, Block cols, const Body& body) const {
-    const Class of = class_of(cols.first, cols.width);
-    const int64_t group = rows.first / into_, begin = cols.first - of.first, end = cols.last - of.first;
+    const Class of = class_of(cols);
+    const int64_t begin = (cols.first / cols.width - of.first_block) * of.blocks.columns;
+    const int64_t group = rows.first / into_, end = begin + of.blocks.columns;
     const int64_t first_bit = rows.first % into_ * taps_, last_bit = first_bit + (rows.last - rows.first) * taps_;
     for (int64_t o = begin / of.taps; o < min(out_, ceil_div(end, of.taps)); ++o) {
       const int64_t weight_row = group * out_ + o;
@@ -183,7 +194,7 @@ class Flipped {
           if (bit < 0 || bit >= last_bit - first_bit) return;
           const int64_t number = of.number_of(bit % taps_, c_.kernel);
           const int64_t col = o * of.taps + number;
-          if (number >= 0 && col >= begin && col < end) body(rows.first + bit / taps_, of.first + col, value);
+          if (number >= 0 && col >= begin && col < end) body(rows.first + bit / taps_, col - begin, value);
         });
       }
     }
@@ -387,6 +398,7 @@ SparseIndex* build(const Team& team, const Shape& shape, const Matrix& matrix, b
       const Counts counts(matrix, rows, cols);
       lay_out(counts, arrays.runs + tile->run, arrays.segments + tile->segment, entries);
       matrix.fill(rows, cols, entries, arrays.columns + tile->entry, arrays.positions + tile->entry);
+      matrix.number(cols, arrays.columns + tile->entry, tile[1].entry - tile->entry);
       if (transposed) continue;
       for (int64_t s = tile[0].segment; s < tile[1].segment; ++s) {
         Segment& segment = arrays.segments[s];
@@ -417,21 +429,22 @@ SparseIndex* make_conv_index(const Team& team, Bits bits, const Convolution& c, 
   const int64_t into = c.in_channels / c.groups, out = c.out_channels / c.groups;
   // The tasks are strips; only where those are few, panels as well.
   const auto panels = [&](int64_t rows) { return min<int64_t>(team.threads, ceil_div(rows, tuning::kConvPanelRows)); };
-  // Blocks of whole channels, where that is possible: what is packed of a channel serves one block alone.
-  const auto align = [&](Shape& shape) {
-    if (c.kernel[1] > 1) shape.set_block_cols(tuning::banded_block_cols(shape.block_cols));
-    if (taps <= kMaxCount) shape.set_block_cols(max(shape.block_cols / taps, int64_t{1}) * taps);
+  const auto most_columns = [&](const Shape& shape) {
+    return c.kernel[1] > 1 ? tuning::banded_block_cols(shape.block_cols) : shape.block_cols;
   };
   if (!transposed) {
     if (into * taps > kMaxIndexSide) return nullptr;
     Shape shape(c.out_channels, out, into * taps, nnz, false, panels(out));
-    align(shape);
-    return build(team, shape, Plain{bits, offsets}, false);
+    const Phase phase = {{forward_axis(c, 0), forward_axis(c, 1), forward_axis(c, 2)}};
+    const TapBlocks blocks = phase.blocks(most_columns(shape));
+    shape.set_block_cols(blocks.columns);
+    return build(team, shape, Plain{bits, offsets, &blocks}, false);
   }
   if (nnz >= kMaxIndexNnz) return nullptr;
   Shape shape(c.in_channels, into, out * taps, nnz, true, panels(into));
-  align(shape);
-  shape.blocks = for_tap_classes(c, shape.block_cols, [](int64_t, int64_t, int64_t, int64_t) {});
+  // Wide enough for the blocks of every class of taps, each of which begins a block.
+  shape.block_cols = min<int64_t>(max(most_columns(shape), taps), kMaxCount);
+  shape.blocks = for_tap_classes(c, shape.block_cols, [](int64_t, int64_t, int64_t, const TapBlocks&, int64_t) {});
   shape.cols = shape.blocks * shape.block_cols;
   return build(team, shape, Flipped(bits, offsets, c), true);
 }

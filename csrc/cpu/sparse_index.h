@@ -5,9 +5,9 @@
 // Rows that follow each other and share their columns in a block are taken kBlockRows at a time: their columns stand
 // once, and a run of such has the segments of all first rows, then those of all second rows, and so on.
 //
-// A block of columns is as wide as a block of packed input fits into L1, and a column's number in it fits into a byte.
-// A run's loops all have one length. The values stay in row-major order, and a segment knows where its own begin. This
-// file is the same for all capabilities.
+// A block of columns is as wide as a block of packed input fits into L1, and a column's number in it fits into a byte;
+// of a convolution, it is a number of conv_geometry.h. A run's loops all have one length. The values stay in row-major
+// order, and a segment knows where its own begin. This file is the same for all capabilities.
 #pragma once
 
 #include "api.h"

@@ -42,11 +42,26 @@ MASKED_OPS_INLINE void with_vectors(int vectors, const Body& body) {
   }
 }
 
-// Of column j of a block of input, [column][lanes] or where the table says.
-template <int NV, bool kTable>
-MASKED_OPS_INLINE const float* row_of(const float* x, const int32_t* table, uint8_t column) {
-  return x + (kTable ? int64_t{table[column]} : int64_t{column} * (NV * Vec::kLanes));
-}
+// How a block of input lies: packed, one column after the other, NV vectors each; banded, vector j of column i being
+// the vector number i + j * pitch; or as it is in memory, the columns in planes, and the rows of output or grad_output
+// too.
+enum class Layout { kPacked, kBanded, kPlanes };
+
+template <int NV, Layout kLayout>
+struct InputBlock {
+  static constexpr int L = Vec::kLanes;
+  const float* x;
+  int64_t pitch;  // in floats, of rows or of planes
+
+  MASKED_OPS_INLINE const float* column(uint8_t i) const {
+    return x + int64_t{i} * (kLayout == Layout::kPacked ? NV * L : kLayout == Layout::kBanded ? L : pitch);
+  }
+  MASKED_OPS_INLINE Vec load(const float* column, int j) const {
+    return Vec::load(column + j * (kLayout == Layout::kBanded ? pitch : L));
+  }
+  // From a row of the product to the next.
+  MASKED_OPS_INLINE int64_t row_pitch() const { return kLayout == Layout::kPlanes ? pitch : NV * L; }
+};
 
 // Vectors of a tile: as many as let the block of input stay in L1; the most, where a row has so few entries in a block
 // that its sums come and go more often than the input.
@@ -127,32 +142,47 @@ void start_from_bias(const T* bias, int64_t rows, int64_t lanes, float* c) {
   }
 }
 
-// What is read after a tile: a line of it is brought into L2 with each segment.
+// What is brought into L2 while a tile is computed: with each segment a line of what is read next, and as many as are
+// due of a list of lines.
 struct Ahead {
+  static constexpr int64_t kFloats = 16;  // of a line
   const float* from;
+  const float* const* lines = nullptr;
+  int64_t due = 0;
 
-  MASKED_OPS_INLINE void prefetch_at(int64_t s) const { prefetch_l2(from + s * 16); }
-  MASKED_OPS_INLINE void skip(int64_t segments) { from += segments * 16; }
+  MASKED_OPS_INLINE void prefetch_at(int64_t s) const {
+    prefetch_l2(from + s * kFloats);
+    for (int64_t i = 0; i < due; ++i) prefetch_l2(lines[s * due + i]);
+  }
+  MASKED_OPS_INLINE void skip(int64_t segments) {
+    from += segments * kFloats;
+    lines += segments * due;
+  }
 };
 
-// spmm.cpp: c[row][lanes] += a tile of the index times its block of input, of 1, 2, 4 or 8 vectors. The segments'
-// values count from `values`; column j of the block is x[j][lanes].
-void multiply_tile(const SparseIndex&, int64_t tile, int vectors, const float* values, const float* x, float* c,
-                   Ahead ahead);
-inline void multiply_tile(const SparseIndex& index, int64_t tile, int vectors, const float* values, const float* x,
-                          float* c) {
-  multiply_tile(index, tile, vectors, values, x, c, Ahead{x});
-}
+// Where a tile's products are added, [row][lanes]; or, with a start of each row, where there is nothing yet.
+struct Target {
+  float* c;
+  const float* start = nullptr;
+};
 
-// The same of 7 or 8 vectors; column j of the block is at x + table[j], a multiple of a vector.
-void multiply_tile(const SparseIndex&, int64_t tile, int vectors, const float* values, const float* x,
-                   const int32_t* table, float* c);
+// spmm.cpp: adds a tile of the index times its block of input, of 1, 2, 4 or 8 vectors. The segments' values count from
+// `values`; column j of the block is x[j][lanes].
+void multiply_tile(const SparseIndex&, int64_t tile, int vectors, const float* values, const float* x, Target,
+                   Ahead ahead);
+// The same of 7 or 8 vectors, banded or in planes; the pitch counts floats.
+void multiply_banded(const SparseIndex&, int64_t tile, int vectors, const float* values, const float* x, int64_t pitch,
+                     Target, Ahead ahead);
+void multiply_planes(const SparseIndex&, int64_t tile, int vectors, const float* values, const float* x, int64_t pitch,
+                     Target, Ahead ahead);
 
 // sddmm.cpp: the tile's entries of dy * x^T, for the panel's dy[row][lanes]; the segments' results count from
 // `results`.
 void sample_tile(const SparseIndex&, int64_t tile, int vectors, const float* x, const float* dy, float* results,
                  bool accumulate);
-void sample_tile(const SparseIndex&, int64_t tile, int vectors, const float* x, const int32_t* table, const float* dy,
-                 float* results, bool accumulate);
+void sample_banded(const SparseIndex&, int64_t tile, int vectors, const float* x, int64_t pitch, const float* dy,
+                   float* results, bool accumulate);
+void sample_planes(const SparseIndex&, int64_t tile, int vectors, const float* x, int64_t pitch, const float* dy,
+                   float* results, bool accumulate, Ahead ahead);
 
 }  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY

@@ -27,10 +27,11 @@ struct Operands {
   const uint8_t* columns;
   const SparseIndex::Segment* segments;
   const float* values;
-  const float* x;        // the block's [block_cols][lanes]
-  const int32_t* table;  // or where its columns are
-  float* c;              // the panel's [row][lanes]
-  Ahead ahead;           // from the first segment on
+  const float* x;  // the block of input
+  int64_t pitch;
+  float* c;            // the panel's [row][lanes]
+  const float* start;  // of each of the panel's rows, if nothing is in c
+  Ahead ahead;         // from the first segment on
 };
 
 MASKED_OPS_INLINE Vec broadcast(Vec quad, int element) {
@@ -59,42 +60,52 @@ struct Sums {
   }
 
   // Adds N <= 8 entries: their columns are the bytes of word, their values v[0..N).
-  template <int N, bool kTable>
-  MASKED_OPS_INLINE void add(uint64_t word, const float* v, const float* x, const int32_t* table) {
+  template <int N, Layout kLayout>
+  MASKED_OPS_INLINE void add(uint64_t word, const float* v, InputBlock<NV, kLayout> x) {
     Vec quad;
     MASKED_OPS_UNROLL
     for (int i = 0; i < N; ++i) {
       const bool whole = i / 4 * 4 + 4 <= N;
       if (whole && i % 4 == 0) quad = Vec::quad(v + i);
       const Vec value = whole ? broadcast(quad, i % 4) : Vec::set1(v[i]);
-      const float* row = row_of<NV, kTable>(x, table, uint8_t(word));
+      const float* const column = x.column(uint8_t(word));
       word >>= 8;
       MASKED_OPS_UNROLL
-      for (int j = 0; j < NV; ++j) sum[i % kSets<NV>][j] = fmadd(value, Vec::load(row + j * L), sum[i % kSets<NV>][j]);
+      for (int j = 0; j < NV; ++j) sum[i % kSets<NV>][j] = fmadd(value, x.load(column, j), sum[i % kSets<NV>][j]);
     }
   }
 
-  MASKED_OPS_INLINE void add_to(float* c) const {
-    MASKED_OPS_UNROLL
-    for (int j = 0; j < NV; ++j) {
-      Vec total = sum[0][j];
+  // To what is there, or to start, which is to be there.
+  MASKED_OPS_INLINE void add_to(float* c, const float* start) const {
+    const auto store = [&](auto before) __attribute__((always_inline)) {
       MASKED_OPS_UNROLL
-      for (int s = 1; s < kSets<NV>; ++s) total = total + sum[s][j];
-      (total + Vec::load(c + j * L)).store(c + j * L);
+      for (int j = 0; j < NV; ++j) {
+        Vec total = sum[0][j];
+        MASKED_OPS_UNROLL
+        for (int s = 1; s < kSets<NV>; ++s) total = total + sum[s][j];
+        (total + before(j)).store(c + j * L);
+      }
+    };
+    if (start) {
+      const Vec value = Vec::set1(*start);
+      store([&](int) __attribute__((always_inline)) { return value; });
+    } else {
+      store([&](int j) __attribute__((always_inline)) { return Vec::load(c + j * L); });
     }
   }
 };
 
 // A run of segments of N entries. The columns of a segment are loaded while the one before it is computed.
-template <int NV, bool kTable, int N>
+template <int NV, Layout kLayout, int N>
 __attribute__((noinline)) void short_run(int64_t segments, Operands o) {
   constexpr int kWords = (N + 7) / 8;
+  const InputBlock<NV, kLayout> x = {o.x, o.pitch};
   uint64_t words[kWords];
   MASKED_OPS_UNROLL
   for (int w = 0; w < kWords; ++w) words[w] = load_ahead(o.columns + 8 * w);
   SparseIndex::Segment next = o.segments[0];
   for (int64_t s = 0; s < segments; ++s) {
-    float* const c = o.c + int64_t{next.row} * (NV * L);
+    const uint32_t row = next.row;
     const float* const v = o.values + next.value;
     next = o.segments[s + 1];
     o.columns += N;
@@ -107,22 +118,23 @@ __attribute__((noinline)) void short_run(int64_t segments, Operands o) {
       const uint64_t word = words[w];
       words[w] = load_ahead(o.columns + 8 * w);
       if (8 * w + 8 <= N) {
-        sums.template add<8, kTable>(word, v + 8 * w, o.x, o.table);
+        sums.template add<8, kLayout>(word, v + 8 * w, x);
       } else {
-        sums.template add<N % 8, kTable>(word, v + 8 * w, o.x, o.table);
+        sums.template add<N % 8, kLayout>(word, v + 8 * w, x);
       }
     }
-    sums.add_to(c);
+    sums.add_to(o.c + row * x.row_pitch(), o.start ? o.start + row : nullptr);
   }
 }
 
 // A run of segments of count entries, kRest of them beyond the last whole octet.
-template <int NV, bool kTable, int kRest>
+template <int NV, Layout kLayout, int kRest>
 __attribute__((noinline)) void long_run(int64_t segments, int count, Operands o) {
+  const InputBlock<NV, kLayout> x = {o.x, o.pitch};
   uint64_t word = load_ahead(o.columns);
   SparseIndex::Segment next = o.segments[0];
   for (int64_t s = 0; s < segments; ++s) {
-    float* const c = o.c + int64_t{next.row} * (NV * L);
+    const uint32_t row = next.row;
     const float* v = o.values + next.value;
     next = o.segments[s + 1];
     o.ahead.prefetch_at(s);
@@ -131,24 +143,26 @@ __attribute__((noinline)) void long_run(int64_t segments, int count, Operands o)
       const uint64_t now = word;
       word = load_ahead(o.columns += 8);
       prefetch_l2(v + count + 12);
-      sums.template add<8, kTable>(now, v, o.x, o.table);
+      sums.template add<8, kLayout>(now, v, x);
       v += 8;
     }
     if (kRest) {
       const uint64_t now = word;
       word = load_ahead(o.columns += kRest);
-      sums.template add<kRest, kTable>(now, v, o.x, o.table);
+      sums.template add<kRest, kLayout>(now, v, x);
     }
-    sums.add_to(c);
+    sums.add_to(o.c + row * x.row_pitch(), o.start ? o.start + row : nullptr);
   }
 }
 
 // A run of blocks of rows that share their columns: of a tile's vectors N from J on, each loaded once for all rows.
-template <int NV, bool kTable, int J, int N>
+template <int NV, Layout kLayout, int J, int N>
 __attribute__((noinline)) void block_run(int64_t blocks, int count, Operands o) {
   constexpr int kRows = SparseIndex::kBlockRows;
+  const InputBlock<NV, kLayout> x = {o.x, o.pitch};
   for (int64_t b = 0; b < blocks; ++b, o.columns += count) {
-    float* const c = o.c + int64_t{o.segments[b * kRows].row} * (NV * L) + J * L;
+    const uint32_t first = o.segments[b * kRows].row;
+    float* const c = o.c + first * x.row_pitch() + J * L;
     const float* v[kRows];
     Vec sum[kRows][N];
     MASKED_OPS_UNROLL
@@ -156,18 +170,20 @@ __attribute__((noinline)) void block_run(int64_t blocks, int count, Operands o) 
       v[r] = o.values + o.segments[b * kRows + r].value;
       if (J == 0) o.ahead.prefetch_at(b * kRows + r);
       MASKED_OPS_UNROLL
-      for (int j = 0; j < N; ++j) sum[r][j] = Vec::load(c + r * (NV * L) + j * L);
+      for (int j = 0; j < N; ++j) {
+        sum[r][j] = o.start ? Vec::set1(o.start[first + r]) : Vec::load(c + r * x.row_pitch() + j * L);
+      }
     }
-    const auto add = [&](uint8_t column, auto value_of) __attribute__((always_inline)) {
-      const float* const row = row_of<NV, kTable>(o.x, o.table, column) + J * L;
-      Vec x[N];
+    const auto add = [&](uint8_t number, auto value_of) __attribute__((always_inline)) {
+      const float* const column = x.column(number);
+      Vec part[N];
       MASKED_OPS_UNROLL
-      for (int j = 0; j < N; ++j) x[j] = Vec::load(row + j * L);
+      for (int j = 0; j < N; ++j) part[j] = x.load(column, J + j);
       MASKED_OPS_UNROLL
       for (int r = 0; r < kRows; ++r) {
         const Vec value = value_of(r);
         MASKED_OPS_UNROLL
-        for (int j = 0; j < N; ++j) sum[r][j] = fmadd(value, x[j], sum[r][j]);
+        for (int j = 0; j < N; ++j) sum[r][j] = fmadd(value, part[j], sum[r][j]);
       }
     };
     int i = 0;
@@ -191,18 +207,18 @@ __attribute__((noinline)) void block_run(int64_t blocks, int count, Operands o) 
     MASKED_OPS_UNROLL
     for (int r = 0; r < kRows; ++r) {
       MASKED_OPS_UNROLL
-      for (int j = 0; j < N; ++j) sum[r][j].store(c + r * (NV * L) + j * L);
+      for (int j = 0; j < N; ++j) sum[r][j].store(c + r * x.row_pitch() + j * L);
     }
   }
 }
 
 // All vectors, as many at a time as leave their sums in registers.
-template <int NV, bool kTable, int J = 0>
+template <int NV, Layout kLayout, int J = 0>
 void block_runs(int64_t blocks, int count, const Operands& o) {
   if constexpr (J < NV) {
     constexpr int N = min(tuning::kBlockVectors, NV - J);
-    block_run<NV, kTable, J, N>(blocks, count, o);
-    block_runs<NV, kTable, J + N>(blocks, count, o);
+    block_run<NV, kLayout, J, N>(blocks, count, o);
+    block_runs<NV, kLayout, J + N>(blocks, count, o);
   }
 }
 
@@ -212,7 +228,7 @@ using LongRun = void (*)(int64_t segments, int count, Operands);
 // Runs of up to kShort entries are unrolled whole.
 constexpr int kShort = 24;
 
-template <int NV, bool kTable>
+template <int NV, Layout kLayout>
 struct RunTable {
   ShortRun short_runs[kShort + 1];
   LongRun long_runs[8];
@@ -221,19 +237,19 @@ struct RunTable {
 
   template <int N>
   constexpr void fill() {
-    short_runs[N] = short_run<NV, kTable, N>;
-    if constexpr (N <= 8) long_runs[N - 1] = long_run<NV, kTable, N - 1>;
+    short_runs[N] = short_run<NV, kLayout, N>;
+    if constexpr (N <= 8) long_runs[N - 1] = long_run<NV, kLayout, N - 1>;
     if constexpr (N > 1) fill<N - 1>();
   }
 };
 
-template <int NV, bool kTable>
+template <int NV, Layout kLayout>
 void multiply(const SparseIndex& index, int64_t tile, Operands o) {
-  static constexpr RunTable<NV, kTable> table;
+  static constexpr RunTable<NV, kLayout> table;
   for (int64_t r = index.tiles[tile].run; r < index.tiles[tile + 1].run; ++r) {
     const int count = index.runs[r].count, segments = index.runs[r].segments;
     if (index.runs[r].rows > 1) {
-      block_runs<NV, kTable>(segments, count, o);
+      block_runs<NV, kLayout>(segments, count, o);
     } else if (count <= kShort) {
       table.short_runs[count](segments, o);
     } else {
@@ -247,18 +263,34 @@ void multiply(const SparseIndex& index, int64_t tile, Operands o) {
 
 }  // namespace
 
-void multiply_tile(const SparseIndex& index, int64_t tile, int vectors, const float* values, const float* x, float* c,
+void multiply_tile(const SparseIndex& index, int64_t tile, int vectors, const float* values, const float* x, Target to,
                    Ahead ahead) {
   const SparseIndex::Tile begin = index.tiles[tile];
-  const Operands operands = {index.columns + begin.entry, index.segments + begin.segment, values, x, nullptr, c, ahead};
-  with_vectors(vectors, [&](auto nv) { multiply<decltype(nv)::value, false>(index, tile, operands); });
+  const Operands o = {index.columns + begin.entry, index.segments + begin.segment, values, x, 0, to.c, to.start, ahead};
+  with_vectors(vectors, [&](auto nv) { multiply<decltype(nv)::value, Layout::kPacked>(index, tile, o); });
 }
 
-void multiply_tile(const SparseIndex& index, int64_t tile, int vectors, const float* values, const float* x,
-                   const int32_t* table, float* c) {
+namespace {
+
+template <Layout kLayout>
+void multiply_pitched(const SparseIndex& index, int64_t tile, int vectors, const float* values, const float* x,
+                      int64_t pitch, Target to, Ahead ahead) {
   const SparseIndex::Tile begin = index.tiles[tile];
-  const Operands operands = {index.columns + begin.entry, index.segments + begin.segment, values, x, table, c, {x}};
-  vectors == 7 ? multiply<7, true>(index, tile, operands) : multiply<8, true>(index, tile, operands);
+  const Operands o = {
+      index.columns + begin.entry, index.segments + begin.segment, values, x, pitch, to.c, to.start, ahead};
+  vectors == 7 ? multiply<7, kLayout>(index, tile, o) : multiply<8, kLayout>(index, tile, o);
+}
+
+}  // namespace
+
+void multiply_banded(const SparseIndex& index, int64_t tile, int vectors, const float* values, const float* x,
+                     int64_t pitch, Target to, Ahead ahead) {
+  multiply_pitched<Layout::kBanded>(index, tile, vectors, values, x, pitch, to, ahead);
+}
+
+void multiply_planes(const SparseIndex& index, int64_t tile, int vectors, const float* values, const float* x,
+                     int64_t pitch, Target to, Ahead ahead) {
+  multiply_pitched<Layout::kPlanes>(index, tile, vectors, values, x, pitch, to, ahead);
 }
 
 namespace {
@@ -337,7 +369,7 @@ void multiply_panel(const SparseIndex& index, const float* values, const Slices&
     const float* const v = index.transposed ? gather_values(index, tile, values) : values + index.panel_values[panel];
     for (int64_t t = first; t < last; ++t) {
       const Ahead ahead = {t + 1 < last ? x_of(t + 1, block) : x_of(first, block + 1)};
-      multiply_tile(index, tile, tiles.vectors_of(t), v, x_of(t, block), c_of(t), ahead);
+      multiply_tile(index, tile, tiles.vectors_of(t), v, x_of(t, block), {c_of(t)}, ahead);
     }
   }
   for (int64_t t = first; t < last; ++t) {

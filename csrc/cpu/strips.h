@@ -4,6 +4,7 @@
 
 #include "conv_geometry.h"
 #include "simd.h"
+#include "sparse_tiles.h"
 
 namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
 
@@ -35,10 +36,10 @@ struct Cut {
   static constexpr int L = Vec::kLanes;
   static constexpr int kWide = 8, kOdd = 7, kNarrow = 4;
 
-  Cut(const Phase& of, int64_t batch, int threads) : phase(&of), batch(batch), banded(false) {
+  Cut(const Phase& of, const TapBlocks& blocks, int64_t batch, int threads) : phase(&of), batch(batch), banded(false) {
     const int64_t positions = batch * of.positions();
     vectors = positions > kNarrow * L && positions >= 4 * threads * kWide * L ? kWide : kNarrow;
-    if (of.axes[1].taps < 2 || of.axes[1].step != 1) return;
+    if (blocks.pitch == 0) return;
     double least = 1.25 * double(positions) / L;  // what it may cost in lanes that are none
     constexpr int kVectors[] = {kWide, kOdd};
     for (const int v : kVectors) {
@@ -106,6 +107,21 @@ class Strip {
   int64_t width() const { return vectors_ * L; }
   int64_t step() const { return phase_.axes[2].step; }
 
+  // Where the lines are that hold the strip's pixels in images that it is stored to: offsets from a channel of NCHW, or
+  // from some channels of each pixel.
+  static constexpr int64_t kMostLines = 2 * kMaxLanes;
+  template <typename T>
+  int64_t lines(const Memory<T>& in, int64_t* offsets) const {
+    int64_t count = 0;
+    for (int64_t r = 0; r < row_count_; ++r) {
+      const int64_t offset = target(rows_[r], in), step = phase_.axes[2].to_step * in.pixel;
+      const int64_t apart = max<int64_t>(Ahead::kFloats / step, 1);
+      for (int64_t w = 0; w < rows_[r].count; w += apart) offsets[count++] = offset + w * step;
+      if (apart > 1 && rows_[r].count > 1) offsets[count++] = offset + (rows_[r].count - 1) * step;
+    }
+    return count;
+  }
+
   // c[row][lanes] to the images' channels from `channel` on; reads whole vectors of rows.
   void store(const float* c, int64_t channel, int64_t rows, const Memory<float>& to) const {
     if (to.channels_last) {
@@ -116,7 +132,8 @@ class Strip {
   }
 
  private:
-  int64_t target(const Row& row, const Memory<float>& to) const {
+  template <typename T>
+  int64_t target(const Row& row, const Memory<T>& to) const {
     const auto& axes = phase_.axes;
     const auto at = [&](int d, int64_t i) { return axes[d].to_first + i * axes[d].to_step; };
     const int64_t line = at(0, row.d) * axes[1].to_size + at(1, row.h);

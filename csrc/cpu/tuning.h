@@ -107,12 +107,16 @@ constexpr int64_t kPackSlice = 128;  // columns packed by one task
 
 // Convolution: vectors that packing prefetches ahead of itself.
 constexpr int64_t kVectorsAhead = 128;
-// Columns of a block where taps share what is packed: at 90%, 512 channels of 7 x 7 take 0.836 ms with 126, 0.805 with
-// 189 and 0.827 with 252; at 95%, 189 and 252 are alike.
-constexpr int64_t banded_block_cols(int64_t block_cols) { return block_cols == 64 ? 128 : 192; }
+// Columns of a block where taps share what is packed: on one thread, 512 channels of 7 x 7 take 1.42 ms at 90% with
+// 126, 1.37 with 189 and with 252; 0.98, 0.91 and 0.86 at 95%.
+constexpr int64_t banded_block_cols(int64_t block_cols) { return block_cols == 64 ? 128 : 256; }
 // Rows of a panel of a convolution that are not split for the sake of more tasks: 512 channels of 7 x 7, from 64 rows
 // to 512, take 0.87 of the time.
 constexpr int64_t kConvPanelRows = 128;
+// Products that an element of the images has with one tap, below which the next strip's lines are fetched ahead.
+// Channels last at 90%: 256 -> 64 channels of 56 x 56 (6 products) 1.52 to 0.97 ms, 64 -> 256 1.33 to 0.93; 1024 -> 256
+// of 14 x 14 (26) 0.40 to 0.43, 512 -> 2048 of 7 x 7 (51) 0.38 to 0.41.
+constexpr int64_t kFewProducts = 16;
 // The tasks a thread that strips are made into.
 constexpr int64_t kStripTasks = 8;
 // The most that partial results of grad_weight take, all threads together.
