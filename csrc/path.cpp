@@ -10,6 +10,7 @@
 
 #include "channels.h"
 #include "cpu/costs.h"
+#include "depthwise_convolution.h"
 #include "device_tuning.h"
 #include "parallel.h"
 #include "pointwise_convolution.h"
@@ -220,6 +221,18 @@ bool fuses(bool channels_last, double positions, const Pattern& pattern) {
   return channels_last && !portable() && N * K >= cpu::kFusedWeights * positions * (N + K);
 }
 
+// Whether the depthwise kernels are as fast as torch's.
+bool prefers_depthwise(Pass pass, const cpu::Convolution& c, bool channels_last) {
+  const bool several = c.out_channels != c.in_channels;  // results of a channel
+  if (portable() || (several && channels_last)) return false;
+  const bool large_kernel = taps(c) > cpu::kSmallKernel;
+  if (pass == Pass::kGradWeight && (large_kernel || channels_last)) return large_kernel;
+  if (channels_last) {
+    return large_kernel || c.batch * c.in_channels * c.input[1] * c.input[2] < cpu::kLargeImages;
+  }
+  return several || c.output[2] >= cpu::kLeastWidth * c.stride[2];
+}
+
 }  // namespace
 
 Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool channels_last, const at::Tensor& weight,
@@ -235,7 +248,10 @@ Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool chan
   if (!no_sparse && (!pattern->indexable() || taps(*geometry) > kMaxTaps)) no_sparse = kTooLarge;
   const char* no_fused = packed ? "a packed layer has no dense weight" : obstacle;
   if (!no_fused && !has_kernels(weight.scalar_type())) no_fused = kOtherDtype;
-  if (!no_fused && !is_pointwise(*geometry)) no_fused = "it takes kernels of one tap, stride 1, no padding, one group";
+  const bool depthwise = !no_fused && !is_pointwise(*geometry);
+  if (depthwise) no_fused = depthwise_obstacle(*geometry);
+  if (depthwise && !no_fused && weight.scalar_type() != at::kFloat)
+    no_fused = "its depthwise kernels take float32 only";
   // An index is worth its making from the second use of a mask on.
   const bool compacts = forced_path() ? forced_path() == Path::kCompact : !obstacle && pattern->reused();
   std::shared_ptr<const Channels> channels;
@@ -247,7 +263,9 @@ Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool chan
   const char* const dense =
       packed ? "torch's convolution over the unpacked weight" : "torch's convolution over the masked weight";
   Choice choice = {Path::kCopy, no_sparse ? no_sparse : dense};
-  if (!obstacle && pattern->reused() && pattern->nnz() < pattern->rows() * pattern->cols()) {
+  if (depthwise && !no_fused && prefers_depthwise(pass, *geometry, channels_last)) {
+    choice = {Path::kFused, "depthwise kernel: the mask rides in the load of the weight"};
+  } else if (!obstacle && pattern->reused() && pattern->nnz() < pattern->rows() * pattern->cols()) {
     ConvolutionCosts costs(pass, *geometry, channels_last);
     if (have_values || packed) costs.sparse.weight = 0;
     const int threads = team_for(static_cast<int64_t>(std::min(costs.macs * pattern->density(), 1e18))).threads;
@@ -264,7 +282,7 @@ Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool chan
     }
     double margin = cpu::kConvMargin;
     const int64_t positions = geometry->batch * geometry->output[0] * geometry->output[1] * geometry->output[2];
-    if (choice.path == Path::kCopy && !no_fused && fuses(channels_last, double(positions), *pattern)) {
+    if (choice.path == Path::kCopy && !no_fused && !depthwise && fuses(channels_last, double(positions), *pattern)) {
       choice = {Path::kFused, "masked GEMM: one tap, and most weights remain"};
       least = Costs{pass, positions, weight.scalar_type(), threads}.of(Path::kFused, *pattern);
       margin = cpu::kFusedMargin;

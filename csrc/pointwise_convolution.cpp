@@ -56,7 +56,7 @@ at::Tensor PointwiseConvolution::forward(const at::Tensor& input, const at::Tens
   return multiply(of_.transposed, input, weight, bias ? *bias : at::Tensor(), format);
 }
 
-at::Tensor PointwiseConvolution::grad_input(const at::Tensor& grad_output, const at::Tensor& weight,
+at::Tensor PointwiseConvolution::grad_input(const at::Tensor& grad_output, const at::Tensor& weight, at::IntArrayRef,
                                             at::MemoryFormat format) const {
   return multiply(!of_.transposed, grad_output, weight, at::Tensor(), format);
 }

@@ -18,7 +18,8 @@ class PointwiseConvolution {
   // The weight has its pruned weights as they are. The results lie in the format that is named.
   at::Tensor forward(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                      at::MemoryFormat format) const;
-  at::Tensor grad_input(const at::Tensor& grad_output, const at::Tensor& weight, at::MemoryFormat format) const;
+  at::Tensor grad_input(const at::Tensor& grad_output, const at::Tensor& weight, at::IntArrayRef input_size,
+                        at::MemoryFormat format) const;
   at::Tensor grad_weight(const at::Tensor& grad_output, const at::Tensor& input, at::MemoryFormat format) const;
 
  private:
