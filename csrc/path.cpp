@@ -216,9 +216,12 @@ const char* kernel_obstacle(const cpu::Convolution* geometry, const at::Tensor& 
 }
 
 // Whether the masked GEMM does a convolution of one tap as fast as torch does it over a masked weight.
-bool fuses(bool channels_last, double positions, const Pattern& pattern) {
+bool fuses(bool channels_last, const at::Tensor& weight, const cpu::Convolution& c, const Pattern& pattern) {
   const auto N = double(pattern.rows()), K = double(pattern.cols());
-  return channels_last && !portable() && N * K >= cpu::kFusedWeights * positions * (N + K);
+  const double plane = ConvolutionCosts::volume(c.output);
+  if (portable()) return false;
+  if (!channels_last) return weight.scalar_type() == at::kFloat && plane >= cpu::kFusedPlane;
+  return N * K >= cpu::kFusedWeights * double(c.batch) * plane * (N + K);
 }
 
 // Whether the depthwise kernels are as fast as torch's.
@@ -282,10 +285,14 @@ Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool chan
     }
     double margin = cpu::kConvMargin;
     const int64_t positions = geometry->batch * geometry->output[0] * geometry->output[1] * geometry->output[2];
-    if (choice.path == Path::kCopy && !no_fused && !depthwise && fuses(channels_last, double(positions), *pattern)) {
+    if (choice.path == Path::kCopy && !no_fused && !depthwise && fuses(channels_last, weight, *geometry, *pattern)) {
       choice = {Path::kFused, "masked GEMM: one tap, and most weights remain"};
-      least = Costs{pass, positions, weight.scalar_type(), threads}.of(Path::kFused, *pattern);
-      margin = cpu::kFusedMargin;
+      if (channels_last) {
+        least = Costs{pass, positions, weight.scalar_type(), threads}.of(Path::kFused, *pattern);
+        margin = cpu::kFusedMargin;
+      } else {
+        least = cpu::kPlaneCost * costs.macs / threads;
+      }
     }
     if (!no_sparse && costs.of_sparse(double(pattern->nnz()), threads) < margin * least) {
       choice = {Path::kSparse, "sparse convolution: few weights remain"};

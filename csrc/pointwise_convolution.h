@@ -1,5 +1,6 @@
 // Convolutions of one tap that meets each position once: the products of a linear layer whose rows are the positions.
-// Where the channels of a position do not lie together in memory, the images are copied.
+// On contiguous images in float32 their planes are multiplied as they lie; other images whose channels do not lie
+// together are copied.
 #pragma once
 
 #include "geometry.h"
@@ -23,7 +24,9 @@ class PointwiseConvolution {
   at::Tensor grad_weight(const at::Tensor& grad_output, const at::Tensor& input, at::MemoryFormat format) const;
 
  private:
-  int64_t rows() const;
+  int64_t rows() const { return geometry_.batch * positions(); }
+  int64_t positions() const { return geometry_.output[0] * geometry_.output[1] * geometry_.output[2]; }
+  static bool by_planes(const at::Tensor& images, at::MemoryFormat format);
   at::Tensor multiply(bool transposed, const at::Tensor& images, const at::Tensor& weight, const at::Tensor& bias,
                       at::MemoryFormat format) const;
 

@@ -141,6 +141,16 @@ struct Kernels {
   void (*conv_sddmm)(const Team&, const Convolution&, const SparseIndex&, Images<const float> grad_output,
                      Images<const float> input, float* grad_values);
 
+  // pointwise_planes.cpp: the three operations of gemm.cpp on images [batch][K or N][positions], contiguous, with
+  // weight [N][K] under its bits; float.
+  void (*pointwise)(const Team&, int64_t batch, int64_t positions, int64_t N, int64_t K, const float* input,
+                    const float* weight, Bits, const float* bias, float* output);
+  void (*pointwise_grad_input)(const Team&, int64_t batch, int64_t positions, int64_t N, int64_t K,
+                               const float* grad_output, const float* weight, Bits, const float* bias,
+                               float* grad_input);
+  void (*pointwise_grad_weight)(const Team&, int64_t batch, int64_t positions, int64_t N, int64_t K,
+                                const float* grad_output, const float* input, Bits, float* grad_weight);
+
   // depthwise_planes.cpp and depthwise_last.cpp, for a weight [out_channels][1][kernel] under its bits, of at most two
   // dimensions, where every input channel is a group; channels last, one output channel a group. Input and output lie
   // alike. Scratch is as many rows of an image as a tile of results reads.

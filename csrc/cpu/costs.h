@@ -174,6 +174,9 @@ inline constexpr int64_t kSmallKernel = 9, kLeastWidth = 8, kLargeImages = int64
 // to 0.9, and needed 0.9 to 1.25.
 inline constexpr double kFusedWeights = 0.3, kFusedMargin = 0.7;
 
+// Contiguous images: positions from which on the masked GEMM over planes is taken, and nanoseconds a multiply-add.
+inline constexpr double kFusedPlane = 784, kPlaneCost = 0.0095;
+
 // [kernel of one tap, of more, grouped][NCHW, channels last][forward, grad_input, grad_weight]
 inline constexpr ConvCost kDenseConvCosts[3][2][3] = {
     // dense convolution: begin

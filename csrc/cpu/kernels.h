@@ -62,6 +62,13 @@ void conv_spmm(const Team&, const Convolution&, const SparseIndex&, const float*
 void conv_sddmm(const Team&, const Convolution&, const SparseIndex&, Images<const float> grad_output,
                 Images<const float> input, float* grad_values);
 
+void pointwise(const Team&, int64_t batch, int64_t positions, int64_t N, int64_t K, const float* input,
+               const float* weight, Bits, const float* bias, float* output);
+void pointwise_grad_input(const Team&, int64_t batch, int64_t positions, int64_t N, int64_t K, const float* grad_output,
+                          const float* weight, Bits, const float* bias, float* grad_input);
+void pointwise_grad_weight(const Team&, int64_t batch, int64_t positions, int64_t N, int64_t K,
+                           const float* grad_output, const float* input, Bits, float* grad_weight);
+
 void depthwise(const Team&, const Convolution&, const float* weight, Bits, Images<const float> input, const float* bias,
                float* output);
 void depthwise_grad_input(const Team&, const Convolution&, const float* weight, Bits, Images<const float> grad_output,

@@ -106,6 +106,10 @@ constexpr int64_t kStripTasks = 8;
 // The most that partial results of grad_weight take, all threads together.
 constexpr int64_t kPartialBytes = int64_t{32} << 20;
 
+// Convolutions of one tap on planes: depth of a block of columns, which is to fit L1 (24 KB); positions whose products
+// are summed in registers before lanes are, and bytes of a block of planes that stays in L2 meanwhile.
+constexpr int64_t kPlaneDepth = 128, kPlaneChunk = 800, kPlaneBytes = int64_t{448} << 10;
+
 // Depthwise convolution: results of a tile, as many as leave registers for the weights of a run; the tasks a thread.
 #if defined(__AVX512F__)
 constexpr int kDepthwiseTile = 14;
