@@ -172,11 +172,20 @@ struct ConvolutionCosts {
     const double positions = double(c.batch) * volume(c.output), kernel = double(taps(c));
     weights = double(c.out_channels) * double(c.in_channels / c.groups) * kernel;
     macs = positions * weights;
-    packed = positions * double(pass == Pass::kGradInput ? c.out_channels : c.in_channels) * kernel;
+    packed = positions * double(packed_channels(pass, c, channels_last)) * kernel;
     images = positions * double(c.out_channels) + double(c.batch) * volume(c.input) * double(c.in_channels);
   }
   double of_dense(int threads) const { return dense(macs, weights, 0, packed, images, threads); }
   double of_sparse(double nnz, int threads) const { return sparse(macs, weights, nnz, packed, images, threads); }
+
+  // Channels that im2col reads for a tap of a position: channels last, whole vectors of them; and contiguous, where the
+  // stride passes over every other position, those for nothing.
+  static int64_t packed_channels(Pass pass, const cpu::Convolution& c, bool channels_last) {
+    const int64_t channels = pass == Pass::kGradInput ? c.out_channels : c.in_channels, of_group = channels / c.groups;
+    if (channels_last)
+      return c.groups * ((of_group + cpu::kPackedVector - 1) / cpu::kPackedVector) * cpu::kPackedVector;
+    return pass != Pass::kGradInput && c.stride[2] > 1 ? 2 * channels : channels;
+  }
 
   // What the dense one without the pruned channels costs besides that.
   static double of_moves(Pass pass, const cpu::Convolution& c, const Channels& left, int threads) {

@@ -136,7 +136,8 @@ inline constexpr CostTable kHalfCosts = {
 
 // The paths of a convolution, fitted by bench/fit_convolution_costs.py over layers of ResNet, MobileNetV2 and U-Net.
 // MACs are those of the dense convolution, in the direction of the kernels (see Convolution); packed counts what im2col
-// makes, images what is read and written.
+// reads, by vectors of channels where they lie last, images what is read and written.
+inline constexpr int64_t kPackedVector = 16;
 struct ConvCost {
   float call, mac, dense, weight, value, packed, images;
 
