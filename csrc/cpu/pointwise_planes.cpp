@@ -100,7 +100,8 @@ struct Tile {
   float* C;
 };
 
-template <int NV>
+// Of a full one the lanes of the last vector take no register.
+template <int NV, bool kFull>
 __attribute__((noinline)) void multiply_tile(const Tile& tile) {
   const Vec::Predicate lanes = Vec::first(tile.columns - (NV - 1) * L);
   const int64_t pitch = tile.pitch;
@@ -119,7 +120,7 @@ __attribute__((noinline)) void multiply_tile(const Tile& tile) {
   const auto step = [&] {
     Vec b[NV];
     MASKED_OPS_UNROLL
-    for (int j = 0; j < NV; ++j) b[j] = j == NV - 1 ? Vec::loadu(lanes, B + j * L) : Vec::loadu(B + j * L);
+    for (int j = 0; j < NV; ++j) b[j] = !kFull && j == NV - 1 ? Vec::loadu(lanes, B + j * L) : Vec::loadu(B + j * L);
     MASKED_OPS_UNROLL
     for (int i = 0; i < kMR; ++i) {
       const Vec a = Vec::set1(A[i]);
@@ -142,14 +143,22 @@ __attribute__((noinline)) void multiply_tile(const Tile& tile) {
   for (int i = 0; i < kMR; ++i, row += pitch) {
     if (i >= tile.rows) break;
     MASKED_OPS_UNROLL
-    for (int j = 0; j < NV; ++j) j == NV - 1 ? c[i][j].storeu(lanes, row + j * L) : c[i][j].storeu(row + j * L);
+    for (int j = 0; j < NV; ++j) {
+      !kFull&& j == NV - 1 ? c[i][j].storeu(lanes, row + j * L) : c[i][j].storeu(row + j * L);
+    }
   }
 }
 
-void multiply(const Tile& tile) {
+template <bool kFull>
+void multiply(const Tile& tile, int64_t vectors) {
   static_assert(kNV == 3);
-  const int64_t vectors = ceil_div(tile.columns, L);
-  vectors == 3 ? multiply_tile<3>(tile) : vectors == 2 ? multiply_tile<2>(tile) : multiply_tile<1>(tile);
+  if (vectors == 3) {
+    multiply_tile<3, kFull>(tile);
+  } else if (vectors == 2) {
+    multiply_tile<2, kFull>(tile);
+  } else {
+    multiply_tile<1, kFull>(tile);
+  }
 }
 
 // to[image][M][positions] = A * from[image][K][positions] + bias[M]
@@ -178,7 +187,7 @@ void multiply(const Team& team, const Packed& A, int64_t batch, int64_t position
         tile.first = k0 == 0;
         tile.bias = bias ? bias + m : nullptr;
         tile.C = to + (image * A.M + m) * positions + column;
-        multiply(tile);
+        tile.columns % L ? multiply<false>(tile, ceil_div(tile.columns, L)) : multiply<true>(tile, tile.columns / L);
       }
     }
   });
