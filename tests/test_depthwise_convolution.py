@@ -52,7 +52,10 @@ def problems() -> list[Problem]:
         found.append(Problem("conv2d", (2, C, *size), weight, options))
     return [
         *found,
-        # Several strips of a plane, the last of one row.
+        # Whole tiles of 14 rows and of 14 positions; planes that are read in the order of memory.
+        Problem("conv2d", (2, 17, 28, 14), (17, 1, 3, 3), {"padding": 1, "groups": 17}),
+        Problem("conv2d", (2, 16, 15, 56), (16, 1, 5, 5), {"padding": 2, "groups": 16}),
+        Problem("conv2d", (2, 18, 28, 57), (18, 1, 3, 3), {"padding": 1, "stride": 2, "groups": 18}),
         Problem("conv2d", (1, 2, 260, 61), (2, 1, 3, 3), {"padding": 1, "groups": 2}),
         Problem("conv2d", (1, 2, 515, 130), (2, 1, 5, 5), {"padding": 2, "stride": 2, "groups": 2}),
         Problem("conv2d", (1, 2, 3, 3000), (2, 1, 3, 3), {"padding": 1, "groups": 2}),
