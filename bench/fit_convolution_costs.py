@@ -90,16 +90,21 @@ def measure(cell: Cell, seconds: float) -> dict[str, dict[str, float]]:
 
 
 def features(cell: Cell, name: str, terms: tuple[str, ...], threads: int) -> list[float]:
-    (C, O, kernel, size, stride, groups), batch, sparsity, _ = cell  # noqa: E741
+    (C, O, kernel, size, stride, groups), batch, sparsity, last = cell  # noqa: E741
     out = (size + 2 * (kernel // 2) - kernel) // stride + 1
     positions, taps, weights = batch * out * out, kernel**2, O * (C // groups) * kernel**2
+    packed = O if name == "grad_input" else C  # channels that im2col reads, see path.cpp
+    if last:
+        packed = groups * -(-packed // groups // 16) * 16
+    elif stride > 1 and name != "grad_input":
+        packed *= 2
     value = {
         "call": 1.0,
         "mac": positions * weights * (1 - sparsity) / threads,
         "dense": positions * weights / threads,
         "weight": weights / threads,
         "value": weights * (1 - sparsity) / threads,
-        "packed": positions * taps * (O if name == "grad_input" else C) / threads,
+        "packed": positions * taps * packed / threads,
         "images": (positions * O + batch * size * size * C) / threads,
     }
     return [value[term] for term in terms]

@@ -4,6 +4,7 @@
 #include "checks.h"
 #include "compact_convolution.h"
 #include "convolution_plan.h"
+#include "depthwise_convolution.h"
 #include "device_linear.h"
 #include "masking.h"
 #include "ops.h"
@@ -18,7 +19,12 @@ CompactConvolution compact_of(const ConvolutionPlan& plan, const at::Tensor& wei
   return {plan.of, channels_last ? pattern_of(mask.movedim(1, -1)) : plan.pattern, channels_last};
 }
 
-PointwiseConvolution pointwise_of(const ConvolutionPlan& plan) { return {plan.of, plan.geometry, *plan.pattern}; }
+// body(the kernels of the fused path that serve the convolution)
+template <typename Body>
+auto with_fused(const ConvolutionPlan& plan, const Body& body) {
+  if (is_pointwise(plan.geometry)) return body(PointwiseConvolution(plan.of, plan.geometry, *plan.pattern));
+  return body(DepthwiseConvolution(plan.of, plan.geometry, *plan.pattern));
+}
 
 // Both gradients, once the arguments are checked.
 class Gradients {
@@ -64,7 +70,10 @@ class Gradients {
       return geometry_.grad_input(grad_output, MaskedForCall(weight, mask_).weight(), input);
     }
     const at::MemoryFormat format = result_format(input, weight, std::nullopt, geometry_);
-    if (plan.path == Path::kFused) return pointwise_of(plan).grad_input(grad_output, weight, format);
+    if (plan.path == Path::kFused) {
+      return with_fused(
+          plan, [&](const auto& fused) { return fused.grad_input(grad_output, weight, input.sizes(), format); });
+    }
     if (plan.path == Path::kCompact) {
       const CompactConvolution compact = compact_of(plan, weight, mask_);
       return compact.grad_input(grad_output, compact.left_of(weight), input.sizes(), format);
@@ -77,7 +86,9 @@ class Gradients {
                        const at::Tensor& weight) const {
     if (plan.path == Path::kCopy) return masked_own(geometry_.grad_weight(grad_output, input, weight), mask_);
     const at::MemoryFormat format = result_format(input, weight, std::nullopt, geometry_);
-    if (plan.path == Path::kFused) return pointwise_of(plan).grad_weight(grad_output, input, format);
+    if (plan.path == Path::kFused) {
+      return with_fused(plan, [&](const auto& fused) { return fused.grad_weight(grad_output, input, format); });
+    }
     const at::Tensor grad_weight = at::empty(mask_.sizes(), grad_output.options(), format);
     if (plan.path == Path::kCompact) {
       const CompactConvolution compact = compact_of(plan, grad_weight, mask_);
@@ -112,7 +123,10 @@ std::tuple<at::Tensor, at::Tensor> convolution_with_values(const at::Tensor& inp
     return {geometry.forward(input, MaskedForCall(weight, mask).weight(), bias), at::Tensor()};
   }
   const at::MemoryFormat format = result_format(input, weight, bias, geometry);
-  if (plan.path == Path::kFused) return {pointwise_of(plan).forward(input, weight, bias, format), at::Tensor()};
+  if (plan.path == Path::kFused) {
+    const auto forward = [&](const auto& fused) { return fused.forward(input, weight, bias, format); };
+    return {with_fused(plan, forward), at::Tensor()};
+  }
   if (plan.path == Path::kCompact) {
     const CompactConvolution compact = compact_of(plan, weight, mask);
     return {compact.forward(input, compact.left_of(weight), bias, format), at::Tensor()};

@@ -9,6 +9,7 @@
 
 #include "channels.h"
 #include "cpu/costs.h"
+#include "depthwise_convolution.h"
 #include "device_tuning.h"
 #include "parallel.h"
 #include "pointwise_convolution.h"
@@ -170,12 +171,21 @@ struct ConvolutionCosts {
     const double positions = double(c.batch) * volume(c.output), kernel = double(taps(c));
     weights = double(c.out_channels) * double(c.in_channels / c.groups) * kernel;
     macs = positions * weights;
-    packed = positions * double(pass == Pass::kGradInput ? c.out_channels : c.in_channels) * kernel;
+    packed = positions * double(packed_channels(pass, c, channels_last)) * kernel;
     images = positions * double(c.out_channels) + double(c.batch) * volume(c.input) * double(c.in_channels);
   }
   double of_dense(int threads) const { return dense(macs, weights, 0, packed, images, threads); }
   double of_sparse(double nnz, int threads) const {
     return (portable() ? cpu::kPortableConvCost : 1) * sparse(macs, weights, nnz, packed, images, threads);
+  }
+
+  // Channels that im2col reads for a tap of a position: channels last, whole vectors of them; and contiguous, where the
+  // stride passes over every other position, those for nothing.
+  static int64_t packed_channels(Pass pass, const cpu::Convolution& c, bool channels_last) {
+    const int64_t channels = pass == Pass::kGradInput ? c.out_channels : c.in_channels, of_group = channels / c.groups;
+    if (channels_last)
+      return c.groups * ((of_group + cpu::kPackedVector - 1) / cpu::kPackedVector) * cpu::kPackedVector;
+    return pass != Pass::kGradInput && c.stride[2] > 1 ? 2 * channels : channels;
   }
 
   // What the dense one without the pruned channels costs besides that.
@@ -216,9 +226,24 @@ const char* kernel_obstacle(const cpu::Convolution* geometry, const at::Tensor& 
 }
 
 // Whether the masked GEMM does a convolution of one tap as fast as torch does it over a masked weight.
-bool fuses(bool channels_last, double positions, const Pattern& pattern) {
+bool fuses(bool channels_last, const at::Tensor& weight, const cpu::Convolution& c, const Pattern& pattern) {
   const auto N = double(pattern.rows()), K = double(pattern.cols());
-  return channels_last && !portable() && N * K >= cpu::kFusedWeights * positions * (N + K);
+  const double plane = ConvolutionCosts::volume(c.output);
+  if (portable()) return false;
+  if (!channels_last) return weight.scalar_type() == at::kFloat && plane >= cpu::kFusedPlane;
+  return N * K >= cpu::kFusedWeights * double(c.batch) * plane * (N + K);
+}
+
+// Whether the depthwise kernels are as fast as torch's.
+bool prefers_depthwise(Pass pass, const cpu::Convolution& c, bool channels_last) {
+  const bool several = c.out_channels != c.in_channels;  // results of a channel
+  if (portable() || (several && channels_last)) return false;
+  const bool large_kernel = taps(c) > cpu::kSmallKernel;
+  if (pass == Pass::kGradWeight && (large_kernel || channels_last)) return large_kernel;
+  if (channels_last) {
+    return large_kernel || c.batch * c.in_channels * c.input[1] * c.input[2] < cpu::kLargeImages;
+  }
+  return several || c.output[2] >= cpu::kLeastWidth * c.stride[2];
 }
 
 }  // namespace
@@ -236,7 +261,10 @@ Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool chan
   if (!no_sparse && (!pattern->indexable() || taps(*geometry) > kMaxTaps)) no_sparse = kTooLarge;
   const char* no_fused = packed ? "a packed layer has no dense weight" : obstacle;
   if (!no_fused && !has_kernels(weight.scalar_type())) no_fused = kOtherDtype;
-  if (!no_fused && !is_pointwise(*geometry)) no_fused = "it takes kernels of one tap, stride 1, no padding, one group";
+  const bool depthwise = !no_fused && !is_pointwise(*geometry);
+  if (depthwise) no_fused = depthwise_obstacle(*geometry);
+  if (depthwise && !no_fused && weight.scalar_type() != at::kFloat)
+    no_fused = "its depthwise kernels take float32 only";
   // An index is worth its making from the second use of a mask on.
   const bool compacts = forced_path() ? forced_path() == Path::kCompact : !obstacle && pattern->reused();
   std::shared_ptr<const Channels> channels;
@@ -248,7 +276,9 @@ Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool chan
   const char* const dense =
       packed ? "torch's convolution over the unpacked weight" : "torch's convolution over the masked weight";
   Choice choice = {Path::kCopy, no_sparse ? no_sparse : dense};
-  if (!obstacle && pattern->reused() && pattern->nnz() < pattern->rows() * pattern->cols()) {
+  if (depthwise && !no_fused && prefers_depthwise(pass, *geometry, channels_last)) {
+    choice = {Path::kFused, "depthwise kernel: the mask rides in the load of the weight"};
+  } else if (!obstacle && pattern->reused() && pattern->nnz() < pattern->rows() * pattern->cols()) {
     ConvolutionCosts costs(pass, *geometry, channels_last);
     if (have_values || packed) costs.sparse.weight = 0;
     const int threads = team_for(static_cast<int64_t>(std::min(costs.macs * pattern->density(), 1e18))).threads;
@@ -265,10 +295,14 @@ Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool chan
     }
     double margin = cpu::kConvMargin;
     const int64_t positions = geometry->batch * geometry->output[0] * geometry->output[1] * geometry->output[2];
-    if (choice.path == Path::kCopy && !no_fused && fuses(channels_last, double(positions), *pattern)) {
+    if (choice.path == Path::kCopy && !no_fused && !depthwise && fuses(channels_last, weight, *geometry, *pattern)) {
       choice = {Path::kFused, "masked GEMM: one tap, and most weights remain"};
-      least = Costs{pass, positions, weight.scalar_type()}.of(Path::kFused, *pattern);
-      margin = cpu::kFusedMargin;
+      if (channels_last) {
+        least = Costs{pass, positions, weight.scalar_type()}.of(Path::kFused, *pattern);
+        margin = cpu::kFusedMargin;
+      } else {
+        least = cpu::kPlaneCost * costs.macs / threads;
+      }
     }
     if (!no_sparse && costs.of_sparse(double(pattern->nnz()), threads) < margin * least) {
       choice = {Path::kSparse, "sparse convolution: few weights remain"};

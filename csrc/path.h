@@ -14,7 +14,7 @@ namespace masked_ops {
 
 enum class Path {
   kCopy,     // mask the weight in one pass, then torch's own dense operation; serves everything
-  kFused,    // masked GEMM: the mask rides in the load of the weight
+  kFused,    // masked GEMM, or depthwise kernels: the mask rides in the load of the weight
   kCompact,  // without the empty rows and columns of the mask, then as kFused
   kSparse,   // SpMM and SDDMM over the remaining weights
   // On CUDA devices alone, from here on:

@@ -22,8 +22,8 @@ bool is_pointwise(const cpu::Convolution& c) {
   return pointwise;
 }
 
-int64_t PointwiseConvolution::rows() const {
-  return geometry_.batch * geometry_.output[0] * geometry_.output[1] * geometry_.output[2];
+bool PointwiseConvolution::by_planes(const at::Tensor& images, at::MemoryFormat format) {
+  return format == at::MemoryFormat::Contiguous && images.scalar_type() == at::kFloat;
 }
 
 // With the weight, or its transpose.
@@ -33,6 +33,15 @@ at::Tensor PointwiseConvolution::multiply(bool transposed, const at::Tensor& ima
   at::DimVector sizes(images.sizes());
   sizes[1] = channels;
   const at::Tensor result = at::empty(sizes, images.options(), format), in_order = result.movedim(1, -1);
+  if (by_planes(images, format)) {
+    const at::Tensor from = images.contiguous(), w = weight.contiguous();
+    const at::Tensor b = bias.defined() ? bias.contiguous() : bias;
+    const auto kernel = transposed ? cpu::kernels().pointwise_grad_input : cpu::kernels().pointwise;
+    kernel(team_for(M * N * K), geometry_.batch, positions(), N, K, from.const_data_ptr<float>(),
+           w.const_data_ptr<float>(), pattern_.bits(), b.defined() ? b.const_data_ptr<float>() : nullptr,
+           result.mutable_data_ptr<float>());
+    return result;
+  }
   const bool direct = in_order.is_contiguous();
   const at::Tensor y = direct ? in_order.view({M, channels}) : at::empty({M, channels}, images.options());
   const at::Tensor x = positions_of(images), w = weight.reshape({N, K}).contiguous();
@@ -56,7 +65,7 @@ at::Tensor PointwiseConvolution::forward(const at::Tensor& input, const at::Tens
   return multiply(of_.transposed, input, weight, bias ? *bias : at::Tensor(), format);
 }
 
-at::Tensor PointwiseConvolution::grad_input(const at::Tensor& grad_output, const at::Tensor& weight,
+at::Tensor PointwiseConvolution::grad_input(const at::Tensor& grad_output, const at::Tensor& weight, at::IntArrayRef,
                                             at::MemoryFormat format) const {
   return multiply(!of_.transposed, grad_output, weight, at::Tensor(), format);
 }
@@ -64,6 +73,15 @@ at::Tensor PointwiseConvolution::grad_input(const at::Tensor& grad_output, const
 at::Tensor PointwiseConvolution::grad_weight(const at::Tensor& grad_output, const at::Tensor& input,
                                              at::MemoryFormat format) const {
   const int64_t M = rows(), N = pattern_.rows(), K = pattern_.cols();
+  if (by_planes(input, format)) {
+    const at::Tensor dy = (of_.transposed ? input : grad_output).contiguous();
+    const at::Tensor x = (of_.transposed ? grad_output : input).contiguous();
+    const at::Tensor grad_weight = at::empty(of_.weight, grad_output.options());
+    cpu::kernels().pointwise_grad_weight(team_for(M * N * K), geometry_.batch, positions(), N, K,
+                                         dy.const_data_ptr<float>(), x.const_data_ptr<float>(), pattern_.bits(),
+                                         grad_weight.mutable_data_ptr<float>());
+    return grad_weight;
+  }
   const at::Tensor dy = positions_of(of_.transposed ? input : grad_output);
   const at::Tensor x = positions_of(of_.transposed ? grad_output : input);
   // Of one tap, all formats have the same order in memory.

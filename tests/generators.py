@@ -272,7 +272,7 @@ def _expanded_last(t: Tensor) -> Tensor:
 
 
 def _channels_last(t: Tensor) -> Tensor:
-    return t.transpose(1, -1).contiguous().transpose(1, -1) if t.dim() > 2 else t
+    return t.movedim(1, -1).contiguous().movedim(-1, 1) if t.dim() > 2 else t
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -63,6 +63,9 @@ struct Images {
   bool channels_last;
 };
 
+// Strides of the depthwise kernels.
+inline constexpr int kMaxDepthwiseStride = 8;
+
 // The remaining weights by rows: those of row i from offsets[i] to offsets[i + 1], and the column of each; columns has
 // kColumnsPadding numbers more, so that whole vectors of them can be read.
 struct Rows {
@@ -138,6 +141,29 @@ struct Kernels {
   // grad_values[nnz] = the remaining weights' gradient; the index is not transposed.
   void (*conv_sddmm)(const Team&, const Convolution&, const SparseIndex&, Images<const float> grad_output,
                      Images<const float> input, float* grad_values);
+
+  // pointwise_planes.cpp: the three operations of gemm.cpp on images [batch][K or N][positions], contiguous, with
+  // weight [N][K] under its bits; float.
+  void (*pointwise)(const Team&, int64_t batch, int64_t positions, int64_t N, int64_t K, const float* input,
+                    const float* weight, Bits, const float* bias, float* output);
+  void (*pointwise_grad_input)(const Team&, int64_t batch, int64_t positions, int64_t N, int64_t K,
+                               const float* grad_output, const float* weight, Bits, const float* bias,
+                               float* grad_input);
+  void (*pointwise_grad_weight)(const Team&, int64_t batch, int64_t positions, int64_t N, int64_t K,
+                                const float* grad_output, const float* input, Bits, float* grad_weight);
+
+  // depthwise_planes.cpp and depthwise_last.cpp, for a weight [out_channels][1][kernel] under its bits, of at most two
+  // dimensions, where every input channel is a group; channels last, one output channel a group. Input and output lie
+  // alike. Scratch is as many rows of an image as a tile of results reads.
+  // output = convolution of input + bias[out_channels] (may be null)
+  void (*depthwise)(const Team&, const Convolution&, const float* weight, Bits, Images<const float> input,
+                    const float* bias, float* output);
+  // The gradient with respect to the input + bias[in_channels].
+  void (*depthwise_grad_input)(const Team&, const Convolution&, const float* weight, Bits,
+                               Images<const float> grad_output, const float* bias, float* grad_input);
+  // grad_weight[out_channels][1][kernel], masked
+  void (*depthwise_grad_weight)(const Team&, const Convolution&, Bits, Images<const float> grad_output,
+                                const float* input, float* grad_weight);
 
   // channels.cpp. out[outer][out_channels][inner] of in[outer][in_channels][inner]: channel c is channel slots[c], or,
   // where that is negative, fill[c] throughout (zero if fill is null). Elements of 2, 4 or 8 bytes.

@@ -205,7 +205,8 @@ inline constexpr CostTable kHalfCosts = {
 
 // The paths of a convolution, fitted by bench/fit_convolution_costs.py over layers of ResNet, MobileNetV2 and U-Net.
 // MACs are those of the dense convolution, in the direction of the kernels (see Convolution); packed counts what im2col
-// makes, images what is read and written.
+// reads, by vectors of channels where they lie last, images what is read and written.
+inline constexpr int64_t kPackedVector = 16;
 struct ConvCost {
   float call, mac, dense, weight, value, packed, images;
 
@@ -231,6 +232,13 @@ inline constexpr int64_t kChannelBlock = 16;
 inline constexpr double kMoveCost = 0.3, kCompactConvolutionCall = 1e4;
 inline constexpr double kCompactMargin = 0.93, kHalfConvSpeedup = 3;
 
+// Depthwise convolutions: where their own kernels are taken, by the times of torch's over theirs, batch 8, forward,
+// grad_input and grad_weight. Contiguous: 144 channels of 56 x 56 2.9, 3.8, 4.1; 512 of 14 x 14 1.7, 2.0, 1.4; 960 of
+// 7 x 7, whose vectors are half empty, 1.0, 1.3, 0.95; 240 of 28 x 28, 5 x 5 and stride 2, 0.9, 0.9, 10. Channels last:
+// 1.0, 1.2, 1.0; 1.2, 1.15, 0.97; 1.4, 2.2, 1.0 and 1.3, 1.0, 8.7. While others use the memory, torch is ahead where
+// the images are large (144 of 56 x 56: 0.7, 0.8, 0.5).
+inline constexpr int64_t kSmallKernel = 9, kLeastWidth = 8, kLargeImages = int64_t{1} << 21;
+
 // Convolutions of one tap by the masked GEMM, channels last: how many weights there are for each element of the images
 // (input and output together), from which on it is taken. Batch 8 at 50%, against torch's over the plain weight,
 // forward and step: 1.09 and 1.16 at 1.04 (512 -> 2048 on 7 x 7), 0.91 and 0.99 at 0.61 (960 -> 320 on 7 x 7; the copy
@@ -238,6 +246,9 @@ inline constexpr double kCompactMargin = 0.93, kHalfConvSpeedup = 3;
 // Sparse is taken instead when it is expected to need less than this share of it: at 50% it was expected to need 0.73
 // to 0.9, and needed 0.9 to 1.25.
 inline constexpr double kFusedWeights = 0.3, kFusedMargin = 0.7;
+
+// Contiguous images: positions from which on the masked GEMM over planes is taken, and nanoseconds a multiply-add.
+inline constexpr double kFusedPlane = 784, kPlaneCost = 0.0095;
 
 // [kernel of one tap, of more, grouped][NCHW, channels last][forward, grad_input, grad_weight]
 inline constexpr ConvCost kDenseConvCosts[3][2][3] = {

@@ -69,6 +69,27 @@ void planes_spmm(const Team&, const Convolution&, const SparseIndex&, const floa
 void planes_sddmm(const Team&, const Convolution&, const SparseIndex&, const float* grad_output, const float* input,
                   float* grad_values);
 
+void pointwise(const Team&, int64_t batch, int64_t positions, int64_t N, int64_t K, const float* input,
+               const float* weight, Bits, const float* bias, float* output);
+void pointwise_grad_input(const Team&, int64_t batch, int64_t positions, int64_t N, int64_t K, const float* grad_output,
+                          const float* weight, Bits, const float* bias, float* grad_input);
+void pointwise_grad_weight(const Team&, int64_t batch, int64_t positions, int64_t N, int64_t K,
+                           const float* grad_output, const float* input, Bits, float* grad_weight);
+
+void depthwise(const Team&, const Convolution&, const float* weight, Bits, Images<const float> input, const float* bias,
+               float* output);
+void depthwise_grad_input(const Team&, const Convolution&, const float* weight, Bits, Images<const float> grad_output,
+                          const float* bias, float* grad_input);
+void depthwise_grad_weight(const Team&, const Convolution&, Bits, Images<const float> grad_output, const float* input,
+                           float* grad_weight);
+// depthwise_last.cpp. The same where the images have their channels last.
+void depthwise_last(const Team&, const Convolution&, const float* weight, Bits, const float* input, const float* bias,
+                    float* output);
+void depthwise_last_grad_input(const Team&, const Convolution&, const float* weight, Bits, const float* grad_output,
+                               const float* bias, float* grad_input);
+void depthwise_last_grad_weight(const Team&, const Convolution&, Bits, const float* grad_output, const float* input,
+                                float* grad_weight);
+
 void select_channels(const Team&, size_t element_size, int64_t outer, int64_t in_channels, int64_t out_channels,
                      int64_t inner, const int64_t* slots, const void* in, const void* fill, void* out);
 

@@ -1,0 +1,109 @@
+// What the depthwise kernels of both layouts share: runs of taps. Where the sources of neighbouring results lie as far
+// apart as those of neighbouring taps (stride and dilation 1), a vector that is loaded once serves all taps of a run.
+#pragma once
+
+#include "simd.h"
+#include "tuning.h"
+
+namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
+
+constexpr int kRunTaps = 3;
+
+// The first n bits.
+constexpr uint32_t first_bits(int n) { return (1u << n) - 1; }
+
+// sums[i] += weights[t] * (the vector i + t steps from `from`), where bit i + t says that there is one
+template <int R, int T, typename Load>
+MASKED_OPS_INLINE void multiply_run(const float* from, int64_t step, uint32_t inside, const Load& load,
+                                    const Vec (&weights)[T], Vec (&sums)[R]) {
+  const auto rows = [&](uint32_t bits) __attribute__((always_inline)) {
+    const float* p = from;
+    const int64_t floats = opaque(step);
+    MASKED_OPS_UNROLL
+    for (int r = 0; r < R + T - 1; ++r, p += floats) {
+      if (!(bits >> r & 1)) continue;
+      const Vec v = load(p);
+      MASKED_OPS_UNROLL
+      for (int t = 0; t < T; ++t) {
+        if (r - t >= 0 && r - t < R) sums[r - t] = fmadd(v, weights[t], sums[r - t]);
+      }
+    }
+  };
+  (~inside & first_bits(R + T - 1)) == 0 ? rows(~0u) : rows(inside);
+}
+
+// sums[t] += results[i] * (the vector i + t steps from `from`), where bit i + t says that there is one, summed over i.
+// sums are pitch floats apart.
+template <int R, int T, typename Load>
+MASKED_OPS_INLINE void correlate_run(const float* from, int64_t step, uint32_t inside, const Load& load,
+                                     const Vec (&results)[R], float* sums, int64_t pitch) {
+  Vec acc[2][T];  // two for each, for the latency
+  MASKED_OPS_UNROLL
+  for (int t = 0; t < T; ++t) {
+    acc[0][t] = Vec::load(sums + t * pitch);
+    acc[1][t] = Vec::zero();
+  }
+  const auto rows = [&](uint32_t bits) __attribute__((always_inline)) {
+    const float* p = from;
+    const int64_t floats = opaque(step);
+    MASKED_OPS_UNROLL
+    for (int r = 0; r < R + T - 1; ++r, p += floats) {
+      if (!(bits >> r & 1)) continue;
+      const Vec v = load(p);
+      MASKED_OPS_UNROLL
+      for (int t = 0; t < T; ++t) {
+        if (r - t >= 0 && r - t < R) acc[(r - t) % 2][t] = fmadd(v, results[r - t], acc[(r - t) % 2][t]);
+      }
+    }
+  };
+  (~inside & first_bits(R + T - 1)) == 0 ? rows(~0u) : rows(inside);
+  MASKED_OPS_UNROLL
+  for (int t = 0; t < T; ++t) (acc[0][t] + acc[1][t]).store(sums + t * pitch);
+}
+
+// R vectors, a step apart.
+template <int R, typename Load>
+MASKED_OPS_INLINE void load_rows(const float* from, int64_t step, const Load& load, Vec (&rows)[R]) {
+  const int64_t floats = opaque(step);
+  MASKED_OPS_UNROLL
+  for (int r = 0; r < R; ++r, from += floats) rows[r] = load(from);
+}
+// Their first n lanes.
+template <int R>
+MASKED_OPS_INLINE void store_rows(const Vec (&rows)[R], int64_t n, float* to, int64_t step) {
+  const int64_t floats = opaque(step);
+  if (n >= Vec::kLanes) {
+    MASKED_OPS_UNROLL
+    for (int r = 0; r < R; ++r, to += floats) rows[r].storeu(to);
+  } else {
+    const Vec::Predicate lanes = Vec::first(n);
+    MASKED_OPS_UNROLL
+    for (int r = 0; r < R; ++r, to += floats) rows[r].storeu(lanes, to);
+  }
+}
+template <int R>
+MASKED_OPS_INLINE void prefetch_rows(const float* from, int64_t step) {
+  const int64_t floats = opaque(step);
+  MASKED_OPS_UNROLL
+  for (int r = 0; r < R; ++r, from += floats) prefetch_l2(from);
+}
+
+// How a vector is loaded: all of its lanes, or some.
+struct LoadAll {
+  MASKED_OPS_INLINE Vec operator()(const float* p) const { return Vec::loadu(p); }
+};
+struct LoadSome {
+  Vec::Predicate lanes;
+  MASKED_OPS_INLINE Vec operator()(const float* p) const { return Vec::loadu(lanes, p); }
+};
+
+// body(Int<n>()) for 1 <= n <= kMost.
+template <int kMost, typename Body>
+MASKED_OPS_INLINE void with_count(int64_t n, const Body& body) {
+  if constexpr (kMost > 1) {
+    if (n < kMost) return with_count<kMost - 1>(n, body);
+  }
+  body(Int<kMost>());
+}
+
+}  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY
