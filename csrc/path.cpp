@@ -243,7 +243,8 @@ bool prefers_depthwise(Pass pass, const cpu::Convolution& c, bool channels_last)
   if (channels_last) {
     return large_kernel || c.batch * c.in_channels * c.input[1] * c.input[2] < cpu::kLargeImages;
   }
-  return several || c.output[2] >= cpu::kLeastWidth * c.stride[2];
+  const int64_t least = cpu::kLeastWidth * (large_kernel && c.stride[2] > 1 ? 2 : 1) * c.stride[2];
+  return several || c.output[2] >= least;
 }
 
 }  // namespace
