@@ -165,6 +165,8 @@ class Process(subprocess.Popen[str]):
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # Ctrl-C is ignored in what a shell runs in the background, and would be in the children of that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def finish(self) -> tuple[str, str]:
