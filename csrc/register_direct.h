@@ -4,7 +4,7 @@
 
 namespace masked_ops {
 
-// Adds the functions to the Python module; to be called once set_boxed was.
+// Adds the functions to the Python module, and set_boxed, which has to be called before they are.
 void define_direct(const pybind11::module_& m);
 
 }  // namespace masked_ops

@@ -97,13 +97,4 @@ struct LoadSome {
   MASKED_OPS_INLINE Vec operator()(const float* p) const { return Vec::loadu(lanes, p); }
 };
 
-// body(Int<n>()) for 1 <= n <= kMost.
-template <int kMost, typename Body>
-MASKED_OPS_INLINE void with_count(int64_t n, const Body& body) {
-  if constexpr (kMost > 1) {
-    if (n < kMost) return with_count<kMost - 1>(n, body);
-  }
-  body(Int<kMost>());
-}
-
 }  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY

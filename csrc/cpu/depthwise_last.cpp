@@ -77,7 +77,7 @@ struct Grids {
     tile.step = x.step * channels;
     tile.weight_step = (x.shift_step < 0 ? -x.tap_period : x.tap_period) * pitch;
     for (int64_t position = 0; position < x.count; position += tiles[column]) {
-      with_count<kDepthwiseTile>(min(tiles[column], x.count - position), [&](auto R) { body(tile, R, position); });
+      with_int<kDepthwiseTile>(min(tiles[column], x.count - position), [&](auto R) { body(tile, R, position); });
       tile.inside += x.taps;
       tile.source += tiles[column] * tile.step;
     }
@@ -124,13 +124,7 @@ MASKED_OPS_INLINE void multiply_vector(const Tile& tile, int64_t c, const Load& 
       for (int t = 0; t < kTaps; ++t) weights[t] = Vec::load(tile.table + c + run->weights + t * tile.weight_step);
       multiply_run(tile.source + c + run->from, tile.step, tile.inside[run->tap], load, weights, sums);
     };
-    if (run->taps == 3) {
-      multiply(Int<3>());
-    } else if (run->taps == 2) {
-      multiply(Int<2>());
-    } else {
-      multiply(Int<1>());
-    }
+    with_int<kRunTaps>(run->taps, multiply);
   }
   store_rows(sums, n, tile.to + c, tile.to_step);
 }
@@ -197,13 +191,7 @@ MASKED_OPS_INLINE void correlate_vector(const Tile& tile, int64_t c, const Load&
       correlate_run<R, decltype(T)::value>(tile.source + c + run->from, tile.step, tile.inside[run->tap], load, results,
                                            sums + c + run->weights, pitch);
     };
-    if (run->taps == 3) {
-      correlate(Int<3>());
-    } else if (run->taps == 2) {
-      correlate(Int<2>());
-    } else {
-      correlate(Int<1>());
-    }
+    with_int<kRunTaps>(run->taps, correlate);
   }
 }
 

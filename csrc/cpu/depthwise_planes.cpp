@@ -192,13 +192,7 @@ __attribute__((noinline)) void multiply_rows(const Window& window, int64_t tile,
         for (int t = 0; t < kTaps; ++t) weights[t] = Vec::set1(run->weights[t]);
         multiply_run(source + run->offset, step, rows[run->y], load, weights, sums);
       };
-      if (run->taps == 3) {
-        multiply(Int<3>());
-      } else if (run->taps == 2) {
-        multiply(Int<2>());
-      } else {
-        multiply(Int<1>());
-      }
+      with_int<kRunTaps>(run->taps, multiply);
     }
     store_rows(sums, left, to, width);
     source += L * plane.stride[1];
@@ -213,7 +207,7 @@ MASKED_OPS_INLINE void for_tiles(const Window& window, const Body& body) {
   with_stride(window.plane.stride[1], [&](auto stride) {
     int64_t tile = 0;
     for (int64_t left = window.plane.result[0]; left > 0; left -= window.tile, ++tile) {
-      with_count<kDepthwiseTile>(min(window.tile, left), [&](auto R) { body(tile, R, stride); });
+      with_int<kDepthwiseTile>(min(window.tile, left), [&](auto R) { body(tile, R, stride); });
     }
   });
 }
@@ -304,13 +298,7 @@ __attribute__((noinline)) void correlate_rows(const Window& window, int64_t tile
       const auto correlate = [&](auto T) __attribute__((always_inline)) {
         correlate_run<R, decltype(T)::value>(source + run->offset, step, rows[run->y], load, results, sums, L);
       };
-      if (run->taps == 3) {
-        correlate(Int<3>());
-      } else if (run->taps == 2) {
-        correlate(Int<2>());
-      } else {
-        correlate(Int<1>());
-      }
+      with_int<kRunTaps>(run->taps, correlate);
     }
     source += L * plane.stride[1];
     lanes += window.kernel[1];

@@ -20,13 +20,4 @@ struct RowTiles {
   int64_t size(int64_t tile) const { return min(height, rows - tile * height); }
 };
 
-// kernel(Int<n>) for a number of rows, or of vectors, that is known only now.
-template <int N, typename Kernel>
-MASKED_OPS_INLINE void with_int(int64_t n, const Kernel& kernel) {
-  if constexpr (N > 1) {
-    if (n < N) return with_int<N - 1>(n, kernel);
-  }
-  kernel(Int<N>());
-}
-
 }  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY

@@ -43,6 +43,15 @@ struct Int {
   static constexpr int value = N;
 };
 
+// kernel(Int<n>) for a number from 1 to N that is known only now.
+template <int N, typename Kernel>
+MASKED_OPS_INLINE void with_int(int64_t n, const Kernel& kernel) {
+  if constexpr (N > 1) {
+    if (n < N) return with_int<N - 1>(n, kernel);
+  }
+  kernel(Int<N>());
+}
+
 using Word16 __attribute__((may_alias)) = uint16_t;
 using Word32 __attribute__((may_alias)) = uint32_t;
 
