@@ -50,6 +50,13 @@ def problems() -> list[Problem]:
         except RuntimeError:  # a kernel larger than its input
             options["padding"] = tuple(3 * k for k in kernel)
         found.append(Problem("conv2d", (2, C, *size), weight, options))
+    # 3 x 3 that keeps the size: rows of one vector to four and one more, several to a vector, up to 32 of them.
+    heights, factors = itertools.cycle((1, 2, 3, 4, 5, 7, 14)), itertools.cycle((1, 1, 2))
+    sizes = [(next(heights), w) for w in (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 25, 31, 32, 33, 48, 49, 63, 64, 65)]
+    for height, width in (*sizes, (32, 2), (33, 2), (32, 8), (33, 8), (34, 7), (4, 7), (6, 7)):
+        C = next(channels)
+        numbers_of = {"padding": 1, "groups": C}
+        found.append(Problem("conv2d", (3, C, height, width), (C * next(factors), 1, 3, 3), numbers_of))
     return [
         *found,
         # Whole tiles of 14 rows and of 14 positions; planes that are read in the order of memory.
@@ -63,6 +70,7 @@ def problems() -> list[Problem]:
         Problem("conv1d", (4, 70), (12, 1, 9), {"padding": 20, "stride": 3, "dilation": 2, "groups": 4}),
         Problem("conv_transpose2d", (2, 5, 6, 7), (5, 1, 3, 3), {"stride": 2, "output_padding": 1, "groups": 5}),
         Problem("conv_transpose2d", (2, 18, 7, 5), (18, 1, 4, 3), {"padding": 1, "groups": 18}),
+        Problem("conv_transpose2d", (2, 5, 6, 20), (5, 1, 3, 3), {"padding": 1, "groups": 5}),
         Problem("conv_transpose1d", (2, 6, 9), (6, 1, 4), {"stride": 3, "padding": 2, "groups": 6}),
     ]
 

@@ -321,6 +321,7 @@ __attribute__((noinline)) void correlate_rows(const Window& window, const uint32
 void depthwise(const Team& team, const Convolution& c, const float* weight, Bits bits, Images<const float> input,
                const float* bias, float* output) {
   if (input.channels_last) return depthwise_last(team, c, weight, bits, input.data, bias, output);
+  if (is_3x3(c)) return depthwise_3x3(team, c, /*turned=*/false, weight, bits, input.data, bias, output);
   multiply(team, c, forward_plane(c), /*turned=*/false, weight, bits, input.data, bias, output);
 }
 
@@ -328,6 +329,9 @@ void depthwise_grad_input(const Team& team, const Convolution& c, const float* w
                           Images<const float> grad_output, const float* bias, float* grad_input) {
   if (grad_output.channels_last) {
     return depthwise_last_grad_input(team, c, weight, bits, grad_output.data, bias, grad_input);
+  }
+  if (is_3x3(c) && c.out_channels == c.in_channels) {
+    return depthwise_3x3(team, c, /*turned=*/true, weight, bits, grad_output.data, bias, grad_input);
   }
   multiply(team, c, backward_plane(c), /*turned=*/true, weight, bits, grad_output.data, bias, grad_input);
 }
@@ -337,6 +341,7 @@ void depthwise_grad_weight(const Team& team, const Convolution& c, Bits bits, Im
   if (grad_output.channels_last) {
     return depthwise_last_grad_weight(team, c, bits, grad_output.data, input, grad_weight);
   }
+  if (is_3x3(c)) return depthwise_3x3_grad_weight(team, c, bits, grad_output.data, input, grad_weight);
   const Plane plane = forward_plane(c);
   const Window window(plane, c, /*turned=*/false);
   const int64_t factor = c.out_channels / c.in_channels, kernel = taps_of(c);
