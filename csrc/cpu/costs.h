@@ -233,10 +233,11 @@ inline constexpr double kMoveCost = 0.3, kCompactConvolutionCall = 1e4;
 inline constexpr double kCompactMargin = 0.93, kHalfConvSpeedup = 3;
 
 // Depthwise convolutions: where their own kernels are taken, by the times of torch's over theirs, batch 8, forward,
-// grad_input and grad_weight. Contiguous: 144 channels of 56 x 56 2.9, 3.8, 4.1; 512 of 14 x 14 1.7, 2.0, 1.4; 960 of
-// 7 x 7, whose vectors are half empty, 1.0, 1.3, 0.95; 240 of 28 x 28, 5 x 5 and stride 2, 0.9, 0.9, 10. Channels last:
-// 1.0, 1.2, 1.0; 1.2, 1.15, 0.97; 1.4, 2.2, 1.0 and 1.3, 1.0, 8.7. While others use the memory, torch is ahead where
-// the images are large (144 of 56 x 56: 0.7, 0.8, 0.5).
+// grad_input and grad_weight. Contiguous, 3 x 3 that keeps the size: 144 channels of 56 x 56 4.3, 4.5, 4.7; 512 of 14 x
+// 14 2.9, 3.4, 2.4; 960 of 7 x 7 1.8, 2.2, 1.4, of 2 x 2 1.8, 1.8, 17, of one position 0.9, 0.8, 9. Others: 144 of 56 x
+// 56, stride 2, 2.0, 1.8, 1.9; 240 of 28 x 28, 5 x 5 and stride 2, 0.9, 0.9, 10. Channels last, in the same order: 1.0,
+// 1.2, 1.0; 1.2, 1.15, 0.97; 1.4, 2.2, 1.0 and 1.3, 1.0, 8.7. While others use the memory, torch is ahead where the
+// images are large (144 of 56 x 56: 0.7, 0.8, 0.5).
 inline constexpr int64_t kSmallKernel = 9, kLeastWidth = 8, kLargeImages = int64_t{1} << 21;
 
 // Convolutions of one tap by the masked GEMM, channels last: how many weights there are for each element of the images

@@ -2,7 +2,8 @@
 // padding 1, so that planes keep their size, and rows of at most a few vectors. The others: depthwise_planes.cpp.
 //
 // Rows are read and written in the order of memory: each is loaded once, shifted by a column to both sides in
-// registers, and meets three rows of results. Where a vector holds several rows, they are taken at a time.
+// registers, and meets three rows of results. (Several short rows in a vector, with a load for each row of the kernel,
+// took as long: 8 x 8 to 5 x 5, 14 to 9 ns a plane.)
 #include "depthwise.h"
 #include "kernels.h"
 
@@ -19,11 +20,11 @@ struct Shifted {
 
 // Planes whose rows are NV vectors, the last of which may lack some lanes.
 template <int NV>
-struct LongRows {
+struct Rows {
   int64_t height, width;
   Vec::Predicate last;
 
-  LongRows(int64_t height, int64_t width) : height(height), width(width), last(Vec::first(width - (NV - 1) * L)) {}
+  Rows(int64_t height, int64_t width) : height(height), width(width), last(Vec::first(width - (NV - 1) * L)) {}
 
   MASKED_OPS_INLINE void load(const float* from, Vec (&row)[NV]) const {
     MASKED_OPS_UNROLL
@@ -40,41 +41,10 @@ struct LongRows {
   }
 };
 
-// Planes of which a vector holds several rows, and which do not have many.
-struct ShortRows {
-  static constexpr int64_t kMostRows = 32;
-
-  int64_t height, width, at_once;
-  Vec::Predicate in_plane[kMostRows + 2];  // lanes of the rows from y - 1 on
-  Vec::Predicate left, right;              // lanes that have a neighbour
-
-  ShortRows(int64_t height, int64_t width) : height(height), width(width), at_once(L / width) {
-    uint64_t first_column = 0;
-    for (int64_t i = 0; i < L; i += width) first_column |= uint64_t{1} << i;
-    left = Vec::predicate(~first_column);
-    right = Vec::predicate(~(first_column << (width - 1)));
-    for (int64_t y = -1; y <= height; ++y) {
-      const uint64_t above = y < 0 ? (uint64_t{1} << width) - 1 : 0;
-      in_plane[y + 1] = Vec::predicate(uint64_t{Vec::first(min(height - y, at_once) * width)} & ~above);
-    }
-  }
-  static bool serve(int64_t height, int64_t width) { return 2 * width <= L && height <= kMostRows; }
-
-  MASKED_OPS_INLINE Vec load(const float* plane, int64_t y) const {
-    return Vec::loadu(in_plane[y + 1], plane + y * width);
-  }
-  MASKED_OPS_INLINE Shifted shifted(const float* plane, int64_t y) const {
-    const Vec row = load(plane, y);
-    return {{shift_up(Vec::zero(), row).select(left), row, shift_down(row, Vec::zero()).select(right)}};
-  }
-};
-
 // body(rows) for those of a plane.
 template <typename Body>
 MASKED_OPS_INLINE void with_rows(int64_t height, int64_t width, const Body& body) {
-  if (ShortRows::serve(height, width)) return body(ShortRows(height, width));
-  with_int<tuning::kRowVectors>(ceil_div(width, L),
-                                [&](auto NV) { body(LongRows<decltype(NV)::value>(height, width)); });
+  with_int<tuning::kRowVectors>(ceil_div(width, L), [&](auto NV) { body(Rows<decltype(NV)::value>(height, width)); });
 }
 
 // The weights that remain, and zeros.
@@ -96,7 +66,7 @@ struct Weights {
 
 // A plane.
 template <int NV>
-__attribute__((noinline)) void multiply(const LongRows<NV> rows, const float* from, const Weights& weights, bool turned,
+__attribute__((noinline)) void multiply(const Rows<NV> rows, const float* from, const Weights& weights, bool turned,
                                         float bias, float* to) {
   Vec w[3][3];
   weights.broadcast(turned, w);
@@ -138,22 +108,6 @@ __attribute__((noinline)) void multiply(const LongRows<NV> rows, const float* fr
   }
 }
 
-__attribute__((noinline)) void multiply(const ShortRows& rows, const float* from, const Weights& weights, bool turned,
-                                        float bias, float* to) {
-  Vec w[3][3];
-  weights.broadcast(turned, w);
-  for (int64_t y = 0; y < rows.height; y += rows.at_once) {
-    Vec sum = Vec::set1(bias);
-    MASKED_OPS_UNROLL
-    for (int i = 0; i < 3; ++i) {
-      const Shifted v = rows.shifted(from, y + i - 1);
-      MASKED_OPS_UNROLL
-      for (int j = 0; j < 3; ++j) sum = fmadd(v.taps[j], w[i][j], sum);
-    }
-    sum.storeu(rows.in_plane[y + 1], to + y * rows.width);
-  }
-}
-
 struct Sums {
   Vec taps[3][3];
 
@@ -169,7 +123,7 @@ struct Sums {
 
 // totals[tap][lane] += the products of grad_output and what the taps read, of a plane.
 template <int NV>
-__attribute__((noinline)) void correlate(const LongRows<NV> rows, const float* from, const float* grad_output,
+__attribute__((noinline)) void correlate(const Rows<NV> rows, const float* from, const float* grad_output,
                                          float* totals) {
   Sums sums;
   sums.load(totals);
@@ -207,22 +161,6 @@ __attribute__((noinline)) void correlate(const LongRows<NV> rows, const float* f
     if (--left == 0) break;
     add(g[1], g[2], g[0]);
     if (--left == 0) break;
-  }
-  sums.store(totals);
-}
-
-__attribute__((noinline)) void correlate(const ShortRows& rows, const float* from, const float* grad_output,
-                                         float* totals) {
-  Sums sums;
-  sums.load(totals);
-  for (int64_t y = 0; y < rows.height; y += rows.at_once) {
-    const Vec g = rows.load(grad_output, y);
-    MASKED_OPS_UNROLL
-    for (int i = 0; i < 3; ++i) {
-      const Shifted v = rows.shifted(from, y + i - 1);
-      MASKED_OPS_UNROLL
-      for (int j = 0; j < 3; ++j) sums.taps[i][j] = fmadd(v.taps[j], g, sums.taps[i][j]);
-    }
   }
   sums.store(totals);
 }
