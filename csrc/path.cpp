@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cmath>
 #include <limits>
 
 #include "channels.h"
@@ -159,22 +160,26 @@ int64_t taps(const cpu::Convolution& c) { return c.kernel[0] * c.kernel[1] * c.k
 
 // What the passes of a convolution cost, dense and sparse.
 struct ConvolutionCosts {
-  double macs, packed, images, weights;
-  const cpu::ConvCost& dense;
+  double macs, fused_macs, packed, images, weights;
+  const cpu::ConvCost &dense, &fused;  // fused: of one tap
   cpu::ConvCost sparse;
 
-  ConvolutionCosts(Pass pass, const cpu::Convolution& c, bool channels_last)
+  ConvolutionCosts(Pass pass, const cpu::Convolution& c, bool channels_last, double density)
       : dense(cpu::kDenseConvCosts[c.groups > 1  ? 2
                                    : taps(c) > 1 ? 1
                                                  : 0][channels_last][static_cast<int>(pass)]),
-        sparse(cpu::kSparseConvCosts[channels_last][static_cast<int>(pass)]) {
+        fused(cpu::kFusedConvCosts[channels_last][static_cast<int>(pass)]),
+        sparse(cpu::kSparseConvCosts[density < cpu::kFullDensity][channels_last][static_cast<int>(pass)]) {
     const double positions = double(c.batch) * volume(c.output), kernel = double(taps(c));
     weights = double(c.out_channels) * double(c.in_channels / c.groups) * kernel;
     macs = positions * weights;
+    const double in_vectors = std::ceil(volume(c.output) / cpu::kPackedVector) * cpu::kPackedVector;
+    fused_macs = channels_last ? macs : double(c.batch) * in_vectors * weights;
     packed = positions * double(packed_channels(pass, c, channels_last)) * kernel;
     images = positions * double(c.out_channels) + double(c.batch) * volume(c.input) * double(c.in_channels);
   }
   double of_dense(int threads) const { return dense(macs, weights, 0, packed, images, threads); }
+  double of_fused(int threads) const { return fused(fused_macs, weights, 0, packed, images, threads); }
   double of_sparse(double nnz, int threads) const {
     return (portable() ? cpu::kPortableConvCost : 1) * sparse(macs, weights, nnz, packed, images, threads);
   }
@@ -225,13 +230,10 @@ const char* kernel_obstacle(const cpu::Convolution* geometry, const at::Tensor& 
   return nullptr;
 }
 
-// Whether the masked GEMM does a convolution of one tap as fast as torch does it over a masked weight.
-bool fuses(bool channels_last, const at::Tensor& weight, const cpu::Convolution& c, const Pattern& pattern) {
-  const auto N = double(pattern.rows()), K = double(pattern.cols());
-  const double plane = ConvolutionCosts::volume(c.output);
+// Whether the masked GEMM may be as fast as torch over a masked weight; its cost says whether it is.
+bool may_fuse(const ConvolutionCosts& costs, bool channels_last, const at::Tensor& weight) {
   if (portable()) return false;
-  if (!channels_last) return weight.scalar_type() == at::kFloat && plane >= cpu::kFusedPlane;
-  return N * K >= cpu::kFusedWeights * double(c.batch) * plane * (N + K);
+  return channels_last ? costs.weights >= cpu::kFusedWeights * costs.images : weight.scalar_type() == at::kFloat;
 }
 
 // Whether the depthwise kernels are as fast as torch's.
@@ -282,34 +284,32 @@ Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool chan
   Choice choice = {Path::kCopy, no_sparse ? no_sparse : dense};
   if (depthwise && !no_fused && prefers_depthwise(pass, *geometry, channels_last)) {
     choice = {Path::kFused, "depthwise kernel: the mask rides in the load of the weight"};
-  } else if (!obstacle && pattern->reused() && pattern->nnz() < pattern->rows() * pattern->cols()) {
-    ConvolutionCosts costs(pass, *geometry, channels_last);
+  } else if (!obstacle && pattern->reused()) {
+    ConvolutionCosts costs(pass, *geometry, channels_last, pattern->density());
     if (have_values || packed) costs.sparse.weight = 0;
     const int threads = team_for(static_cast<int64_t>(std::min(costs.macs * pattern->density(), 1e18))).threads;
     double least = costs.of_dense(threads);
+    const auto consider = [&](Path path, double nanoseconds, const char* reason) {
+      if (nanoseconds < least) {
+        choice = {path, reason};
+        least = nanoseconds;
+      }
+    };
     if (channels && channels->pattern) {
       const double speedup = weight.element_size() == 2 ? cpu::kHalfConvSpeedup : 1;
-      const ConvolutionCosts left(pass, ConvolutionCosts::without_pruned(*geometry, *channels), channels_last);
-      const double compact =
-          left.of_dense(threads) + speedup * ConvolutionCosts::of_moves(pass, *geometry, *channels, threads);
-      if (compact < cpu::kCompactMargin * least) {
-        choice = {Path::kCompact, "torch's convolution without the pruned channels"};
-        least = compact;
-      }
+      const ConvolutionCosts left(pass, ConvolutionCosts::without_pruned(*geometry, *channels), channels_last,
+                                  pattern->density());
+      const double moves = speedup * ConvolutionCosts::of_moves(pass, *geometry, *channels, threads);
+      consider(Path::kCompact, (left.of_dense(threads) + moves) / cpu::kCompactMargin,
+               "torch's convolution without the pruned channels");
     }
-    double margin = cpu::kConvMargin;
-    const int64_t positions = geometry->batch * geometry->output[0] * geometry->output[1] * geometry->output[2];
-    if (choice.path == Path::kCopy && !no_fused && !depthwise && fuses(channels_last, weight, *geometry, *pattern)) {
-      choice = {Path::kFused, "masked GEMM: one tap, and most weights remain"};
-      if (channels_last) {
-        least = Costs{pass, positions, weight.scalar_type()}.of(Path::kFused, *pattern);
-        margin = cpu::kFusedMargin;
-      } else {
-        least = cpu::kPlaneCost * costs.macs / threads;
-      }
+    if (!no_fused && !depthwise && may_fuse(costs, channels_last, weight)) {
+      consider(Path::kFused, costs.of_fused(threads), "masked GEMM: one tap, and most weights remain");
     }
-    if (!no_sparse && costs.of_sparse(double(pattern->nnz()), threads) < margin * least) {
-      choice = {Path::kSparse, "sparse convolution: few weights remain"};
+    if (!no_sparse && pattern->nnz() < pattern->rows() * pattern->cols()) {
+      const double margin = pattern->density() > cpu::kMostDensity ? cpu::kMostMargin : 1;
+      consider(Path::kSparse, costs.of_sparse(double(pattern->nnz()), threads) / margin,
+               "sparse convolution: few weights remain");
     }
   }
   return obey(packed ? "packed convolution" : "convolution", {nullptr, no_fused, no_compact, no_sparse}, choice);

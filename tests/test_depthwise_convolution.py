@@ -78,10 +78,10 @@ PROBLEMS = problems()
 
 
 def poison_scratch() -> None:
-    """Leave NaN in what the kernels keep from call to call."""
+    """Leave sums in what the kernels keep from call to call; no NaN, which would have torch compute grad_weight."""
     for memory_format in (torch.contiguous_format, torch.channels_last):
-        x = torch.full((1, 40, 20, 20), float("nan")).contiguous(memory_format=memory_format)
-        w = torch.full((40, 1, 7, 7), float("nan"))
+        x = torch.full((1, 40, 20, 20), 7.0).contiguous(memory_format=memory_format)
+        w = torch.full((40, 1, 7, 7), 7.0)
         numbers = ([1, 1], [3, 3], [1, 1], False, [0, 0], 40)
         with running_on("fused"):
             _ops.convolution(x, w, torch.ones_like(w), None, *numbers)
@@ -100,6 +100,22 @@ def test_exact_on_integers(layout: str, capability: str) -> None:
             poison_scratch()
         with running_on("fused", capability), poisoned():
             check_against_dense(problem, x, w, mask, bias)
+
+
+@every_capability
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_grad_weight_is_written_whole(kernel: int, capability: str) -> None:
+    """Into memory that holds numbers: of NaN, torch would compute it."""
+    x, grad = integers(2, 17, 9, 18), integers(2, 17, 9, 18)
+    mask = mask_of("most", 17, 1, kernel, kernel)
+    numbers = ([1, 1], [kernel // 2] * 2, [1, 1], False, [0, 0], 17)
+    with running_on("copy"):
+        expected = _ops.convolution_grad_weight(grad, x, mask, *numbers)
+    with running_on("fused", capability):
+        for _ in range(5):
+            freed = [torch.full(mask.shape, 7.0) for _ in range(8)]
+            del freed
+            assert_exact(_ops.convolution_grad_weight(grad, x, mask, *numbers), expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
