@@ -157,8 +157,8 @@ Costs = dict[tuple[Any, ...], dict[str, float]]
 def fit(samples: Samples, threads: int) -> Costs:
     """Non-negative least squares on relative errors.
 
-    They count less, the further a path is from the choice, and, from the second of three turns on, where they are large:
-    such a cell was disturbed.
+    They count less, the further a path is from the choice, and, from the second of three turns on, where they are
+    large: such a cell was disturbed.
     """
     systems: dict[tuple[Any, ...], tuple[list[list[float]], list[float]]] = {}
     for cell, results in samples.items():
