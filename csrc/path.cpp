@@ -179,7 +179,10 @@ struct ConvolutionCosts {
     images = positions * double(c.out_channels) + double(c.batch) * volume(c.input) * double(c.in_channels);
   }
   double of_dense(int threads) const { return dense(macs, weights, 0, packed, images, threads); }
-  double of_fused(int threads) const { return fused(fused_macs, weights, 0, packed, images, threads); }
+  double of_fused(int threads) const {
+    const double factor = cpu::kernels().lanes == 8 ? cpu::kAvx2FusedConvCost : 1;
+    return factor * fused(fused_macs, weights, 0, packed, images, threads);
+  }
   double of_sparse(double nnz, int threads) const {
     return (portable() ? cpu::kPortableConvCost : 1) * sparse(macs, weights, nnz, packed, images, threads);
   }
