@@ -1,6 +1,9 @@
 #include "path.h"
 
 #include <c10/util/Exception.h>
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
 
 #include <algorithm>
 #include <array>
@@ -158,14 +161,37 @@ constexpr int64_t kMaxTaps = int64_t{1} << 16;
 
 int64_t taps(const cpu::Convolution& c) { return c.kernel[0] * c.kernel[1] * c.kernel[2]; }
 
+// Whether the CPU computes in float16; true where that is not known.
+bool has_float16_arithmetic() {
+#ifdef __x86_64__
+  static const bool result = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 23 & 1);
+  }();
+  return result;
+#else
+  return true;
+#endif
+}
+
+// How much faster torch convolves in a dtype than in float32.
+double dense_speedup(at::ScalarType dtype) {
+  if (dtype == at::kBFloat16) return cpu::kernels().bf16_dots ? cpu::k16BitConvSpeedup : 1;
+  if (dtype == at::kHalf) return has_float16_arithmetic() ? cpu::k16BitConvSpeedup : cpu::kHalfConvSpeedup;
+  return 1;
+}
+
 // What the passes of a convolution cost, dense and sparse.
 struct ConvolutionCosts {
-  double macs, fused_macs, packed, images, weights;
-  const cpu::ConvCost &dense, &fused;  // fused: of one tap
+  double macs, fused_macs, packed, images, weights, speedup;
+  bool converts;
+  const cpu::ConvCost &dense, &fused;  // fused: of one tap in float32
   cpu::ConvCost sparse;
 
-  ConvolutionCosts(Pass pass, const cpu::Convolution& c, bool channels_last, double density)
-      : dense(cpu::kDenseConvCosts[c.groups > 1  ? 2
+  ConvolutionCosts(Pass pass, const cpu::Convolution& c, bool channels_last, at::ScalarType dtype, double density)
+      : speedup(dense_speedup(dtype)),
+        converts(dtype != at::kFloat),
+        dense(cpu::kDenseConvCosts[c.groups > 1  ? 2
                                    : taps(c) > 1 ? 1
                                                  : 0][channels_last][static_cast<int>(pass)]),
         fused(cpu::kFusedConvCosts[channels_last][static_cast<int>(pass)]),
@@ -178,13 +204,14 @@ struct ConvolutionCosts {
     packed = positions * double(packed_channels(pass, c, channels_last)) * kernel;
     images = positions * double(c.out_channels) + double(c.batch) * volume(c.input) * double(c.in_channels);
   }
-  double of_dense(int threads) const { return dense(macs, weights, 0, packed, images, threads); }
+  double of_dense(int threads) const { return dense(macs, weights, 0, packed, images, threads) / speedup; }
   double of_fused(int threads) const {
     const double factor = cpu::kernels().lanes == 8 ? cpu::kAvx2FusedConvCost : 1;
     return factor * fused(fused_macs, weights, 0, packed, images, threads);
   }
   double of_sparse(double nnz, int threads) const {
-    return (portable() ? cpu::kPortableConvCost : 1) * sparse(macs, weights, nnz, packed, images, threads);
+    return (portable() ? cpu::kPortableConvCost : 1) * sparse(macs, weights, nnz, packed, images, threads) +
+           (converts ? cpu::kConvertCost * images / threads + cpu::kConvertCall : 0);
   }
 
   // Channels that im2col reads for a tap of a position: channels last, whole vectors of them; and contiguous, where the
@@ -266,7 +293,7 @@ Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool chan
   }
   const char* const obstacle = kernel_obstacle(geometry, weight, pattern);
   const char* no_sparse = obstacle;
-  if (!no_sparse && weight.scalar_type() != at::kFloat) no_sparse = "its kernels take float32 only";
+  if (!no_sparse && !has_kernels(weight.scalar_type())) no_sparse = kOtherDtype;
   if (!no_sparse && (!pattern->indexable() || taps(*geometry) > kMaxTaps)) no_sparse = kTooLarge;
   const char* no_fused = packed ? "a packed layer has no dense weight" : obstacle;
   if (!no_fused && !has_kernels(weight.scalar_type())) no_fused = kOtherDtype;
@@ -288,7 +315,7 @@ Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool chan
   if (depthwise && !no_fused && prefers_depthwise(pass, *geometry, channels_last)) {
     choice = {Path::kFused, "depthwise kernel: the mask rides in the load of the weight"};
   } else if (!obstacle && pattern->reused()) {
-    ConvolutionCosts costs(pass, *geometry, channels_last, pattern->density());
+    ConvolutionCosts costs(pass, *geometry, channels_last, weight.scalar_type(), pattern->density());
     if (have_values || packed) costs.sparse.weight = 0;
     const int threads = team_for(static_cast<int64_t>(std::min(costs.macs * pattern->density(), 1e18))).threads;
     double least = costs.of_dense(threads);
@@ -299,15 +326,20 @@ Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool chan
       }
     };
     if (channels && channels->pattern) {
-      const double speedup = weight.element_size() == 2 ? cpu::kHalfConvSpeedup : 1;
       const ConvolutionCosts left(pass, ConvolutionCosts::without_pruned(*geometry, *channels), channels_last,
-                                  pattern->density());
-      const double moves = speedup * ConvolutionCosts::of_moves(pass, *geometry, *channels, threads);
-      consider(Path::kCompact, (left.of_dense(threads) + moves) / cpu::kCompactMargin,
-               "torch's convolution without the pruned channels");
+                                  weight.scalar_type(), pattern->density());
+      const double compact = left.of_dense(threads) + ConvolutionCosts::of_moves(pass, *geometry, *channels, threads);
+      consider(Path::kCompact, compact / cpu::kCompactMargin, "torch's convolution without the pruned channels");
     }
     if (!no_fused && !depthwise && may_fuse(costs, channels_last, weight)) {
-      consider(Path::kFused, costs.of_fused(threads), "masked GEMM: one tap, and most weights remain");
+      const char* const reason = "masked GEMM: one tap, and most weights remain";
+      if (weight.scalar_type() == at::kFloat) {
+        consider(Path::kFused, costs.of_fused(threads), reason);
+      } else if (choice.path == Path::kCopy) {
+        const int64_t positions = geometry->batch * geometry->output[0] * geometry->output[1] * geometry->output[2];
+        choice = {Path::kFused, reason};
+        least = Costs{pass, positions, weight.scalar_type()}.of(Path::kFused, *pattern);
+      }
     }
     if (!no_sparse && pattern->nnz() < pattern->rows() * pattern->cols()) {
       const double margin = pattern->density() > cpu::kMostDensity ? cpu::kMostMargin : 1;

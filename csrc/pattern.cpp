@@ -2,13 +2,8 @@
 
 #include <ATen/ops/tensor.h>
 #include <c10/util/Exception.h>
-#include <c10/util/SmallVector.h>
-#include <c10/util/hash.h>
-#include <pthread.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <unordered_map>
 
 #include "channels.h"
 #include "parallel.h"
@@ -40,179 +35,6 @@ cpu::Dtype dtype_of(at::ScalarType dtype) {
       TORCH_INTERNAL_ASSERT(false, "no kernel takes dtype ", dtype);
   }
 }
-
-namespace {
-
-// Where a mask lies and how it is read. The storage is compared by address: the cache's weak reference keeps that
-// address from being given to another storage.
-struct Key {
-  const c10::StorageImpl* storage;
-  const void* data;
-  at::ScalarType dtype;
-  int64_t cols;                            // of packed bits; -1 for a mask
-  c10::SmallVector<int64_t, 10> geometry;  // sizes, then strides
-
-  Key(const at::Tensor& mask, int64_t cols)
-      : storage(mask.storage().unsafeGetStorageImpl()),
-        data(mask.const_data_ptr()),
-        dtype(mask.scalar_type()),
-        cols(cols) {
-    geometry.append(mask.sizes().begin(), mask.sizes().end());
-    geometry.append(mask.strides().begin(), mask.strides().end());
-  }
-  bool operator==(const Key&) const = default;
-};
-
-struct KeyHash {
-  size_t operator()(const Key& key) const {
-    size_t hash = c10::get_hash(key.storage, key.data, static_cast<int>(key.dtype), key.cols);
-    for (const int64_t x : key.geometry) hash = c10::hash_combine(hash, std::hash<int64_t>()(x));
-    return hash;
-  }
-};
-
-struct Entry {
-  c10::weak_intrusive_ptr<c10::StorageImpl> storage;
-  uint32_t version;
-  CachedPtr pattern;
-  uint64_t last_use;
-};
-
-// Bounded in bytes (MASKED_OPS_CACHE_BYTES, 1 GiB unless set: the bits of 8 billion weights); least recently used
-// first.
-class Cache {
- public:
-  static Cache& instance() {
-    static Cache* cache = new Cache;  // never destroyed: threads may outlive static destructors
-    return *cache;
-  }
-
-  CachedPtr get(const at::Tensor& mask, int64_t cols, const Make& make) {
-    if (mask.is_inference()) {
-      count_miss();
-      return make(nullptr);
-    }
-    const uint32_t version = mask.unsafeGetTensorImpl()->version_counter().current_version();
-    const Key key(mask, cols);
-    CachedPtr stale;
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      const auto it = entries_.find(key);
-      if (it != entries_.end()) {
-        it->second.last_use = ++clock_;
-        if (it->second.version == version) {
-          ++info_.hits;
-          it->second.pattern->mark_reused();
-          return it->second.pattern;
-        }
-        stale = it->second.pattern;
-        ++info_.repacks;
-      } else {
-        ++info_.misses;
-      }
-    }
-    // Outside the lock: a big mask takes milliseconds. Two threads may do it twice; the results are equal.
-    CachedPtr fresh = make(stale.get());
-    if (stale) {
-      if (stale->same_bits(*fresh)) fresh = stale;
-      fresh->mark_reused();
-    }
-    store(key, Entry{mask.storage().getWeakStorageImpl(), version, fresh, 0});
-    return fresh;
-  }
-
-  CacheInfo info() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    drop_dead();
-    info_.entries = static_cast<int64_t>(entries_.size());
-    info_.bytes = bytes();
-    return info_;
-  }
-
-  void clear() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    while (!entries_.empty()) drop(entries_.begin());
-  }
-
-  // After a pattern has grown: others make room for it.
-  void trim() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    drop_dead();
-    make_room(0);
-  }
-
- private:
-  void count_miss() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    ++info_.misses;
-  }
-
-  Cache() {
-    const char* limit = std::getenv("MASKED_OPS_CACHE_BYTES");
-    info_.limit_bytes = limit ? std::atoll(limit) : int64_t{1} << 30;
-    // A fork while another thread holds the lock would leave it locked in the child for ever.
-    pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); },
-                   [] { instance().mutex_.unlock(); });
-  }
-
-  using Map = std::unordered_map<Key, Entry, KeyHash>;
-
-  void store(const Key& key, Entry entry) {
-    const int64_t bytes = static_cast<int64_t>(entry.pattern->bytes());
-    const std::lock_guard<std::mutex> lock(mutex_);
-    drop_dead();
-    if (const auto it = entries_.find(key); it != entries_.end() && it->second.pattern != entry.pattern) drop(it);
-    entries_.erase(key);
-    if (bytes > info_.limit_bytes) return;
-    make_room(bytes);
-    entry.last_use = ++clock_;
-    entries_.emplace(key, std::move(entry));
-  }
-
-  int64_t bytes() const {
-    int64_t sum = 0;
-    for (const auto& [key, entry] : entries_) sum += static_cast<int64_t>(entry.pattern->bytes());
-    return sum;
-  }
-
-  void make_room(int64_t wanted) {
-    int64_t held = bytes();
-    while (!entries_.empty() && held + wanted > info_.limit_bytes) {
-      const auto it = least_recently_used();
-      held -= static_cast<int64_t>(it->second.pattern->bytes());
-      drop(it);
-    }
-  }
-
-  Map::iterator least_recently_used() {
-    auto oldest = entries_.begin();
-    for (auto it = entries_.begin(); it != entries_.end(); ++it) {
-      if (it->second.last_use < oldest->second.last_use) oldest = it;
-    }
-    return oldest;
-  }
-
-  // Out of the cache, but not out of memory if a captured graph reads it.
-  void drop(Map::iterator it) {
-    if (it->second.pattern->captured()) captured_.push_back(std::move(it->second));
-    entries_.erase(it);
-  }
-
-  void drop_dead() {
-    std::erase_if(captured_, [](const Entry& entry) { return entry.storage.expired(); });
-    for (auto it = entries_.begin(); it != entries_.end();) {
-      it = it->second.storage.expired() ? entries_.erase(it) : std::next(it);
-    }
-  }
-
-  std::mutex mutex_;
-  Map entries_;
-  std::vector<Entry> captured_;  // dropped, but needed
-  CacheInfo info_;
-  uint64_t clock_ = 0;
-};
-
-}  // namespace
 
 Pattern::Pattern(const at::Tensor& mask) {
   const at::Tensor values = mask.contiguous();
@@ -403,12 +225,6 @@ bool packable(at::ScalarType dtype) {
              : dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat || dtype == at::kDouble;
 }
 
-CachedPtr cached_of(const at::Tensor& mask, int64_t cols, const Make& make) {
-  return Cache::instance().get(mask, cols, make);
-}
-
-void trim_cache() { Cache::instance().trim(); }
-
 // A storage is in CPU memory for good: what the cache holds of it is a Pattern.
 PatternPtr pattern_of(const at::Tensor& mask) {
   return std::static_pointer_cast<const Pattern>(
@@ -419,8 +235,5 @@ PatternPtr pattern_of_bits(const at::Tensor& bits, int64_t cols) {
   return std::static_pointer_cast<const Pattern>(
       cached_of(bits, cols, [&](const Cached*) { return std::make_shared<const Pattern>(bits, cols); }));
 }
-
-CacheInfo cache_info() { return Cache::instance().info(); }
-void clear_cache() { Cache::instance().clear(); }
 
 }  // namespace masked_ops

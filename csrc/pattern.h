@@ -1,18 +1,16 @@
-// What is known of a mask: its bits, whether it is binary, and the index structures of the sparse kernels. Derived once
-// and cached for as long as the mask lives and its version counter stands still.
+// What is known of a mask: its bits, whether it is binary, and the index structures of the sparse kernels.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <array>
-#include <atomic>
-#include <functional>
 #include <memory>
 #include <mutex>
 #include <tuple>
 #include <vector>
 
 #include "cpu/api.h"
+#include "pattern_cache.h"
 
 namespace masked_ops {
 
@@ -42,27 +40,6 @@ struct Channels;
 struct Compact {
   at::Tensor rows, cols;  // the others, int64, ascending
   std::shared_ptr<const Pattern> pattern;
-};
-
-// What the cache holds of a mask: a Pattern of one in CPU memory, a DevicePattern of one on a device.
-class Cached {
- public:
-  virtual ~Cached() = default;
-  virtual size_t bytes() const = 0;
-  // Whether what is known of another is as good; false if that cannot be told.
-  virtual bool same_bits(const Cached& other) const = 0;
-
-  // Whether the cache has given it out before: a mask that is made for one call is not worth an index.
-  bool reused() const { return reused_.load(std::memory_order_relaxed); }
-  void mark_reused() const { reused_.store(true, std::memory_order_relaxed); }
-
-  // A graph that was captured reads it at every replay: it lives as long as its mask.
-  bool captured() const { return captured_.load(std::memory_order_relaxed); }
-  void mark_captured() const { captured_.store(true, std::memory_order_relaxed); }
-
- private:
-  mutable std::atomic<bool> reused_{false};
-  mutable std::atomic<bool> captured_{false};
 };
 
 // Does not change once it is made, so that any thread can read it while another replaces it in the cache; the index
@@ -138,7 +115,6 @@ class Pattern final : public Cached {
   mutable std::tuple<int64_t, int64_t, bool> channels_key_;
 };
 
-using CachedPtr = std::shared_ptr<const Cached>;
 using PatternPtr = std::shared_ptr<const Pattern>;
 
 // Whether the pattern of a mask of this dtype can be taken; the others (complex, quantized, 8-bit floats) are soft.
@@ -150,24 +126,5 @@ PatternPtr pattern_of(const at::Tensor& mask);
 
 // The same of packed bits.
 PatternPtr pattern_of_bits(const at::Tensor& bits, int64_t cols);
-
-// What the cache holds of a mask, or of packed bits of cols columns (-1: a mask); else what make(stale) gives, of which
-// stale is what the cache held of a former version, or null.
-using Make = std::function<CachedPtr(const Cached* stale)>;
-CachedPtr cached_of(const at::Tensor& mask, int64_t cols, const Make& make);
-// Makes room after one has grown.
-void trim_cache();
-
-struct CacheInfo {
-  int64_t entries = 0;
-  int64_t bytes = 0;
-  int64_t limit_bytes = 0;
-  int64_t hits = 0;
-  int64_t misses = 0;   // masks not seen before, and those that cannot be cached
-  int64_t repacks = 0;  // masks seen before in another version
-};
-
-CacheInfo cache_info();
-void clear_cache();
 
 }  // namespace masked_ops

@@ -37,6 +37,8 @@ PROBLEMS = [
     Problem("conv2d", (2, 200, 4, 5), (9, 200, 1, 1)),
     Problem("conv2d", (2, 9, 4, 5), (150, 9, 1, 1)),
     Problem("conv2d", (3, 7, 29, 31), (13, 7, 1, 1)),
+    # Two images at a time, and one that is left.
+    Problem("conv2d", (3, 7, 20, 20), (5, 7, 1, 1)),
     Problem("conv3d", (2, 9, 3, 4, 5), (8, 9, 1, 1, 1)),
     Problem("conv_transpose1d", (2, 5, 17), (5, 6, 1)),
     Problem("conv_transpose2d", (2, 33, 6, 7), (33, 49, 1, 1)),
