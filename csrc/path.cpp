@@ -272,12 +272,9 @@ bool prefers_depthwise(Pass pass, const cpu::Convolution& c, bool channels_last)
   if (portable() || (several && channels_last)) return false;
   const bool large_kernel = taps(c) > cpu::kSmallKernel;
   if (pass == Pass::kGradWeight && (large_kernel || channels_last)) return large_kernel;
-  if (channels_last) {
-    return large_kernel || c.batch * c.in_channels * c.input[1] * c.input[2] < cpu::kLargeImages;
-  }
+  if (channels_last || several) return true;
   const bool keeps_size =
       c.kernel[1] == 3 && c.kernel[2] == 3 && c.input[1] == c.output[1] && c.input[2] == c.output[2];
-  if (several) return true;
   if (keeps_size) return c.output[2] > 1;
   return c.output[2] >= cpu::kLeastWidth * (large_kernel && c.stride[2] > 1 ? 2 : 1) * c.stride[2];
 }

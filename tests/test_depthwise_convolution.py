@@ -218,8 +218,8 @@ def test_choice() -> None:
     assert chosen((32, 1, 3, 3), 32) == chosen((32, 1, 3, 3), 32, True) == chosen((64, 1, 3, 3), 32) == usual
     assert chosen((32, 1, 5, 5), 32, True, 112) == chosen((64, 1, 3, 3), 32, False, 7) == usual
     assert chosen((32, 2, 3, 3), 16) == chosen((64, 1, 3, 3), 32, True) == "copy"
-    assert chosen((32, 1, 3, 3), 32, False, 7) == usual
-    assert chosen((32, 1, 3, 3), 32, True, 112) == chosen((32, 1, 5, 5), 32, False, 7) == "copy"
+    assert chosen((32, 1, 3, 3), 32, False, 7) == chosen((32, 1, 3, 3), 32, True, 112) == usual
+    assert chosen((32, 1, 5, 5), 32, False, 7) == "copy"
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

@@ -240,12 +240,12 @@ inline constexpr int64_t kConvertedBytes = int64_t{16} << 20;
 inline constexpr double kConvertCost = 0.1, kConvertCall = 5e3;
 
 // Depthwise convolutions: where their own kernels are taken, by the times of torch's over theirs, batch 8, forward,
-// grad_input and grad_weight. Contiguous, 3 x 3 that keeps the size: 144 channels of 56 x 56 4.3, 4.5, 4.7; 512 of 14 x
-// 14 2.9, 3.4, 2.4; 960 of 7 x 7 1.8, 2.2, 1.4, of 2 x 2 1.8, 1.8, 17, of one position 0.9, 0.8, 9. Others: 144 of 56 x
+// grad_input and grad_weight. Contiguous, 3 x 3 that keeps the size: 144 channels of 56 x 56 4.1, 4.7, 4.8; 512 of 14 x
+// 14 2.9, 3.1, 2.3; 960 of 7 x 7 2.2, 2.5, 1.4, of 2 x 2 1.8, 1.8, 17, of one position 0.9, 0.8, 9. Others: 144 of 56 x
 // 56, stride 2, 2.0, 1.8, 1.9; 240 of 28 x 28, 5 x 5 and stride 2, 0.9, 0.9, 10. Channels last, in the same order: 1.0,
-// 1.2, 1.0; 1.2, 1.15, 0.97; 1.4, 2.2, 1.0 and 1.3, 1.0, 8.7. While others use the memory, torch is ahead where the
-// images are large (144 of 56 x 56: 0.7, 0.8, 0.5).
-inline constexpr int64_t kSmallKernel = 9, kLeastWidth = 8, kLargeImages = int64_t{1} << 21;
+// 1.2, 1.0; 1.2, 1.15, 0.97; 1.4, 2.2, 1.0 and 1.3, 1.0, 8.7; over masking, then torch's, in batches of 1, 8 and 32 of
+// the first two 1.0 to 2.2 but for grad_weight.
+inline constexpr int64_t kSmallKernel = 9, kLeastWidth = 8;
 
 // [kernel of one tap, of more, grouped][NCHW, channels last][forward, grad_input, grad_weight]
 inline constexpr ConvCost kDenseConvCosts[3][2][3] = {
