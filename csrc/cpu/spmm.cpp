@@ -402,41 +402,43 @@ int64_t tiles_per_task(const SparseIndex& index, int64_t width) {
 }
 
 // The rows of input that are taken at a time, packed.
-struct PackedInput {
-  Tiles tiles;
-  float* x;
+template <typename T>
+const float* pack_input(const Team& team, const SparseIndex& index, Tiles tiles, const T* input) {
+  float* const x = static_cast<float*>(scratch(Slot::kPanelA, tiles.offset(tiles.count(), index.cols) * sizeof(float)));
+  pack_tiles(team, input, tiles, index.cols, x);
+  return x;
+}
 
-  template <typename T>
-  PackedInput(const Team& team, const SparseIndex& index, int64_t M, const T* input)
-      : tiles{M, tile_vectors(index)},
-        x(static_cast<float*>(scratch(Slot::kPanelA, tiles.offset(tiles.count(), index.cols) * sizeof(float)))) {
-    pack_tiles(team, input, tiles, index.cols, x);
-  }
-};
+template <typename T>
+void multiply_packed(const Team& team, const SparseIndex& index, const float* values, Tiles tiles, const float* x,
+                     const T* bias, T* output) {
+  const int64_t wanted = ceil_div(int64_t{team.threads}, index.panels);
+  const int64_t per_task = min(tiles_per_task(index, tiles.width()), ceil_div(tiles.count(), wanted));
+  const int64_t groups = ceil_div(tiles.count(), per_task);
+  team.for_each(index.panels * groups, [&](int64_t task) {
+    const int64_t panel = task / groups, first = task % groups * per_task;
+    multiply_panel(index, values, {}, panel, tiles, first, min(tiles.count(), first + per_task), x, bias, output);
+  });
+}
 
 template <typename T>
 void multiply_all(const Team& team, const SparseIndex& index, const T* all_values, int64_t M, const T* input,
                   const T* bias, T* output) {
   const float* const values = as_floats(team, Slot::kPanelB, all_values, index.nnz);
-  const int64_t width = tile_vectors(index) * L;
-  const int64_t chunk = rows_at_a_time(index, max<int64_t>(index.cols, 1), width);
+  const int vectors = tile_vectors(index);
+  const int64_t chunk = rows_at_a_time(index, max<int64_t>(index.cols, 1), vectors * L);
   for (int64_t m = 0; m < M; m += chunk) {
-    const PackedInput packed(team, index, min(chunk, M - m), input + m * index.cols);
-    const int64_t tiles = packed.tiles.count(), wanted = ceil_div(int64_t{team.threads}, index.panels);
-    const int64_t per_task = min(tiles_per_task(index, width), ceil_div(tiles, wanted));
-    const int64_t groups = ceil_div(tiles, per_task);
-    team.for_each(index.panels * groups, [&](int64_t task) {
-      const int64_t panel = task / groups, first = task % groups * per_task;
-      multiply_panel(index, values, {}, panel, packed.tiles, first, min(tiles, first + per_task), packed.x, bias,
-                     output + m * index.rows);
-    });
+    const Tiles tiles = {min(chunk, M - m), vectors};
+    const float* const x = pack_input(team, index, tiles, input + m * index.cols);
+    multiply_packed(team, index, values, tiles, x, bias, output + m * index.rows);
   }
 }
 
 // Each thread multiplies a panel while it compresses the next that it will take.
 void compress_and_multiply(const Team& team, const SparseIndex& index, const DenseWeight& weight, int64_t M,
                            const float* input, const float* bias, float* output) {
-  const PackedInput packed(team, index, M, input);
+  const Tiles tiles = {M, tile_vectors(index)};
+  const float* const x = pack_input(team, index, tiles, input);
   int64_t taken = 0;
   const auto take = [&] { return __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED); };
   const auto rows_of = [&](int64_t panel) {
@@ -449,8 +451,7 @@ void compress_and_multiply(const Team& team, const SparseIndex& index, const Den
     for (int64_t next; panel < index.panels; panel = next) {
       next = take();
       const Slices slices = next < index.panels ? rows_of(next) : Slices{};
-      multiply_panel(index, weight.values, slices, panel, packed.tiles, 0, packed.tiles.count(), packed.x, bias,
-                     output);
+      multiply_panel(index, weight.values, slices, panel, tiles, 0, tiles.count(), x, bias, output);
     }
   });
 }
@@ -464,6 +465,11 @@ void spmm(const Team& team, const SparseIndex& index, Dtype dtype, const void* v
     multiply_all(team, index, static_cast<const T*>(values), M, static_cast<const T*>(input),
                  static_cast<const T*>(bias), static_cast<T*>(output));
   });
+}
+
+void spmm_packed(const Team& team, const SparseIndex& index, const float* values, Tiles tiles, const float* x,
+                 float* output) {
+  multiply_packed<float>(team, index, values, tiles, x, nullptr, output);
 }
 
 void compress_spmm(const Team& team, const SparseIndex& index, Dtype dtype, Bits bits, const int64_t* offsets,
