@@ -360,7 +360,7 @@ void linear(const Team& team, Dtype dtype, int64_t M, int64_t N, int64_t K, cons
 
 void linear_grad_input(const Team& team, Dtype dtype, int64_t M, int64_t N, int64_t K, const void* grad_output,
                        const void* weight, Bits bits, void* grad_input) {
-  if (M <= (dtype == Dtype::kFloat ? tuning::kSmallRows : tuning::kSmallRows16)) {
+  if (M <= min(tuning::kSmallGradRows, dtype == Dtype::kFloat ? tuning::kSmallRows : tuning::kSmallRows16)) {
     return linear_grad_input_small(team, dtype, M, N, K, grad_output, weight, bits, grad_input);
   }
   with_element(dtype, [&](auto element) {
@@ -370,7 +370,7 @@ void linear_grad_input(const Team& team, Dtype dtype, int64_t M, int64_t N, int6
 
 void linear_grad_weight(const Team& team, Dtype dtype, int64_t M, int64_t N, int64_t K, const void* grad_output,
                         const void* input, Bits bits, void* grad_weight) {
-  if (M <= tuning::kSmallRows) {
+  if (M <= tuning::kSmallGradRows) {
     return linear_grad_weight_small(team, dtype, M, N, K, grad_output, input, bits, grad_weight);
   }
   with_element(dtype, [&](auto element) {
