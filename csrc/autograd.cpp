@@ -279,10 +279,13 @@ Tensor convolution_autograd(const Tensor& input, const Tensor& weight, const Ten
     return at::convolution_symint(input, masked_weight_composite(weight, mask), bias, stride, padding, dilation,
                                   transposed, output_padding, groups);
   }
-  const Geometry geometry = {{stride.vec(), padding.vec(), dilation.vec(), transposed, output_padding.vec(), groups}};
-  if (takes_function(input, weight, bias)) return Convolution::apply(input, weight, mask, bias, geometry);
+  if (takes_function(input, weight, bias)) {
+    return Convolution::apply(
+        input, weight, mask, bias,
+        Geometry{{stride.vec(), padding.vec(), dilation.vec(), transposed, output_padding.vec(), groups}});
+  }
   at::AutoDispatchBelowADInplaceOrView below;
-  return geometry.forward(input, weight, mask, bias);
+  return call_convolution(input, weight, mask, bias, stride, padding, dilation, transposed, output_padding, groups);
 }
 
 Tensor convolution_grad_input_autograd(const Tensor& grad_output, const Tensor& weight, const Tensor& mask,

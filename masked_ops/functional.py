@@ -157,6 +157,11 @@ def _conv(
     output_padding: _IntOrInts = 0,
 ) -> Tensor:
     _ops.load()
+    numbers = (stride, padding, dilation, groups, transposed, output_padding)
+    if not torch.compiler.is_dynamo_compiling():
+        out = _ops.direct.convolution(n, input, weight, mask, bias, *numbers)
+        if out is not None:
+            return out
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor)):
         reference.check_tensors(input=input, weight=weight)
     if weight.dim() != n + 2:
@@ -166,8 +171,7 @@ def _conv(
     operands: tuple[Any, ...] = (weight, mask)
     if weight.is_complex():
         op, operands = _complex_conv, (_ops.apply_mask(weight, mask),)
-    geometry = (stride, padding, dilation, groups, transposed, output_padding)
-    return _convolve(op, n, input, operands, bias, weight.shape, *geometry)
+    return _convolve(op, n, input, operands, bias, weight.shape, *numbers)
 
 
 def _packed_conv(
@@ -185,14 +189,18 @@ def _packed_conv(
     output_padding: _IntOrInts = 0,
 ) -> Tensor:
     _ops.load()
+    numbers = (stride, padding, dilation, groups, transposed, output_padding)
+    if not torch.compiler.is_dynamo_compiling():
+        out = _ops.direct.packed_convolution(n, input, weight_values, weight_bits, weight_size, bias, *numbers)
+        if out is not None:
+            return out
     if not isinstance(input, Tensor):
         reference.check_tensors(input=input)
     if len(weight_size) != n + 2:
         raise RuntimeError(f"weight_size must have {n + 2} numbers, got {list(weight_size)}")
     _check_rank(n, input)
-    geometry = (stride, padding, dilation, groups, transposed, output_padding)
     operands = (weight_values, weight_bits, weight_size)
-    return _convolve(_ops.packed_convolution, n, input, operands, bias, weight_size, *geometry)
+    return _convolve(_ops.packed_convolution, n, input, operands, bias, weight_size, *numbers)
 
 
 def _convolve(

@@ -385,3 +385,73 @@ def test_threads_share_no_scratch() -> None:
         for thread in threads:
             thread.join()
     assert not failures
+
+
+# --- past torch.ops --------------------------------------------------------------------------------------------------
+
+PLAIN = (2, 1, (1, 1), 1, False, 0)  # stride, padding, dilation, groups, transposed, output_padding
+
+
+class Subclass(Tensor):
+    """What has a say in every call that it takes part in."""
+
+
+LEFT_TO_TORCH_OPS = [
+    ("n", 3),
+    ("n", 0),
+    ("n", True),
+    ("input", torch.ones(3, 5, 5)),
+    ("input", torch.ones(2, 3, 5, 5).as_subclass(Subclass)),
+    ("weight", torch.ones(4, 3, 3)),
+    ("weight", torch.ones(4, 3, 3, 3, dtype=torch.cfloat)),
+    ("mask", None),
+    ("bias", 1.0),
+    *(
+        (name, value)
+        for name in ("stride", "padding", "dilation")
+        for value in ("same", (1,), (1, 1, 1), 1.0, True, -1)
+    ),
+    ("stride", (2**31, 1)),
+    ("stride", 2**70),
+    ("groups", (1,)),
+    ("groups", True),
+    ("transposed", 0),
+    ("output_padding", torch.tensor(0)),
+]
+
+
+@compiled_only
+@pytest.mark.parametrize(("name", "value"), LEFT_TO_TORCH_OPS)
+def test_unusual_arguments_take_the_way_of_torch_ops(name: str, value: Any) -> None:
+    names = ("n", "input", "weight", "mask", "bias", "stride", "padding", "dilation", "groups", "transposed")
+    ones = torch.ones(4, 3, 3, 3)
+    arguments = dict(
+        zip((*names, "output_padding"), (2, torch.ones(2, 3, 5, 5), ones, ones, None, *PLAIN), strict=True)
+    )
+    masked_ops.is_available()
+    assert _ops.direct.convolution(*arguments.values()) is not None
+    assert _ops.direct.convolution(*(arguments | {name: value}).values()) is None
+    assert _ops.direct.convolution(*list(arguments.values())[1:]) is None
+
+    bits = torch.full((4, 4), 255, dtype=torch.uint8)
+    bits[:, 3] = 7
+    whole = {"weight_values": torch.ones(108), "weight_bits": bits, "weight_size": ones.shape}
+    packed = {"n": 2, "input": arguments["input"], **whole, **dict(list(arguments.items())[4:])}
+    assert _ops.direct.packed_convolution(*packed.values()) is not None
+    if name not in ("weight", "mask"):
+        assert _ops.direct.packed_convolution(*(packed | {name: value}).values()) is None
+    for size in (4, (4, 3, 3), (4, 3, 3, 3.0), torch.tensor([4, 3, 3, 3])):
+        assert _ops.direct.packed_convolution(*(packed | {"weight_size": size}).values()) is None
+
+
+@compiled_only
+@pytest.mark.parametrize("stride", [2, (2, 2), [2, 2], torch.Size((2, 2))], ids=repr)
+def test_numbers_past_torch_ops(stride: Any) -> None:
+    x, w, mask, bias = integers(2, 3, 9, 8), integers(4, 3, 3, 2), integers(4, 3, 3, 2) > 0, integers(4)
+    masked_ops.is_available()
+    out = _ops.direct.convolution(2, x, w, mask, bias, stride, (1, 0), [1, 2], 1, False, 0)
+    assert out is not None
+    assert_exact(out, F.conv2d(x, w * mask, bias, 2, (1, 0), (1, 2)))
+    y = _ops.direct.convolution(2, out, w, mask, None, stride, (1, 0), 1, 1, True, (1, 0))
+    assert y is not None
+    assert_exact(y, F.conv_transpose2d(out, w * mask, None, 2, (1, 0), (1, 0)))
