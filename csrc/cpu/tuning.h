@@ -41,8 +41,8 @@ constexpr int64_t kColumnsAhead = 32;
 // Up to this many rows of input, a weight is not packed (gemv.h); they are taken kSmallTile at a time, with as many
 // sums in registers as leave room for what is multiplied.
 constexpr int64_t kSmallRows = 16;
-// Of the gradients. AVX2, one thread, 16, 1024 -> 1024: grad_input 510 us without packing, 335 with it; grad_weight 480,
-// 317; forward 394, 437. Each tile of rows expands the bits again.
+// Of the gradients. AVX2, one thread, 16, 1024 -> 1024: grad_input 510 us without packing, 335 with it; grad_weight
+// 480, 317; forward 394, 437. Each tile of rows expands the bits again.
 #if defined(__AVX512F__)
 constexpr int64_t kSmallGradRows = 16;
 #else
