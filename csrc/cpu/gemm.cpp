@@ -127,11 +127,16 @@ __attribute__((noinline)) void microkernel(int64_t depth, const float* A, const 
   for (; steps > 0; --steps) packer.step();
 }
 
+// Fewer rows than these are the last panel's, or there are few of all; narrow microkernels for them would only take time
+// to compile.
+constexpr int kLeastNarrowRows = kMR * 3 / 4;
+
 template <int NV, typename T, typename Packer, int MR = kMR>
 void run_microkernel(int64_t rows, int64_t depth, const float* A, const float* B, const Tile<T>& tile, Packer& packer,
                      int64_t steps) {
   if constexpr (MR > 1) {
-    if (rows < MR) return run_microkernel<NV, T, Packer, MR - 1>(rows, depth, A, B, tile, packer, steps);
+    constexpr int kNext = MR == kLeastNarrowRows ? kNV : NV;
+    if (rows < MR) return run_microkernel<kNext, T, Packer, MR - 1>(rows, depth, A, B, tile, packer, steps);
   }
   microkernel<MR, NV>(depth, A, B, tile, packer, steps);
 }
