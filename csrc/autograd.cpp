@@ -7,7 +7,6 @@
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/tensordot.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include "autograd_common.h"
 #include "checks.h"
@@ -24,20 +23,6 @@ MASKED_OPS_HANDLE(linear_grad_weight)
 MASKED_OPS_HANDLE(convolution)
 MASKED_OPS_HANDLE(convolution_grad_input)
 MASKED_OPS_HANDLE(convolution_grad_weight)
-
-// Whether the call computes here and now, on plain tensors (no subclass, no wrapper of a transform), so that the node
-// may hold what the kernels made on the way; traced and intercepted calls go through the dispatcher.
-bool is_eager(const Tensor& t) {
-  if (!t.defined()) return false;
-  const auto keys = t.key_set() - c10::autograd_dispatch_keyset_with_ADInplaceOrView - c10::autocast_dispatch_keyset;
-  return keys == c10::DispatchKeySet(c10::DispatchKey::CPU) || keys == c10::DispatchKeySet(c10::DispatchKey::CUDA);
-}
-
-bool computes_here(const Tensor& input, const Tensor& weight, const Tensor& mask) {
-  return is_eager(input) && is_eager(weight) && is_eager(mask) && !c10::impl::dispatch_mode_enabled();
-}
-
-bool records_nothing() { return !c10::GradMode::is_enabled() && !c10::impl::dispatch_mode_enabled(); }
 
 // Whether backward may use the values that forward kept. They are no function of the weight that autograd knows: only
 // where nothing is recorded.
@@ -78,13 +63,20 @@ struct Linear : torch::autograd::Function<Linear> {
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &dy = grads[0], &input = saved[0], &weight = saved[1], &mask = saved[2], &values = saved[3];
     variable_list result(4);
-    if (ctx->needs_input_grad(0)) {
-      result[0] = reusable(values, dy) ? linear_grad_input_with_values(dy, weight, mask, values)
-                                       : linear_grad_input_op().call(dy, weight, mask);
-    }
-    if (ctx->needs_input_grad(1)) result[1] = linear_grad_weight_op().call(dy, input, mask);
     // Without a bias the node has no fourth input to ask about.
-    if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(3)) result[3] = sum_to_last_dim(dy);
+    const bool of_bias = ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(3);
+    if (ctx->needs_input_grad(0) && ctx->needs_input_grad(1) && reusable(values, dy) && values.is_cpu() &&
+        computes_here(input, weight, mask)) {
+      at::AutoDispatchBelowADInplaceOrView below;
+      std::tie(result[0], result[1], result[3]) = linear_gradients(dy, input, weight, mask, values, of_bias);
+    } else {
+      if (ctx->needs_input_grad(0)) {
+        result[0] = reusable(values, dy) ? linear_grad_input_with_values(dy, weight, mask, values)
+                                         : linear_grad_input_op().call(dy, weight, mask);
+      }
+      if (ctx->needs_input_grad(1)) result[1] = linear_grad_weight_op().call(dy, input, mask);
+    }
+    if (of_bias && !result[3].defined()) result[3] = sum_to_last_dim(dy);
     return result;
   }
 };

@@ -6,6 +6,7 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 namespace masked_ops {
@@ -44,6 +45,21 @@ template <typename... Tensors>
 bool takes_function(const Tensors&... tensors) {
   return c10::GradMode::is_enabled() && (needs_grad(tensors) || ...);
 }
+
+// Whether the call computes here and now, on plain tensors (no subclass, no wrapper of a transform), so that the node
+// may hold what the kernels made on the way; traced and intercepted calls go through the dispatcher.
+inline bool is_eager(const Tensor& t) {
+  if (!t.defined()) return false;
+  const auto keys = t.key_set() - c10::autograd_dispatch_keyset_with_ADInplaceOrView - c10::autocast_dispatch_keyset;
+  return keys == c10::DispatchKeySet(c10::DispatchKey::CPU) || keys == c10::DispatchKeySet(c10::DispatchKey::CUDA);
+}
+
+template <typename... Tensors>
+bool computes_here(const Tensors&... tensors) {
+  return (is_eager(tensors) && ...) && !c10::impl::dispatch_mode_enabled();
+}
+
+inline bool records_nothing() { return !c10::GradMode::is_enabled() && !c10::impl::dispatch_mode_enabled(); }
 
 inline std::vector<int64_t> all_but(int64_t dim, int64_t rank) {
   std::vector<int64_t> dims;

@@ -11,6 +11,7 @@
 #include "autograd.h"
 #include "autograd_common.h"
 #include "checks.h"
+#include "ops.h"
 
 namespace masked_ops {
 namespace {
@@ -59,12 +60,19 @@ struct PackedLinear : torch::autograd::Function<PackedLinear> {
     const Tensor &dy = grads[0], &input = saved[0], &values = saved[1], &bits = saved[2];
     const c10::SymInt in_features = ctx->saved_data["in_features"].toSymInt();
     variable_list result(5);
-    if (ctx->needs_input_grad(0)) result[0] = packed_linear_grad_input_op().call(dy, values, bits, in_features);
-    if (ctx->needs_input_grad(1)) {
-      result[1] = packed_linear_grad_values_op().call(dy, input, bits, values.sym_size(0));
-    }
     // Without a bias the node has no fourth tensor to ask about.
-    if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(3)) result[4] = sum_to_last_dim(dy);
+    const bool of_bias = ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(3);
+    if (ctx->needs_input_grad(0) && ctx->needs_input_grad(1) && records_nothing() &&
+        computes_here(dy, input, values, bits)) {
+      at::AutoDispatchBelowADInplaceOrView below;
+      std::tie(result[0], result[1], result[4]) = packed_linear_gradients(dy, input, values, bits, of_bias);
+    } else {
+      if (ctx->needs_input_grad(0)) result[0] = packed_linear_grad_input_op().call(dy, values, bits, in_features);
+      if (ctx->needs_input_grad(1)) {
+        result[1] = packed_linear_grad_values_op().call(dy, input, bits, values.sym_size(0));
+      }
+    }
+    if (of_bias && !result[4].defined()) result[4] = sum_to_last_dim(dy);
     return result;
   }
 };

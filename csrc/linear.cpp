@@ -210,6 +210,23 @@ at::Tensor linear_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
   return grad_weight;
 }
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_gradients(const at::Tensor& grad_output, const at::Tensor& input,
+                                                                const at::Tensor& weight, const at::Tensor& mask,
+                                                                const at::Tensor& values, bool of_bias) {
+  const Plan plan(Pass::kGradInput, rows_of(grad_output), weight, mask, /*have_values=*/true);
+  if (plan.path != Path::kSparse || Plan(Pass::kGradWeight, plan.M, weight, mask).path != Path::kSparse) {
+    return {linear_grad_input_with_values(grad_output, weight, mask, values),
+            linear_grad_weight(grad_output, input, mask), at::Tensor()};
+  }
+  at::Tensor grad_input = empty_with_last_dim(grad_output, plan.K);
+  at::Tensor grad_weight = on_huge_pages(at::empty(mask.sizes(), grad_output.options()));
+  const at::Tensor grad_values = on_huge_pages(at::empty({plan.pattern->nnz()}, grad_output.options()));
+  const at::Tensor grad_bias = sparse_gradients(*plan.pattern, values, plan.M, grad_output.contiguous(),
+                                                input.contiguous(), grad_input, grad_values, of_bias);
+  expand_into(grad_weight, grad_values, *plan.pattern);
+  return {grad_input, grad_weight, grad_bias};
+}
+
 std::tuple<std::string, std::string> explain_linear(const at::Tensor& weight, const at::Tensor& mask, int64_t batch) {
   check_mask(weight, mask);
   if (weight.is_cuda()) return device::explain_linear(weight, mask, batch);

@@ -22,6 +22,10 @@ std::tuple<at::Tensor, at::Tensor> linear_with_values(const at::Tensor& input, c
                                                       const at::Tensor& mask, const std::optional<at::Tensor>& bias);
 at::Tensor linear_grad_input_with_values(const at::Tensor& grad_output, const at::Tensor& weight,
                                          const at::Tensor& mask, const at::Tensor& values);
+// As packed_linear_gradients.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_gradients(const at::Tensor& grad_output, const at::Tensor& input,
+                                                                const at::Tensor& weight, const at::Tensor& mask,
+                                                                const at::Tensor& values, bool of_bias);
 
 // The packed family: values[nnz] are the weights whose bit is set, in row-major order; bits is uint8
 // [N][ceil(in_features / 8)] in little bit order.
@@ -31,6 +35,12 @@ at::Tensor packed_linear_grad_input(const at::Tensor& grad_output, const at::Ten
                                     int64_t in_features);
 at::Tensor packed_linear_grad_values(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& bits,
                                      int64_t nnz);
+// Both gradients for the node of an eager call, whose arguments forward has checked; and that of the bias, if it is
+// wanted and comes cheap on the way, else undefined.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> packed_linear_gradients(const at::Tensor& grad_output,
+                                                                       const at::Tensor& input,
+                                                                       const at::Tensor& values, const at::Tensor& bits,
+                                                                       bool of_bias);
 at::Tensor unpack_values(const at::Tensor& values, const at::Tensor& bits, int64_t in_features);
 at::Tensor pack_values(const at::Tensor& weight, const at::Tensor& bits, int64_t nnz);
 std::tuple<std::string, std::string> explain_packed_linear(const at::Tensor& values, const at::Tensor& bits,

@@ -129,6 +129,24 @@ at::Tensor packed_linear_grad_values(const at::Tensor& grad_output, const at::Te
   return values;
 }
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor> packed_linear_gradients(const at::Tensor& grad_output,
+                                                                       const at::Tensor& input,
+                                                                       const at::Tensor& values, const at::Tensor& bits,
+                                                                       bool of_bias) {
+  const int64_t in_features = input.size(-1), M = rows_of(grad_output);
+  const PatternPtr pattern = values.is_cuda() ? nullptr : checked_pattern(bits, in_features, values.numel());
+  if (!pattern || !takes_sparse(Pass::kGradInput, M, values, *pattern) ||
+      !takes_sparse(Pass::kGradWeight, M, values, *pattern)) {
+    return {packed_linear_grad_input(grad_output, values, bits, in_features),
+            packed_linear_grad_values(grad_output, input, bits, values.numel()), at::Tensor()};
+  }
+  at::Tensor grad_input = empty_with_last_dim(grad_output, in_features);
+  at::Tensor grad_values = on_huge_pages(at::empty({values.numel()}, values.options()));
+  const at::Tensor grad_bias = sparse_gradients(*pattern, values.contiguous(), M, grad_output.contiguous(),
+                                                input.contiguous(), grad_input, grad_values, of_bias);
+  return {grad_input, grad_values, grad_bias};
+}
+
 at::Tensor unpack_values(const at::Tensor& values, const at::Tensor& bits, int64_t in_features) {
   check_weight(values, bits, in_features);
   if (values.is_cuda()) return device::unpack_values(values, bits, in_features);

@@ -75,4 +75,20 @@ void sparse_grad_values(const Pattern& pattern, int64_t M, const at::Tensor& dy,
                          dy.const_data_ptr(), x.const_data_ptr(), grad_values.mutable_data_ptr());
 }
 
+at::Tensor sparse_gradients(const Pattern& pattern, const at::Tensor& values, int64_t M, const at::Tensor& dy,
+                            const at::Tensor& x, const at::Tensor& dx, const at::Tensor& grad_values, bool of_bias) {
+  const auto index = pattern.index(/*transposed=*/false), transposed = pattern.index(/*transposed=*/true);
+  if (takes_vector(pattern, M) || dy.scalar_type() != at::kFloat || &index->kernels() != &transposed->kernels()) {
+    sparse_grad_input(pattern, values, M, dy, dx);
+    sparse_grad_values(pattern, M, dy, x, grad_values);
+    return {};
+  }
+  const at::Tensor grad_bias = of_bias ? at::empty({pattern.rows()}, dy.options()) : at::Tensor();
+  index->kernels().sparse_gradients(
+      sparse_team(pattern, M, false), index->get(), transposed->get(), values.const_data_ptr<float>(), M,
+      dy.const_data_ptr<float>(), x.const_data_ptr<float>(), dx.mutable_data_ptr<float>(),
+      grad_values.mutable_data_ptr<float>(), of_bias ? grad_bias.mutable_data_ptr<float>() : nullptr);
+  return grad_bias;
+}
+
 }  // namespace masked_ops

@@ -23,4 +23,8 @@ void sparse_grad_input(const Pattern& pattern, const at::Tensor& values, int64_t
 void sparse_grad_values(const Pattern& pattern, int64_t M, const at::Tensor& dy, const at::Tensor& x,
                         const at::Tensor& grad_values);
 
+// Both; and the sum of dy's rows, [N], if that is wanted and comes cheap on the way, else undefined.
+at::Tensor sparse_gradients(const Pattern& pattern, const at::Tensor& values, int64_t M, const at::Tensor& dy,
+                            const at::Tensor& x, const at::Tensor& dx, const at::Tensor& grad_values, bool of_bias);
+
 }  // namespace masked_ops

@@ -167,6 +167,30 @@ def test_gradients(dtype: torch.dtype) -> None:
             assert_exact(actual, wanted, lead)
 
 
+@every_capability
+@pytest.mark.parametrize("density", [0.01, 0.05, 0.15, 0.5])  # tiles of grad_output of 8, 2, 4 and 8 vectors
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_that_share_an_operand(packed: bool, density: float, capability: str) -> None:
+    torch.manual_seed(0)
+    # Rows around the edges of tiles and of halves of them, on every capability; at last more than are taken at a time.
+    shapes = [(M, 70, 300) for M in (2, 8, 17, 25, 33, 48, 49, 64, 65, 96, 97, 100, 128, 130, 161, 200)]
+    with running_on("sparse", capability), poisoned():
+        for M, N, K in (*shapes, (300, 4096, 5)):
+            mask = torch.rand(N, K) < density
+            x, b, g = integers(M, K).requires_grad_(), integers(N).requires_grad_(), integers(M, N)
+            weight = integers(N, K) * mask
+            leaf = (weight[mask] if packed else weight).clone().requires_grad_()
+            if packed:
+                y = masked_ops.packed_linear(x, leaf, bits_of(mask), K, b)
+            else:
+                y = masked_ops.masked_linear(x, leaf, mask, b)
+            grad_input, grad_weight, grad_bias = torch.autograd.grad(y, (x, leaf, b), g)
+            exact = g.double().t() @ x.detach().double() * mask
+            assert_exact(grad_input, g.double() @ weight.double(), M)
+            assert_exact(grad_weight, exact[mask] if packed else exact, M)
+            assert_exact(grad_bias, g.sum(0), M)
+
+
 def test_edited_bits_count_at_once() -> None:
     mask = mask_of("half", 8, 24)
     bits = bits_of(mask)

@@ -129,6 +129,11 @@ struct Kernels {
   // sddmm.cpp. grad_values[nnz] = the remaining weights' entries of grad_output[M][N]^T * input[M][K].
   void (*sddmm)(const Team&, const SparseIndex&, Dtype, int64_t M, const void* grad_output, const void* input,
                 void* grad_values);
+  // Of the two indices of a weight[N][K], spmm with the transposed one and sddmm, and grad_bias[N] = the sum of
+  // grad_output's rows unless it is null: grad_output is packed once. Float.
+  void (*sparse_gradients)(const Team&, const SparseIndex&, const SparseIndex& transposed, const float* values,
+                           int64_t M, const float* grad_output, const float* input, float* grad_input,
+                           float* grad_values, float* grad_bias);
 
   // conv.cpp, for a weight [out_channels][in_channels / groups * kernel] of which bits, offsets and values are those of
   // a matrix. The index depends on channels, groups, kernel, stride and dilation; null if the matrix is beyond what it

@@ -295,7 +295,8 @@ __attribute__((noinline)) void correlate_rows(const Window& window, const uint32
   for (int64_t left = width; left > 0; left -= L) {
     // Beyond the results both are zero.
     const Vec::Predicate wanted = Vec::first(left);
-    const uint64_t elements = kStride == 2 ? (uint64_t{1} << min<int64_t>(2 * left, 32)) - 1 : uint64_t{wanted};
+    const int64_t read = min<int64_t>(left, L) * (kStride == 2 ? 2 : 1);
+    const uint64_t elements = (uint64_t{1} << read) - 1;
     if (window.is_large) {
       prefetch_rows<R>(source + kAhead, step);
       prefetch_rows<R>(grad_output + kAhead, width);

@@ -222,9 +222,10 @@ struct Operand {
   static constexpr int kDepth = 1;  // elements in an operand
 
   // Operands of neighbouring depths. The bits are those of a row, from column k on, a multiple of kLanes * kDepth;
-  // memory from p + valid on is not touched.
+  // memory from p + valid on is not touched. The operand is multiplied kUses times.
+  template <int kUses>
   static MASKED_OPS_INLINE Vec along(const uint64_t* bits, int64_t k, int64_t valid, const T* p) {
-    return load_floats(Vec::predicate(bits, k), valid, p);
+    return load_floats(Vec::predicate_for<kUses>(bits, k), valid, p);
   }
   static MASKED_OPS_INLINE Vec along(int64_t valid, const T* p) { return load_first(valid, p); }
   static MASKED_OPS_INLINE Vec along(const T* p) { return load_floats(p); }
@@ -244,6 +245,7 @@ template <>
 struct Operand<BFloat16> {
   static constexpr int kDepth = 2;
 
+  template <int kUses>
   static MASKED_OPS_INLINE Vec along(const uint64_t* bits, int64_t k, int64_t, const BFloat16* p) {
     return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(reinterpret_cast<const Word32*>(bits)[k >> 5], p))};
   }

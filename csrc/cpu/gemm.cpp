@@ -45,28 +45,34 @@ MASKED_OPS_INLINE void load_sums(const Tile<T>& tile, Vec (&c)[MR][NV]) {
   }
 }
 
-// To C or to the sums.
-template <bool kFull, bool kMasked, typename T, typename To, int MR, int NV>
+// To C or to the sums, where all vectors are whole.
+template <bool kMasked, typename T, typename To, int MR, int NV>
 MASKED_OPS_INLINE void store_tile(const Tile<T>& tile, To* to, int64_t ld_to, const Vec (&c)[MR][NV]) {
   constexpr int L = Vec::kLanes;
   To* row = opaque(to);
   const uint64_t* bits = opaque(tile.bits);
   const int64_t ld = opaque(ld_to), bits_stride = opaque(tile.bits_stride), column = tile.column;
-  const int64_t columns = tile.columns;
   MASKED_OPS_UNROLL
   for (int i = 0; i < MR; ++i) {
     MASKED_OPS_UNROLL
     for (int j = 0; j < NV; ++j) {
-      Vec v = c[i][j];
-      if (kMasked && (kFull || j * L < columns)) v = v.select(Vec::predicate(bits, column + j * L));
-      if constexpr (kFull) {
-        store_floats(v, row + j * L);
-      } else {
-        store_floats(v, columns - j * L, row + j * L);
-      }
+      store_floats(kMasked ? c[i][j].select(Vec::predicate(bits, column + j * L)) : c[i][j], row + j * L);
     }
     row += ld;
     bits += bits_stride;
+  }
+}
+
+// The same where they are not, from [rows][width] in memory: the code is one for all microkernels.
+template <typename T, typename To>
+__attribute__((noinline)) void store_partial(const Tile<T>& tile, bool masked, To* to, int64_t ld, const float* c,
+                                             int rows, int64_t width) {
+  for (int i = 0; i < rows; ++i, to += ld, c += width) {
+    const uint64_t* const bits = masked ? tile.bits + i * tile.bits_stride : nullptr;
+    for (int64_t j = 0; j < tile.columns; j += Vec::kLanes) {
+      const Vec v = Vec::load(c + j);
+      store_floats(masked ? v.select(Vec::predicate(bits, tile.column + j)) : v, tile.columns - j, to + j);
+    }
   }
 }
 
@@ -116,22 +122,36 @@ __attribute__((noinline)) void microkernel(int64_t depth, const float* A, const 
     }
   }
 
-  if (!kIsFloat<T> && !tile.last) {
-    full ? store_tile<true, false>(tile, tile.sums, tile.ld_sums, c)
-         : store_tile<false, false>(tile, tile.sums, tile.ld_sums, c);
-  } else if (!Packer::kMasksB && tile.bits) {
-    full ? store_tile<true, true>(tile, tile.C, tile.ldc, c) : store_tile<false, true>(tile, tile.C, tile.ldc, c);
+  const bool to_sums = !kIsFloat<T> && !tile.last, masked = !Packer::kMasksB && tile.bits;
+  if (!full) {
+    alignas(64) float sums[MR * NV * L];
+    MASKED_OPS_UNROLL
+    for (int i = 0; i < MR; ++i) {
+      MASKED_OPS_UNROLL
+      for (int j = 0; j < NV; ++j) c[i][j].store(sums + (i * NV + j) * L);
+    }
+    to_sums ? store_partial(tile, false, tile.sums, tile.ld_sums, sums, MR, NV * L)
+            : store_partial(tile, masked, tile.C, tile.ldc, sums, MR, NV * L);
+  } else if (to_sums) {
+    store_tile<false>(tile, tile.sums, tile.ld_sums, c);
+  } else if (masked) {
+    store_tile<true>(tile, tile.C, tile.ldc, c);
   } else {
-    full ? store_tile<true, false>(tile, tile.C, tile.ldc, c) : store_tile<false, false>(tile, tile.C, tile.ldc, c);
+    store_tile<false>(tile, tile.C, tile.ldc, c);
   }
   for (; steps > 0; --steps) packer.step();
 }
+
+// Fewer rows than these are the last panel's, or there are few of all; narrow microkernels for them would only take
+// time to compile.
+constexpr int kLeastNarrowRows = kMR * 3 / 4;
 
 template <int NV, typename T, typename Packer, int MR = kMR>
 void run_microkernel(int64_t rows, int64_t depth, const float* A, const float* B, const Tile<T>& tile, Packer& packer,
                      int64_t steps) {
   if constexpr (MR > 1) {
-    if (rows < MR) return run_microkernel<NV, T, Packer, MR - 1>(rows, depth, A, B, tile, packer, steps);
+    constexpr int kNext = MR == kLeastNarrowRows ? kNV : NV;
+    if (rows < MR) return run_microkernel<kNext, T, Packer, MR - 1>(rows, depth, A, B, tile, packer, steps);
   }
   microkernel<MR, NV>(depth, A, B, tile, packer, steps);
 }
@@ -360,7 +380,7 @@ void linear(const Team& team, Dtype dtype, int64_t M, int64_t N, int64_t K, cons
 
 void linear_grad_input(const Team& team, Dtype dtype, int64_t M, int64_t N, int64_t K, const void* grad_output,
                        const void* weight, Bits bits, void* grad_input) {
-  if (M <= (dtype == Dtype::kFloat ? tuning::kSmallRows : tuning::kSmallRows16)) {
+  if (M <= min(tuning::kSmallGradRows, dtype == Dtype::kFloat ? tuning::kSmallRows : tuning::kSmallRows16)) {
     return linear_grad_input_small(team, dtype, M, N, K, grad_output, weight, bits, grad_input);
   }
   with_element(dtype, [&](auto element) {
@@ -370,7 +390,7 @@ void linear_grad_input(const Team& team, Dtype dtype, int64_t M, int64_t N, int6
 
 void linear_grad_weight(const Team& team, Dtype dtype, int64_t M, int64_t N, int64_t K, const void* grad_output,
                         const void* input, Bits bits, void* grad_weight) {
-  if (M <= tuning::kSmallRows) {
+  if (M <= tuning::kSmallGradRows) {
     return linear_grad_weight_small(team, dtype, M, N, K, grad_output, input, bits, grad_weight);
   }
   with_element(dtype, [&](auto element) {

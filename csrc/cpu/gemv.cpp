@@ -64,7 +64,7 @@ __attribute__((noinline)) void dots(const Dots<T>& o) {
   const auto step = [&](int64_t k, auto tail) __attribute__((always_inline)) {
     Vec w[R];
     MASKED_OPS_UNROLL
-    for (int r = 0; r < R; ++r) w[r] = Operand<T>::along(o.bits.row(r), k, K - k, o.weight + r * K + k);
+    for (int r = 0; r < R; ++r) w[r] = Operand<T>::template along<M>(o.bits.row(r), k, K - k, o.weight + r * K + k);
     MASKED_OPS_UNROLL
     for (int m = 0; m < M; ++m) {
       const Vec x =

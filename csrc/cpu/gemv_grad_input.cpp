@@ -106,23 +106,24 @@ struct Rows4 {
   int64_t ldx;
 };
 
-// dx[m][strip] (+)= sum over R rows of dy[m][row] * weight[row][strip].
+// dx[m][strip] (+)= sum over R rows of dy[m][row] * weight[row][strip]. The column is a multiple of 64.
 template <int M, int R, typename T>
-__attribute__((noinline)) void axpy_rows(const Rows4<T>& o) {
+__attribute__((noinline)) void axpy_rows(const Rows4<T>& operands) {
+  const Rows4<T> o = operands;  // which no store can change
   Vec dy[M][R];
+  const T* weight[R];
+  const uint64_t* bits[R];
   MASKED_OPS_UNROLL
-  for (int m = 0; m < M; ++m) {
+  for (int r = 0; r < R; ++r) {
+    weight[r] = o.weight + r * o.ldw;
+    bits[r] = o.bits.row(r) + o.column / 64;
     MASKED_OPS_UNROLL
-    for (int r = 0; r < R; ++r) dy[m][r] = Vec::set1(to_float(o.dy[m * o.ldy + r]));
+    for (int m = 0; m < M; ++m) dy[m][r] = Vec::set1(to_float(o.dy[m * o.ldy + r]));
   }
   const auto step = [&](int64_t k, auto predicate_of, auto tail) __attribute__((always_inline)) {
     Vec w[R];
     MASKED_OPS_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const T* const from = o.weight + r * o.ldw + k;
-      prefetch(from + o.ahead);
-      w[r] = load_floats(predicate_of(r), o.columns - k, from);
-    }
+    for (int r = 0; r < R; ++r) w[r] = load_floats(predicate_of(r), o.columns - k, weight[r] + k);
     const auto valid = Vec::first(o.columns - k);
     MASKED_OPS_UNROLL
     for (int m = 0; m < M; ++m) {
@@ -133,18 +134,24 @@ __attribute__((noinline)) void axpy_rows(const Rows4<T>& o) {
       decltype(tail)::value ? sum.storeu(valid, to) : sum.storeu(to);
     }
   };
+  constexpr int kLine = 64 / sizeof(T);
   int64_t k = 0;
-  for (; k + 64 <= o.columns; k += 64) {  // a word of bits a row: loads are what limits this
+  for (; k + 64 <= o.columns; k += 64) {
     uint64_t words[R];
     MASKED_OPS_UNROLL
-    for (int r = 0; r < R; ++r) words[r] = o.bits.row(r)[(o.column + k) / 64];
+    for (int r = 0; r < R; ++r) words[r] = bits[r][k / 64];
     MASKED_OPS_UNROLL
     for (int j = 0; j < 64; j += L) {
-      step(k + j, [&](int r) __attribute__((always_inline)) { return Vec::predicate(words[r] >> j); }, Int<0>());
+      MASKED_OPS_UNROLL
+      for (int r = 0; r < R; ++r) {
+        if (j % kLine == 0) prefetch(weight[r] + k + j + o.ahead);
+      }
+      const auto by_word = [&](int r)
+                               __attribute__((always_inline)) { return Vec::predicate(words[r], bits[r] + k / 64, j); };
+      step(k + j, by_word, Int<0>());
     }
   }
-  const auto by_column = [&](int r)
-                             __attribute__((always_inline)) { return Vec::predicate(o.bits.row(r), o.column + k); };
+  const auto by_column = [&](int r) __attribute__((always_inline)) { return Vec::predicate(bits[r], k); };
   for (; k + L <= o.columns; k += L) step(k, by_column, Int<0>());
   if (k < o.columns) step(k, by_column, Int<1>());
 }

@@ -77,7 +77,8 @@ __attribute__((noinline)) void outer(const Outer<T>& o) {
 
 // dw = masked(sum over m of dy[m] * x[m]): a row, for so few m that the call of a tile would outlast it.
 template <int kSteps, typename T>
-void outer_row(const Outer<T>& o) {
+void outer_row(const Outer<T>& operands) {
+  const Outer<T> o = operands;  // which no store can change
   Vec dy[kSteps];
   MASKED_OPS_UNROLL
   for (int s = 0; s < kSteps; ++s) dy[s] = Vec::set1(o.dy.at[s * o.dy.ld]);
@@ -91,7 +92,7 @@ void outer_row(const Outer<T>& o) {
         const float* const x = o.x.at + s * o.x.ld + k + j;
         sum = Operand<T>::multiply_add(dy[s], decltype(tail)::value ? load_first(left, x) : Vec::loadu(x), sum);
       }
-      sum = sum.select(Vec::predicate(word >> j));
+      sum = sum.select(Vec::predicate(word, o.bits.words + k / 64, j));
       decltype(tail)::value ? store_floats(sum, left, o.dw + k + j) : store_floats(sum, o.dw + k + j);
     };
     if (o.columns - k >= 64) {

@@ -51,6 +51,9 @@ void compress_spmm(const Team&, const SparseIndex&, Dtype, Bits, const int64_t* 
                    void* values, int64_t M, const void* input, const void* bias, void* output);
 void sddmm(const Team&, const SparseIndex&, Dtype, int64_t M, const void* grad_output, const void* input,
            void* grad_values);
+void sparse_gradients(const Team&, const SparseIndex&, const SparseIndex& transposed, const float* values, int64_t M,
+                      const float* grad_output, const float* input, float* grad_input, float* grad_values,
+                      float* grad_bias);
 void row_columns(const Team&, Bits, int64_t rows, int64_t cols, const int64_t* offsets, uint16_t* columns);
 void spmv(const Team&, const Rows&, int64_t cols, Dtype, const void* values, const void* x, const void* bias, void* y);
 void spmv_transposed(const Team&, const Rows&, int64_t cols, Dtype, const void* values, const void* dy, void* dx);

@@ -133,6 +133,27 @@ inline void pack_tiles(const Team& team, const T* matrix, Tiles tiles, int64_t d
   });
 }
 
+// The same, and sums[depth] (+)= the rows of matrix, each tile's by itself first.
+inline void pack_and_add_up_tiles(const Team& team, const float* matrix, Tiles tiles, int64_t depth, float* packed,
+                                  float* sums, bool accumulate) {
+  constexpr int64_t L = Vec::kLanes;
+  team.for_each(ceil_div(depth, tuning::kPackSlice), [=](int64_t task) {
+    const int64_t d0 = task * tuning::kPackSlice, d1 = min(depth, d0 + tuning::kPackSlice);
+    for (int64_t tile = 0; tile < tiles.count(); ++tile) {
+      const float* const from = matrix + tile * tiles.width() * depth;
+      const int64_t lanes = tiles.lanes(tile);
+      pack_tile(from, depth, lanes, tiles.vectors_of(tile), d0, d1, packed + tiles.offset(tile, depth));
+      for (int64_t d = d0; d < d1; d += L) {
+        const auto valid = Vec::first(d1 - d);
+        Vec sum = Vec::zero();
+        for (int64_t i = 0; i < lanes; ++i) sum = sum + Vec::loadu(valid, from + i * depth + d);
+        if (accumulate || tile > 0) sum = sum + Vec::loadu(valid, sums + d);
+        sum.storeu(valid, sums + d);
+      }
+    }
+  });
+}
+
 // [row][lanes] of a panel, before anything is added.
 template <typename T>
 void start_from_bias(const T* bias, int64_t rows, int64_t lanes, float* c) {
@@ -176,10 +197,13 @@ void multiply_banded(const SparseIndex&, int64_t tile, int vectors, const float*
 void multiply_planes(const SparseIndex&, int64_t tile, int vectors, const float* values, const float* x, int64_t pitch,
                      Target, Ahead ahead);
 
+// spmm.cpp: all of a product, of input that is packed for the index.
+void spmm_packed(const Team&, const SparseIndex&, const float* values, Tiles, const float* x, float* output);
+
 // sddmm.cpp: the tile's entries of dy * x^T, for the panel's dy[row][lanes]; the segments' results count from
-// `results`.
+// `results`. Of 8 vectors of dy, the last four may be in a tile of their own: so many floats beyond the first.
 void sample_tile(const SparseIndex&, int64_t tile, int vectors, const float* x, const float* dy, float* results,
-                 bool accumulate);
+                 bool accumulate, int64_t dy_tile = 0);
 void sample_banded(const SparseIndex&, int64_t tile, int vectors, const float* x, int64_t pitch, const float* dy,
                    float* results, bool accumulate);
 void sample_planes(const SparseIndex&, int64_t tile, int vectors, const float* x, int64_t pitch, const float* dy,

@@ -24,6 +24,7 @@ const Kernels table = {
     .spmm = spmm,
     .compress_spmm = compress_spmm,
     .sddmm = sddmm,
+    .sparse_gradients = sparse_gradients,
     .make_conv_index = make_conv_index,
     .conv_spmm = conv_spmm,
     .conv_sddmm = conv_sddmm,
