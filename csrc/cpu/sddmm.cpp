@@ -12,12 +12,13 @@ namespace {
 
 constexpr int L = Vec::kLanes;
 
+using Run = SparseIndex::Run;
+using Segment = SparseIndex::Segment;
+
+// What all runs of a tile have in common (see spmm.cpp).
 struct Operands {
-  const uint8_t* columns;  // of the first segment's first entry that is wanted
-  int64_t stride;          // entries from segment to segment
-  int64_t further;         // rows of a block beside the first, which share its columns: 0 or 3
-  const SparseIndex::Segment* segments;
-  const float* x;  // the block of input
+  const Segment* segments;  // the tile's first
+  const float* x;           // the block of input
   int64_t pitch;
   const float* dy;  // the panel's [row][lanes]
   float* results;   // segment.value counts from here
@@ -34,32 +35,41 @@ MASKED_OPS_INLINE Vec dot(const Vec (&dy)[NV], InputBlock<NV, kLayout> x, uint8_
   return sum;
 }
 
-// N <= L entries of each segment of a run. Columns and segments are loaded one segment ahead (see spmm.cpp).
+// N <= L entries of each segment of a run, beginning with its entry `first`. Columns and segments are loaded one segment
+// ahead (see spmm.cpp).
 template <int NV, Layout kLayout, int N>
-__attribute__((noinline)) void dots(int64_t segments, Operands o) {
+__attribute__((noinline)) void dots(const Run& run, const uint8_t* columns, const Segment* at, int64_t first,
+                                    const Operands& operands) {
   constexpr int kWords = (N + 7) / 8;
+  const Operands o = operands;
+  const int64_t stride = run.count, further = run.rows - 1, segments = int64_t{run.segments} * run.rows;
+  float* const results = o.results + first;
+  columns += first;
+  Ahead ahead = o.ahead;
+  ahead.skip(at - o.segments);
+  if (first > 0) ahead.due = 0;
   uint64_t words[kWords];
   MASKED_OPS_UNROLL
-  for (int w = 0; w < kWords; ++w) words[w] = load_ahead(o.columns + 8 * w);
+  for (int w = 0; w < kWords; ++w) words[w] = load_ahead(columns + 8 * w);
   const auto valid = Vec::first(N);
   const InputBlock<NV, kLayout> x = {o.x, o.pitch};
-  SparseIndex::Segment next = o.segments[0];
+  Segment next = at[0];
   for (int64_t s = 0; s < segments; ++s) {
     const float* const row = o.dy + next.row * x.row_pitch();
-    float* const to = o.results + next.value;
-    next = o.segments[s + 1];
-    if (kLayout == Layout::kPlanes) o.ahead.prefetch_at(s);
+    float* const to = results + next.value;
+    next = at[s + 1];
+    if (kLayout == Layout::kPlanes) ahead.prefetch_at(s);
     Vec dy[NV];
     MASKED_OPS_UNROLL
     for (int j = 0; j < NV; ++j) dy[j] = Vec::load(row + j * L);
-    if ((s & o.further) == o.further) o.columns += o.stride;
+    if ((s & further) == further) columns += stride;
     Vec quads[L / 4];
     uint64_t word = 0;
     MASKED_OPS_UNROLL
     for (int q = 0; q < L / 4; ++q) {
       if (q % 2 == 0 && q / 2 < kWords) {
         word = words[q / 2];
-        words[q / 2] = load_ahead(o.columns + 4 * q);
+        words[q / 2] = load_ahead(columns + 4 * q);
       }
       Vec sum[4];
       MASKED_OPS_UNROLL
@@ -75,7 +85,7 @@ __attribute__((noinline)) void dots(int64_t segments, Operands o) {
   }
 }
 
-using Dots = void (*)(int64_t segments, Operands);
+using Dots = void (*)(const Run&, const uint8_t* columns, const Segment* at, int64_t first, const Operands&);
 
 template <int NV, Layout kLayout>
 struct DotsTable {
@@ -90,29 +100,23 @@ struct DotsTable {
 };
 
 template <int NV, Layout kLayout>
-void sample(const SparseIndex& index, int64_t tile, Operands o) {
+void sample(const SparseIndex& index, int64_t tile, const Operands& o) {
   static constexpr DotsTable<NV, kLayout> table;
+  const uint8_t* columns = index.columns + index.tiles[tile].entry;
+  const Segment* at = o.segments;
   for (int64_t r = index.tiles[tile].run; r < index.tiles[tile + 1].run; ++r) {
-    const int64_t count = index.runs[r].count, n = index.runs[r].segments, rows = index.runs[r].rows;
-    o.stride = count;
-    o.further = rows - 1;
-    for (int64_t first = 0; first < count; first += L) {
-      Operands part = o;
-      part.columns += first;
-      part.results += first;
-      if (first > 0) part.ahead.due = 0;
-      table.dots_of[min<int64_t>(L, count - first)](n * rows, part);
+    const Run& run = index.runs[r];
+    for (int64_t first = 0; first < run.count; first += L) {
+      table.dots_of[min<int64_t>(L, run.count - first)](run, columns, at, first, o);
     }
-    o.columns += count * n;
-    o.segments += n * rows;
-    o.ahead.skip(n * rows);
+    columns += run.count * run.segments;
+    at += run.segments * run.rows;
   }
 }
 
 Operands operands(const SparseIndex& index, int64_t tile, const float* x, int64_t pitch, const float* dy,
                   float* results, bool accumulate, Ahead ahead) {
-  const SparseIndex::Tile begin = index.tiles[tile];
-  return {index.columns + begin.entry, 0, 0, index.segments + begin.segment, x, pitch, dy, results, accumulate, ahead};
+  return {index.segments + index.tiles[tile].segment, x, pitch, dy, results, accumulate, ahead};
 }
 
 template <Layout kLayout>

@@ -23,15 +23,24 @@ constexpr int kSets = NV >= 7   ? 1
                       : NV == 4 ? 2
                                 : 4;
 
+using Segment = SparseIndex::Segment;
+
+// What all runs of a tile have in common. Where a run begins goes in registers: a struct that is written by fields and
+// copied by vectors stalls each call, and a run has a few hundred cycles.
 struct Operands {
-  const uint8_t* columns;
-  const SparseIndex::Segment* segments;
+  const Segment* segments;  // the tile's first
   const float* values;
   const float* x;  // the block of input
   int64_t pitch;
   float* c;            // the panel's [row][lanes]
   const float* start;  // of each of the panel's rows, if nothing is in c
   Ahead ahead;         // from the first segment on
+
+  MASKED_OPS_INLINE Ahead ahead_of(const Segment* at) const {
+    Ahead result = ahead;
+    result.skip(at - segments);
+    return result;
+  }
 };
 
 MASKED_OPS_INLINE Vec broadcast(Vec quad, int element) {
@@ -97,26 +106,29 @@ struct Sums {
 
 // A run of segments of N entries. The columns of a segment are loaded while the one before it is computed.
 template <int NV, Layout kLayout, int N>
-__attribute__((noinline)) void short_run(int64_t segments, Operands o) {
+__attribute__((noinline)) void short_run(int64_t segments, const uint8_t* columns, const Segment* at,
+                                         const Operands& operands) {
   constexpr int kWords = (N + 7) / 8;
+  const Operands o = operands;
+  const Ahead ahead = o.ahead_of(at);
   const InputBlock<NV, kLayout> x = {o.x, o.pitch};
   uint64_t words[kWords];
   MASKED_OPS_UNROLL
-  for (int w = 0; w < kWords; ++w) words[w] = load_ahead(o.columns + 8 * w);
-  SparseIndex::Segment next = o.segments[0];
+  for (int w = 0; w < kWords; ++w) words[w] = load_ahead(columns + 8 * w);
+  Segment next = at[0];
   for (int64_t s = 0; s < segments; ++s) {
     const uint32_t row = next.row;
     const float* const v = o.values + next.value;
-    next = o.segments[s + 1];
-    o.columns += N;
-    o.ahead.prefetch_at(s);
+    next = at[s + 1];
+    columns += N;
+    ahead.prefetch_at(s);
     MASKED_OPS_UNROLL
     for (int i = 0; i < N; i += 16) prefetch_l2(v + N + i + 12);
     Sums<NV> sums;
     MASKED_OPS_UNROLL
     for (int w = 0; w < kWords; ++w) {
       const uint64_t word = words[w];
-      words[w] = load_ahead(o.columns + 8 * w);
+      words[w] = load_ahead(columns + 8 * w);
       if (8 * w + 8 <= N) {
         sums.template add<8, kLayout>(word, v + 8 * w, x);
       } else {
@@ -129,26 +141,29 @@ __attribute__((noinline)) void short_run(int64_t segments, Operands o) {
 
 // A run of segments of count entries, kRest of them beyond the last whole octet.
 template <int NV, Layout kLayout, int kRest>
-__attribute__((noinline)) void long_run(int64_t segments, int count, Operands o) {
+__attribute__((noinline)) void long_run(int64_t segments, int count, const uint8_t* columns, const Segment* at,
+                                        const Operands& operands) {
+  const Operands o = operands;
+  const Ahead ahead = o.ahead_of(at);
   const InputBlock<NV, kLayout> x = {o.x, o.pitch};
-  uint64_t word = load_ahead(o.columns);
-  SparseIndex::Segment next = o.segments[0];
+  uint64_t word = load_ahead(columns);
+  Segment next = at[0];
   for (int64_t s = 0; s < segments; ++s) {
     const uint32_t row = next.row;
     const float* v = o.values + next.value;
-    next = o.segments[s + 1];
-    o.ahead.prefetch_at(s);
+    next = at[s + 1];
+    ahead.prefetch_at(s);
     Sums<NV> sums;
     for (int i = 0; i < count / 8; ++i) {
       const uint64_t now = word;
-      word = load_ahead(o.columns += 8);
+      word = load_ahead(columns += 8);
       prefetch_l2(v + count + 12);
       sums.template add<8, kLayout>(now, v, x);
       v += 8;
     }
     if (kRest) {
       const uint64_t now = word;
-      word = load_ahead(o.columns += kRest);
+      word = load_ahead(columns += kRest);
       sums.template add<kRest, kLayout>(now, v, x);
     }
     sums.add_to(o.c + row * x.row_pitch(), o.start ? o.start + row : nullptr);
@@ -157,18 +172,21 @@ __attribute__((noinline)) void long_run(int64_t segments, int count, Operands o)
 
 // A run of blocks of rows that share their columns: of a tile's vectors N from J on, each loaded once for all rows.
 template <int NV, Layout kLayout, int J, int N>
-__attribute__((noinline)) void block_run(int64_t blocks, int count, Operands o) {
+__attribute__((noinline)) void block_run(int64_t blocks, int count, const uint8_t* columns, const Segment* at,
+                                         const Operands& operands) {
   constexpr int kRows = SparseIndex::kBlockRows;
+  const Operands o = operands;
+  const Ahead ahead = o.ahead_of(at);
   const InputBlock<NV, kLayout> x = {o.x, o.pitch};
-  for (int64_t b = 0; b < blocks; ++b, o.columns += count) {
-    const uint32_t first = o.segments[b * kRows].row;
+  for (int64_t b = 0; b < blocks; ++b, columns += count) {
+    const uint32_t first = at[b * kRows].row;
     float* const c = o.c + first * x.row_pitch() + J * L;
     const float* v[kRows];
     Vec sum[kRows][N];
     MASKED_OPS_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      v[r] = o.values + o.segments[b * kRows + r].value;
-      if (J == 0) o.ahead.prefetch_at(b * kRows + r);
+      v[r] = o.values + at[b * kRows + r].value;
+      if (J == 0) ahead.prefetch_at(b * kRows + r);
       MASKED_OPS_UNROLL
       for (int j = 0; j < N; ++j) {
         sum[r][j] = o.start ? Vec::set1(o.start[first + r]) : Vec::load(c + r * x.row_pitch() + j * L);
@@ -189,7 +207,7 @@ __attribute__((noinline)) void block_run(int64_t blocks, int count, Operands o) 
     int i = 0;
     for (; i + 4 <= count; i += 4) {
       uint32_t word;
-      std::memcpy(&word, o.columns + i, sizeof(word));
+      std::memcpy(&word, columns + i, sizeof(word));
       Vec quad[kRows];
       MASKED_OPS_UNROLL
       for (int r = 0; r < kRows; ++r) {
@@ -202,7 +220,7 @@ __attribute__((noinline)) void block_run(int64_t blocks, int count, Operands o) 
       }
     }
     for (; i < count; ++i) {
-      add(o.columns[i], [&](int r) __attribute__((always_inline)) { return Vec::set1(v[r][i]); });
+      add(columns[i], [&](int r) __attribute__((always_inline)) { return Vec::set1(v[r][i]); });
     }
     MASKED_OPS_UNROLL
     for (int r = 0; r < kRows; ++r) {
@@ -214,16 +232,16 @@ __attribute__((noinline)) void block_run(int64_t blocks, int count, Operands o) 
 
 // All vectors, as many at a time as leave their sums in registers.
 template <int NV, Layout kLayout, int J = 0>
-void block_runs(int64_t blocks, int count, const Operands& o) {
+void block_runs(int64_t blocks, int count, const uint8_t* columns, const Segment* at, const Operands& o) {
   if constexpr (J < NV) {
     constexpr int N = min(tuning::kBlockVectors, NV - J);
-    block_run<NV, kLayout, J, N>(blocks, count, o);
-    block_runs<NV, kLayout, J + N>(blocks, count, o);
+    block_run<NV, kLayout, J, N>(blocks, count, columns, at, o);
+    block_runs<NV, kLayout, J + N>(blocks, count, columns, at, o);
   }
 }
 
-using ShortRun = void (*)(int64_t segments, Operands);
-using LongRun = void (*)(int64_t segments, int count, Operands);
+using ShortRun = void (*)(int64_t segments, const uint8_t* columns, const Segment* at, const Operands&);
+using LongRun = void (*)(int64_t segments, int count, const uint8_t* columns, const Segment* at, const Operands&);
 
 template <int NV, Layout kLayout>
 struct RunTable {
@@ -246,20 +264,21 @@ struct RunTable {
 };
 
 template <int NV, Layout kLayout>
-void multiply(const SparseIndex& index, int64_t tile, Operands o) {
+void multiply(const SparseIndex& index, int64_t tile, const Operands& o) {
   static constexpr RunTable<NV, kLayout> table;
+  const uint8_t* columns = index.columns + index.tiles[tile].entry;
+  const Segment* at = o.segments;
   for (int64_t r = index.tiles[tile].run; r < index.tiles[tile + 1].run; ++r) {
     const int count = index.runs[r].count, segments = index.runs[r].segments;
     if (index.runs[r].rows > 1) {
-      block_runs<NV, kLayout>(segments, count, o);
+      block_runs<NV, kLayout>(segments, count, columns, at, o);
     } else if (count <= table.kShort) {
-      table.short_runs[count](segments, o);
+      table.short_runs[count](segments, columns, at, o);
     } else {
-      table.long_runs[count % 8](segments, count, o);
+      table.long_runs[count % 8](segments, count, columns, at, o);
     }
-    o.columns += int64_t{count} * segments;
-    o.segments += segments * index.runs[r].rows;
-    o.ahead.skip(segments * index.runs[r].rows);
+    columns += count * segments;
+    at += segments * index.runs[r].rows;
   }
 }
 
@@ -267,8 +286,7 @@ void multiply(const SparseIndex& index, int64_t tile, Operands o) {
 
 void multiply_tile(const SparseIndex& index, int64_t tile, int vectors, const float* values, const float* x, Target to,
                    Ahead ahead) {
-  const SparseIndex::Tile begin = index.tiles[tile];
-  const Operands o = {index.columns + begin.entry, index.segments + begin.segment, values, x, 0, to.c, to.start, ahead};
+  const Operands o = {index.segments + index.tiles[tile].segment, values, x, 0, to.c, to.start, ahead};
   with_vectors(vectors, [&](auto nv) { multiply<decltype(nv)::value, Layout::kPacked>(index, tile, o); });
 }
 
@@ -277,9 +295,7 @@ namespace {
 template <Layout kLayout>
 void multiply_pitched(const SparseIndex& index, int64_t tile, int vectors, const float* values, const float* x,
                       int64_t pitch, Target to, Ahead ahead) {
-  const SparseIndex::Tile begin = index.tiles[tile];
-  const Operands o = {
-      index.columns + begin.entry, index.segments + begin.segment, values, x, pitch, to.c, to.start, ahead};
+  const Operands o = {index.segments + index.tiles[tile].segment, values, x, pitch, to.c, to.start, ahead};
   vectors == 7 ? multiply<7, kLayout>(index, tile, o) : multiply<8, kLayout>(index, tile, o);
 }
 
