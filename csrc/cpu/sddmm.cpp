@@ -35,8 +35,8 @@ MASKED_OPS_INLINE Vec dot(const Vec (&dy)[NV], InputBlock<NV, kLayout> x, uint8_
   return sum;
 }
 
-// N <= L entries of each segment of a run, beginning with its entry `first`. Columns and segments are loaded one segment
-// ahead (see spmm.cpp).
+// N <= L entries of each segment of a run, beginning with its entry `first`. Columns and segments are loaded one
+// segment ahead (see spmm.cpp).
 template <int NV, Layout kLayout, int N>
 __attribute__((noinline)) void dots(const Run& run, const uint8_t* columns, const Segment* at, int64_t first,
                                     const Operands& operands) {
@@ -47,7 +47,7 @@ __attribute__((noinline)) void dots(const Run& run, const uint8_t* columns, cons
   columns += first;
   Ahead ahead = o.ahead;
   ahead.skip(at - o.segments);
-  if (first > 0) ahead.due = 0;
+  if (first > 0) ahead.share = 0;
   uint64_t words[kWords];
   MASKED_OPS_UNROLL
   for (int w = 0; w < kWords; ++w) words[w] = load_ahead(columns + 8 * w);
@@ -58,7 +58,7 @@ __attribute__((noinline)) void dots(const Run& run, const uint8_t* columns, cons
     const float* const row = o.dy + next.row * x.row_pitch();
     float* const to = results + next.value;
     next = at[s + 1];
-    if (kLayout == Layout::kPlanes) ahead.prefetch_at(s);
+    if (kLayout == Layout::kPlanes) ahead.prefetch_at<x.kPiece>(s);
     Vec dy[NV];
     MASKED_OPS_UNROLL
     for (int j = 0; j < NV; ++j) dy[j] = Vec::load(row + j * L);
@@ -128,13 +128,13 @@ void sample_pitched(const SparseIndex& index, int64_t tile, int vectors, const O
 
 void sample_tile(const SparseIndex& index, int64_t tile, int vectors, const float* x, const float* dy, float* results,
                  bool accumulate) {
-  const Operands o = operands(index, tile, x, 0, dy, results, accumulate, {x});
+  const Operands o = operands(index, tile, x, 0, dy, results, accumulate, {});
   with_vectors(vectors, [&](auto nv) { sample<decltype(nv)::value, Layout::kPacked>(index, tile, o); });
 }
 
 void sample_banded(const SparseIndex& index, int64_t tile, int vectors, const float* x, int64_t pitch, const float* dy,
                    float* results, bool accumulate) {
-  sample_pitched<Layout::kBanded>(index, tile, vectors, operands(index, tile, x, pitch, dy, results, accumulate, {x}));
+  sample_pitched<Layout::kBanded>(index, tile, vectors, operands(index, tile, x, pitch, dy, results, accumulate, {}));
 }
 
 void sample_planes(const SparseIndex& index, int64_t tile, int vectors, const float* x, int64_t pitch, const float* dy,
