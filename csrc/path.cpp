@@ -234,6 +234,13 @@ bool fuses(bool channels_last, const at::Tensor& weight, const cpu::Convolution&
   return N * K >= cpu::kFusedWeights * double(c.batch) * plane * (N + K);
 }
 
+// Whether contiguous images of one tap lie as the sparse kernels take them without packing (conv_planes.cpp), with the
+// vectors that kSparsePlaneDensity was measured with.
+bool sparse_by_planes(const cpu::Convolution& c) {
+  const int64_t plane = c.output[0] * c.output[1] * c.output[2], lanes = cpu::kernels().lanes;
+  return lanes == 16 && (plane % (7 * lanes) == 0 || plane % (8 * lanes) == 0);
+}
+
 // Whether the depthwise kernels are as fast as torch's.
 bool prefers_depthwise(Pass pass, const cpu::Convolution& c, bool channels_last) {
   const bool several = c.out_channels != c.in_channels;  // results of a channel
@@ -294,6 +301,7 @@ Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool chan
         least = compact;
       }
     }
+    bool sparse = false;
     double margin = cpu::kConvMargin;
     const int64_t positions = geometry->batch * geometry->output[0] * geometry->output[1] * geometry->output[2];
     if (choice.path == Path::kCopy && !no_fused && !depthwise && fuses(channels_last, weight, *geometry, *pattern)) {
@@ -303,9 +311,10 @@ Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool chan
         margin = cpu::kFusedMargin;
       } else {
         least = cpu::kPlaneCost * costs.macs / threads;
+        sparse = sparse_by_planes(*geometry) && pattern->density() < cpu::kSparsePlaneDensity;
       }
     }
-    if (!no_sparse && costs.of_sparse(double(pattern->nnz()), threads) < margin * least) {
+    if (!no_sparse && (sparse || costs.of_sparse(double(pattern->nnz()), threads) < margin * least)) {
       choice = {Path::kSparse, "sparse convolution: few weights remain"};
     }
   }

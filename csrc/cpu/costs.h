@@ -248,8 +248,10 @@ inline constexpr int64_t kSmallKernel = 9, kLeastWidth = 8, kLargeImages = int64
 inline constexpr double kFusedWeights = 0.3, kFusedMargin = 0.7;
 
 // Contiguous images: positions from which on the masked GEMM over planes is taken, and nanoseconds a multiply-add: 512
-// -> 512 on 56 x 56 needs 0.0085, 256 -> 64 0.0099. Sparse is as fast at 40 to 50% sparsity.
-inline constexpr double kFusedPlane = 784, kPlaneCost = 0.009;
+// -> 512 on 56 x 56 needs 0.0085, 256 -> 64 0.0099. Where sparse kernels take planes as they lie, too, these are taken
+// below a share of remaining weights: at 0.7, five layers of 28 x 28 and 56 x 56 need 0.93 to 1.07 of the GEMM's time
+// in forward, 0.94 to 1.04 in grad_input and 0.78 to 1.08 in grad_weight; at 0.5, 256 -> 64 needs 0.75, 0.68 and 0.8.
+inline constexpr double kFusedPlane = 784, kPlaneCost = 0.009, kSparsePlaneDensity = 0.65;
 
 // [kernel of one tap, of more, grouped][NCHW, channels last][forward, grad_input, grad_weight]
 inline constexpr ConvCost kDenseConvCosts[3][2][3] = {
