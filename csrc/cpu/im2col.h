@@ -183,6 +183,9 @@ class LinePacker {
       return Vec::gather(Vec::Predicate(p.lanes), x + p.offset, step);
     };
     const int64_t ahead = ahead_;
+    const auto fetch = [=](Piece p, const float* x) __attribute__((always_inline)) {
+      if constexpr (kStep == 1) prefetch(x + p.offset + __builtin_ctz(p.lanes) + ahead);
+    };
     for (int64_t c = 0; c < channels; ++c, in += source_.channel, out += packed_.channel) {
       clear(out);
       for_vectors(kWhole, [=, this](Vector v) __attribute__((always_inline)) {
@@ -194,11 +197,18 @@ class LinePacker {
       });
       for_vectors(kOne, [=, this](Vector v) __attribute__((always_inline)) {
         const Piece p = pieces_[v.first];
-        for_rows(v, in, out, [=](const float* x) __attribute__((always_inline)) { return load(p, x); });
+        for_rows(v, in, out, [=](const float* x) __attribute__((always_inline)) {
+          fetch(p, x);
+          return load(p, x);
+        });
       });
       for_vectors(kTwo, [=, this](Vector v) __attribute__((always_inline)) {
         const Piece p = pieces_[v.first], q = pieces_[v.first + 1];
-        for_rows(v, in, out, [=](const float* x) __attribute__((always_inline)) { return load(p, x) + load(q, x); });
+        for_rows(v, in, out, [=](const float* x) __attribute__((always_inline)) {
+          fetch(p, x);
+          fetch(q, x);
+          return load(p, x) + load(q, x);
+        });
       });
       for_vectors(kMany, [=, this](Vector v) __attribute__((always_inline)) {
         const Piece* const pieces = pieces_ + v.first;
