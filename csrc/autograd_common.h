@@ -62,18 +62,26 @@ struct SymGeometry {
   std::vector<c10::SymInt> output_padding;
   c10::SymInt groups;
 
+  // As one list, each part after its length: every entry of saved_data costs an allocation and more.
   void save(AutogradContext* ctx) const {
-    ctx->saved_data["stride"] = stride;
-    ctx->saved_data["padding"] = padding;
-    ctx->saved_data["dilation"] = dilation;
-    ctx->saved_data["transposed"] = transposed;
-    ctx->saved_data["output_padding"] = output_padding;
-    ctx->saved_data["groups"] = groups;
+    std::vector<c10::SymInt> numbers = {transposed, groups};
+    for (const auto* part : {&stride, &padding, &dilation, &output_padding}) {
+      numbers.emplace_back(static_cast<int64_t>(part->size()));
+      numbers.insert(numbers.end(), part->begin(), part->end());
+    }
+    ctx->saved_data["geometry"] = std::move(numbers);
   }
   static SymGeometry load(AutogradContext* ctx) {
-    return {ctx->saved_data["stride"].toSymIntVector(),         ctx->saved_data["padding"].toSymIntVector(),
-            ctx->saved_data["dilation"].toSymIntVector(),       ctx->saved_data["transposed"].toBool(),
-            ctx->saved_data["output_padding"].toSymIntVector(), ctx->saved_data["groups"].toSymInt()};
+    const std::vector<c10::SymInt> numbers = ctx->saved_data["geometry"].toSymIntVector();
+    auto at = numbers.begin() + 2;
+    const auto part = [&] {
+      const auto first = at + 1;
+      at = first + at->expect_int();
+      return std::vector<c10::SymInt>(first, at);
+    };
+    SymGeometry result = {part(), part(), part(), numbers[0].expect_int() != 0, {}, numbers[1]};
+    result.output_padding = part();
+    return result;
   }
   // The operation with these numbers after its other arguments.
   template <typename Operator, typename... Arguments>

@@ -27,7 +27,7 @@ struct ConvolutionPlan {
   ConvolutionPlan(Pass pass, const Geometry& of, at::IntArrayRef input, bool channels_last, const at::Tensor& weight,
                   PatternPtr pattern, bool have_values = false, bool packed = false);
 
-  // On the sparse path. values and bias (which may be undefined) are contiguous.
+  // On the sparse path, in float32, bfloat16 and float16. values and bias (which may be undefined) are contiguous.
   at::Tensor forward(const at::Tensor& input, const at::Tensor& values, const at::Tensor& bias,
                      at::MemoryFormat format) const {
     return multiply(of.transposed, input, values, bias, of.output_sizes(input.sizes()), format);
@@ -41,7 +41,6 @@ struct ConvolutionPlan {
  private:
   at::Tensor multiply(bool transposed, const at::Tensor& from, const at::Tensor& values, const at::Tensor& bias,
                       at::IntArrayRef sizes, at::MemoryFormat format) const;
-  cpu::Team team() const;
 };
 
 }  // namespace masked_ops

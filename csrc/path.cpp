@@ -1,6 +1,9 @@
 #include "path.h"
 
 #include <c10/util/Exception.h>
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
 
 #include <algorithm>
 #include <array>
@@ -157,14 +160,37 @@ constexpr int64_t kMaxTaps = int64_t{1} << 16;
 
 int64_t taps(const cpu::Convolution& c) { return c.kernel[0] * c.kernel[1] * c.kernel[2]; }
 
+// Whether the CPU computes in float16; true where that is not known.
+bool has_float16_arithmetic() {
+#ifdef __x86_64__
+  static const bool result = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 23 & 1);
+  }();
+  return result;
+#else
+  return true;
+#endif
+}
+
+// How much faster torch convolves in a dtype than in float32.
+double dense_speedup(at::ScalarType dtype) {
+  if (dtype == at::kBFloat16) return cpu::kernels().bf16_dots ? cpu::k16BitConvSpeedup : 1;
+  if (dtype == at::kHalf) return has_float16_arithmetic() ? cpu::k16BitConvSpeedup : cpu::kHalfConvSpeedup;
+  return 1;
+}
+
 // What the passes of a convolution cost, dense and sparse.
 struct ConvolutionCosts {
-  double macs, packed, images, weights;
+  double macs, packed, images, weights, speedup;
+  bool converts;
   const cpu::ConvCost& dense;
   cpu::ConvCost sparse;
 
-  ConvolutionCosts(Pass pass, const cpu::Convolution& c, bool channels_last)
-      : dense(cpu::kDenseConvCosts[c.groups > 1  ? 2
+  ConvolutionCosts(Pass pass, const cpu::Convolution& c, bool channels_last, at::ScalarType dtype)
+      : speedup(dense_speedup(dtype)),
+        converts(dtype != at::kFloat),
+        dense(cpu::kDenseConvCosts[c.groups > 1  ? 2
                                    : taps(c) > 1 ? 1
                                                  : 0][channels_last][static_cast<int>(pass)]),
         sparse(cpu::kSparseConvCosts[channels_last][static_cast<int>(pass)]) {
@@ -174,9 +200,10 @@ struct ConvolutionCosts {
     packed = positions * double(packed_channels(pass, c, channels_last)) * kernel;
     images = positions * double(c.out_channels) + double(c.batch) * volume(c.input) * double(c.in_channels);
   }
-  double of_dense(int threads) const { return dense(macs, weights, 0, packed, images, threads); }
+  double of_dense(int threads) const { return dense(macs, weights, 0, packed, images, threads) / speedup; }
   double of_sparse(double nnz, int threads) const {
-    return (portable() ? cpu::kPortableConvCost : 1) * sparse(macs, weights, nnz, packed, images, threads);
+    return (portable() ? cpu::kPortableConvCost : 1) * sparse(macs, weights, nnz, packed, images, threads) +
+           (converts ? cpu::kConvertCost * images / threads + cpu::kConvertCall : 0);
   }
 
   // Channels that im2col reads for a tap of a position: channels last, whole vectors of them; and contiguous, where the
@@ -265,7 +292,7 @@ Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool chan
   }
   const char* const obstacle = kernel_obstacle(geometry, weight, pattern);
   const char* no_sparse = obstacle;
-  if (!no_sparse && weight.scalar_type() != at::kFloat) no_sparse = "its kernels take float32 only";
+  if (!no_sparse && !has_kernels(weight.scalar_type())) no_sparse = kOtherDtype;
   if (!no_sparse && (!pattern->indexable() || taps(*geometry) > kMaxTaps)) no_sparse = kTooLarge;
   const char* no_fused = packed ? "a packed layer has no dense weight" : obstacle;
   if (!no_fused && !has_kernels(weight.scalar_type())) no_fused = kOtherDtype;
@@ -287,15 +314,14 @@ Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool chan
   if (depthwise && !no_fused && prefers_depthwise(pass, *geometry, channels_last)) {
     choice = {Path::kFused, "depthwise kernel: the mask rides in the load of the weight"};
   } else if (!obstacle && pattern->reused() && pattern->nnz() < pattern->rows() * pattern->cols()) {
-    ConvolutionCosts costs(pass, *geometry, channels_last);
+    ConvolutionCosts costs(pass, *geometry, channels_last, weight.scalar_type());
     if (have_values || packed) costs.sparse.weight = 0;
     const int threads = team_for(static_cast<int64_t>(std::min(costs.macs * pattern->density(), 1e18))).threads;
     double least = costs.of_dense(threads);
     if (channels && channels->pattern) {
-      const double speedup = weight.element_size() == 2 ? cpu::kHalfConvSpeedup : 1;
-      const ConvolutionCosts left(pass, ConvolutionCosts::without_pruned(*geometry, *channels), channels_last);
-      const double compact =
-          left.of_dense(threads) + speedup * ConvolutionCosts::of_moves(pass, *geometry, *channels, threads);
+      const ConvolutionCosts left(pass, ConvolutionCosts::without_pruned(*geometry, *channels), channels_last,
+                                  weight.scalar_type());
+      const double compact = left.of_dense(threads) + ConvolutionCosts::of_moves(pass, *geometry, *channels, threads);
       if (compact < cpu::kCompactMargin * least) {
         choice = {Path::kCompact, "torch's convolution without the pruned channels"};
         least = compact;
@@ -310,7 +336,7 @@ Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool chan
         least = Costs{pass, positions, weight.scalar_type()}.of(Path::kFused, *pattern);
         margin = cpu::kFusedMargin;
       } else {
-        least = cpu::kPlaneCost * costs.macs / threads;
+        least = cpu::kPlaneCost * costs.macs / threads;  // float32 alone
         sparse = sparse_by_planes(*geometry) && pattern->density() < cpu::kSparsePlaneDensity;
       }
     }

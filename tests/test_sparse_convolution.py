@@ -15,6 +15,7 @@ from generators import (
     compiled_only,
     every_capability,
     integers,
+    name_of,
     normal,
     poisoned,
     running_on,
@@ -28,6 +29,8 @@ from masked_ops import _ops
 
 pytestmark = [compiled_only]
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+every_16_bit = pytest.mark.parametrize("dtype", DTYPES[1:], ids=name_of)
 DENSITIES = (0.0, 0.03, 0.1, 0.3, 0.7, 1.0)
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -66,14 +69,14 @@ def conv(
     return Problem(input, weight, [stride] * n, [padding] * n, [dilation] * n, transposed, [0] * n if n else [], groups)
 
 
-def check(problem: Problem, density: float, *, layout: int, bias: bool) -> None:
+def check(problem: Problem, density: float, *, layout: int, bias: bool, dtype: torch.dtype = torch.float32) -> None:
     """Output and gradients equal those of float64; bits of ``layout``: channels last for input, gradient, weight."""
-    x, mask = integers(*problem.input), torch.rand(problem.weight) < density
-    weight = spoiled(integers(*problem.weight), mask)
-    b = integers(problem.out_channels) if bias else None
+    x, mask = integers(*problem.input, dtype=dtype), torch.rand(problem.weight) < density
+    weight = spoiled(integers(*problem.weight, dtype=dtype), mask)
+    b = integers(problem.out_channels, dtype=dtype) if bias else None
     exact_x, exact_w = x.double().requires_grad_(), torch.where(mask, weight, 0).double().requires_grad_()
     exact = torch.ops.aten.convolution(exact_x, exact_w, None if b is None else b.double(), *problem.geometry)
-    dy = integers(*exact.shape)
+    dy = integers(*exact.shape, dtype=dtype)
     wanted = torch.autograd.grad(exact, (exact_x, exact_w), dy.double())
     if x.dim() in CHANNELS_LAST:
         x, dy, weight = (
@@ -89,7 +92,7 @@ def check(problem: Problem, density: float, *, layout: int, bias: bool) -> None:
         calls.items(), (exact.detach(), wanted[0], wanted[1] * mask), strict=True
     ):
         actual = op(*arguments, *problem.geometry)
-        assert_exact(actual, expected, name, problem, density, layout)
+        assert_exact(actual, expected.to(dtype), name, problem, density, layout)
 
 
 def random_problems(count: int) -> Iterator[Problem]:
@@ -138,7 +141,17 @@ def test_random_geometries(capability: str) -> None:
     cases = [(p, draw.choice(DENSITIES), draw.randrange(8), draw.random() < 0.5) for p in random_problems(180)]
     with running_on("sparse", capability), poisoned():
         for problem, density, layout, bias in cases[CAPABILITIES.index(capability) :: len(CAPABILITIES)]:
-            check(problem, density, layout=layout, bias=bias)
+            check(problem, density, layout=layout, bias=bias, dtype=draw.choice(DTYPES))
+
+
+@every_16_bit
+@pytest.mark.parametrize("layout", [0, 7], ids=["contiguous", "channels_last"])
+def test_16_bit_images_some_at_a_time(layout: int, dtype: torch.dtype) -> None:
+    """They pass through the kernels as floats, 16 MB of them at a time: 32 of these images, 3 of those."""
+    with running_on("sparse"), poisoned():
+        check(conv((67, 16, 64, 64), (16, 16, 1, 1)), 0.2, layout=layout, bias=True, dtype=dtype)
+        check(conv((4, 3, 700, 700), (1, 3, 2, 2)), 0.5, layout=layout, bias=True, dtype=dtype)
+        check(conv((3, 1, 1500, 1500), (1, 1, 1, 1)), 1.0, layout=layout, bias=False, dtype=dtype)
 
 
 # Around the edges of what the kernels cut: vectors of 4, 8 and 16 lanes, through the ends of images; strips of 4, 7 and
@@ -323,7 +336,7 @@ def test_choice_of_path() -> None:
         pytest.raises(RuntimeError, match=r"path 'sparse' cannot serve this convolution: .*soft"),
     ):
         masked_ops.masked_conv2d(normal(1, 8, 9, 9), soft, soft)
-    with running_on("sparse"), pytest.raises(RuntimeError, match="float32 only"):
+    with running_on("sparse"), pytest.raises(RuntimeError, match="float32, bfloat16 and float16"):
         masked_ops.masked_conv2d(normal(1, 8, 9, 9).double(), soft.double(), (soft > 1).double())
 
 

@@ -226,11 +226,18 @@ inline constexpr double kConvMargin = 0.85;
 inline constexpr double kPortableConvCost = 4;
 
 // Convolutions without their pruned channels: the block of channels that torch's kernels round up to, nanoseconds for
-// an element moved on one thread, and for the calls; the share of the dense operation below which it is taken; and how
-// much faster torch convolves in 16 bits, where moving is not.
+// an element moved on one thread, and for the calls; and the share of the dense operation below which it is taken.
 inline constexpr int64_t kChannelBlock = 16;
 inline constexpr double kMoveCost = 0.3, kCompactConvolutionCall = 1e4;
-inline constexpr double kCompactMargin = 0.93, kHalfConvSpeedup = 3;
+inline constexpr double kCompactMargin = 0.93;
+
+// How much faster torch convolves in 16 bits where the CPU has arithmetic for them: bfloat16, batch 8, 3 x 3 and 1 x 1,
+// 1.6 to 2.5 times. And in float16 where it has none: the four stages of ResNet took 170 to 240 ms, in float32 4.
+inline constexpr double k16BitConvSpeedup = 2.5, kHalfConvSpeedup = 1.0 / 20;
+// The sparse kernels take 16-bit images as floats, so many bytes of them at a time, at nanoseconds for an element on
+// one thread, and for the calls.
+inline constexpr int64_t kConvertedBytes = int64_t{16} << 20;
+inline constexpr double kConvertCost = 0.1, kConvertCall = 5e3;
 
 // Depthwise convolutions: where their own kernels are taken, by the times of torch's over theirs, batch 8, forward,
 // grad_input and grad_weight. Contiguous: 144 channels of 56 x 56 2.9, 3.8, 4.1; 512 of 14 x 14 1.7, 2.0, 1.4; 960 of
