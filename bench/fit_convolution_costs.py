@@ -1,12 +1,14 @@
 """Fit the constants by which masked_ops chooses a path for convolutions, and check the choices that they make.
 
-    python bench/fit_convolution_costs.py --minutes 6            # measure, fit, say how well the constants choose
-    python bench/fit_convolution_costs.py --minutes 6 --write    # the same, and rewrite csrc/cpu/costs.h
-    python bench/fit_convolution_costs.py --check --minutes 6    # only check the constants that are built in
+    python bench/fit_convolution_costs.py --minutes 8            # measure, fit, say how well the constants choose
+    python bench/fit_convolution_costs.py --minutes 8 --write    # the same, and rewrite csrc/cpu/costs.h
+    python bench/fit_convolution_costs.py --check --minutes 8    # only check the constants that are built in
+    python bench/fit_convolution_costs.py --minutes 1 --json measured.json    # as often as one likes: it goes on
 
-Cells are drawn at random, from the same seed, from the layers of bench/shapes/convolution.txt, batch 1, 8 and 32,
-sparsity 0 to 0.95 and both layouts, until the time is up. In each cell both paths are timed against each other and
-against dense torch, interleaved, and the minimum of each counts. The terms are those of ConvCost in csrc/cpu/costs.h.
+Cells are drawn at random, others for a check than for a fit, from the layers of bench/shapes/convolution.txt, batch 1,
+8 and 32, sparsity 0 to 0.95 and both layouts, until the time is up. In each cell every path that can serve is timed
+against the others and against dense torch, interleaved, and the minimum of each counts. The terms are those of ConvCost
+in csrc/cpu/costs.h. Depthwise convolutions are checked too, but their own kernels are chosen by rules (path.cpp).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import random
 import re
 import sys
@@ -33,10 +36,17 @@ from masked_ops import _ops
 
 PASSES = ("forward", "grad_input", "grad_weight")
 TERMS = ("call", "mac", "dense", "weight", "value", "packed", "images")
-DENSE_TERMS = ("call", "dense", "weight", "images")
-SPARSE_TERMS = ("call", "mac", "weight", "value", "packed", "images")
+PATH_TERMS = {
+    "copy": ("call", "dense", "weight", "images", "fresh"),
+    "fused": ("call", "dense", "weight", "images", "fresh"),
+    "sparse": ("call", "mac", "weight", "value", "packed", "images", "fresh"),
+}
+MOST_FULL = 0.75  # sparsity: as the blocks of a sparse index (sparse_index.h)
+USUAL_ERROR = 0.15
+FRESH_FLOATS = 8 << 20
+FUSED_WEIGHTS = 0.3  # kFusedWeights
+PATHS = (*PATH_TERMS, "compact")
 KINDS = ("one tap", "more taps", "grouped")
-MARGIN = 0.85  # kConvMargin
 
 Cell = tuple[Shape, int, float, bool]  # shape, batch, sparsity, channels_last
 Samples = dict[Cell, dict[str, dict[str, float]]]
@@ -48,14 +58,14 @@ def grid() -> list[Cell]:
         for cell in itertools.product(
             read_shapes(HERE / "shapes" / "convolution.txt"), (1, 8, 32), (0.0, 0.5, 0.8, 0.9, 0.95), (False, True)
         )
-        if cell[1] * cell[0][0] * cell[0][3] ** 2 <= 32 << 20
+        if cell[1] * cell[0][0] * cell[0][3] ** 2 <= 16 << 20
     ]
     random.Random(0).shuffle(cells)
     return cells
 
 
 def measure(cell: Cell, seconds: float) -> dict[str, dict[str, float]]:
-    """Per pass, nanoseconds of each path, of the choice, and of dense torch."""
+    """Per pass, nanoseconds of each path, of the choice, of dense torch, and of the pass that masks a weight."""
     (C, O, kernel, size, stride, groups), batch, sparsity, last = cell  # noqa: E741
     torch.manual_seed(0)
     geometry = ([stride] * 2, [kernel // 2] * 2, [1, 1], False, [0, 0], groups)
@@ -82,14 +92,23 @@ def measure(cell: Cell, seconds: float) -> dict[str, dict[str, float]]:
     }
     results = {}
     for name, (ours, dense) in calls.items():
-        contenders = {"dense": dense, "auto": ours, "copy": forced("copy", ours), "sparse": forced("sparse", ours)}
-        ours()  # from the second use on, a mask has its index
+        contenders: dict[str, Callable[[], Any]] = {"dense": dense, "auto": ours}
+        for _ in range(2):  # from the second use on, a mask has its index
+            ours()
+        for path in PATHS:
+            try:
+                with masked_ops.use_path(path):
+                    ours()
+            except RuntimeError:  # it cannot serve
+                continue
+            contenders[path] = forced(path, ours)
+        contenders["pass"] = lambda: masked_ops.apply_mask(w, mask)
         best = interleaved_minima(contenders, seconds / len(PASSES))
         results[name] = {contender: value * 1e9 for contender, value in best.items()}
     return results
 
 
-def features(cell: Cell, name: str, terms: tuple[str, ...], threads: int) -> list[float]:
+def features(cell: Cell, name: str, path: str, threads: int) -> list[float]:
     (C, O, kernel, size, stride, groups), batch, sparsity, last = cell  # noqa: E741
     out = (size + 2 * (kernel // 2) - kernel) // stride + 1
     positions, taps, weights = batch * out * out, kernel**2, O * (C // groups) * kernel**2
@@ -98,73 +117,110 @@ def features(cell: Cell, name: str, terms: tuple[str, ...], threads: int) -> lis
         packed = groups * -(-packed // groups // 16) * 16
     elif stride > 1 and name != "grad_input":
         packed *= 2
+    result = {"forward": positions * O, "grad_input": batch * size**2 * C, "grad_weight": 0}[name]
+    # Of one tap and contiguous, the masked GEMM computes whole vectors of a plane.
+    computed = batch * -(-(out**2) // 16) * 16 if path == "fused" and not last else positions
     value = {
         "call": 1.0,
         "mac": positions * weights * (1 - sparsity) / threads,
-        "dense": positions * weights / threads,
+        "dense": computed * weights / threads,
         "weight": weights / threads,
         "value": weights * (1 - sparsity) / threads,
         "packed": positions * taps * packed / threads,
         "images": (positions * O + batch * size * size * C) / threads,
+        # A large result is fresh memory, whose page faults all paths have in common: not among the constants.
+        "fresh": result if result >= FRESH_FLOATS else 0,
     }
-    return [value[term] for term in terms]
+    return [value[term] for term in PATH_TERMS[path]]
 
 
 def kind_of(cell: Cell) -> int:
     return 2 if cell[0][5] > 1 else int(cell[0][2] > 1)
 
 
-def solve(samples: Samples, name: str, path: str, terms: tuple[str, ...], threads: int) -> dict[str, float]:
-    """Non-negative least squares on relative errors."""
-    rows = [
-        [f / results[name][path] for f in features(cell, name, terms, threads)] for cell, results in samples.items()
-    ]
-    if not rows:
-        return dict.fromkeys(terms, 0.0)
-    solution, _ = nnls(np.array(rows), np.ones(len(rows)))
-    return dict(zip(terms, solution.tolist(), strict=True))
+def key_of(path: str, cell: Cell, name: str) -> tuple[Any, ...]:
+    """Of the constants that a cell shares with others."""
+    if path == "copy":
+        return path, kind_of(cell), cell[3], name
+    return (path, cell[2] > MOST_FULL, cell[3], name) if path == "sparse" else (path, cell[3], name)
+
+
+def may_fuse(cell: Cell) -> bool:
+    """Of one tap; channels last, where the weights are many for the images."""
+    (C, O, kernel, size, stride, groups), batch, _, last = cell  # noqa: E741
+    return kernel == stride == groups == 1 and (not last or FUSED_WEIGHTS * batch * size**2 * (C + O) <= C * O)
 
 
 Costs = dict[tuple[Any, ...], dict[str, float]]
 
 
 def fit(samples: Samples, threads: int) -> Costs:
+    """Non-negative least squares on relative errors.
+
+    They count less, the further a path is from the choice, and, from the second of three turns on, where they are
+    large: such a cell was disturbed.
+    """
+    systems: dict[tuple[Any, ...], tuple[list[list[float]], list[float]]] = {}
+    for cell, results in samples.items():
+        for name, path in itertools.product(PASSES, PATH_TERMS):
+            times = {p: results[name][p] for p in PATH_TERMS if p in results[name]}
+            if path not in times or (path == "fused" and not may_fuse(cell)):
+                continue
+            took = times.pop(path)
+            counts = math.exp(-abs(math.log(took / min(times.values()))) / 0.6) + 0.04
+            rows, ones = systems.setdefault(key_of(path, cell, name), ([], []))
+            rows.append([counts * f / took for f in features(cell, name, path, threads)])
+            ones.append(counts)
     costs: Costs = {}
-    for last, name in itertools.product((False, True), PASSES):
-        here = {cell: results for cell, results in samples.items() if cell[3] == last}
-        costs["sparse", last, name] = solve(here, name, "sparse", SPARSE_TERMS, threads)
-        for kind in range(3):
-            of_kind = {cell: results for cell, results in here.items() if kind_of(cell) == kind}
-            costs["copy", kind, last, name] = solve(of_kind, name, "copy", DENSE_TERMS, threads)
+    for key, (rows, ones) in systems.items():
+        A, b = np.array(rows), np.array(ones)
+        solution, _ = nnls(A, b)
+        for _ in range(2):
+            doubt = np.sqrt(np.maximum(1, np.abs(A @ solution - b) / b / USUAL_ERROR))
+            solution, _ = nnls(A / doubt[:, None], b / doubt)
+        costs[key] = dict(zip(PATH_TERMS[key[0]], solution.tolist(), strict=True))
     return costs
 
 
-def predict(costs: Costs, cell: Cell, name: str, threads: int) -> str:
-    def cost(key: tuple[Any, ...], terms: tuple[str, ...]) -> float:
-        return sum(c * f for c, f in zip(costs[key].values(), features(cell, name, terms, threads), strict=True))
-
-    sparse = cost(("sparse", cell[3], name), SPARSE_TERMS)
-    return "sparse" if sparse < MARGIN * cost(("copy", kind_of(cell), cell[3], name), DENSE_TERMS) else "copy"
+def expected(costs: Costs, path: str, cell: Cell, name: str, threads: int) -> float:
+    constants = costs[key_of(path, cell, name)]
+    return sum(c * f for c, f in zip(constants.values(), features(cell, name, path, threads), strict=True))
 
 
-def assess(samples: Samples, chosen: Callable[[Cell, str], str]) -> None:
-    """How often the chosen path is within 10% of the best, and how it stands to dense torch."""
+def predict(costs: Costs, cell: Cell, results: dict[str, float], name: str, threads: int) -> str:
+    """As choose_convolution in csrc/path.cpp does; where it has rules of its own, what it took."""
+    if kind_of(cell) == 2:
+        return "auto"
+    serve = {path for path in PATH_TERMS if path in results}
+    if cell[2] == 0:
+        serve -= {"sparse"}
+    if not may_fuse(cell):
+        serve -= {"fused"}
+    return min(serve, key=lambda path: expected(costs, path, cell, name, threads))
+
+
+def assess(samples: Samples, chosen: Callable[[Cell, dict[str, float], str], str]) -> None:
+    """How often the chosen path is within 10% of the best, and which cells break the promise to be no slower than dense
+    torch: below 0.97 of it from batch 8, or, below, by more than the pass that masks the weight."""
     for name in PASSES:
-        near = below = from_8 = 0
-        worst: tuple[float, Cell | None] = (float("inf"), None)
-        for cell, results in samples.items():
-            took = results[name][chosen(cell, name)]
-            near += took <= 1.1 * min(results[name]["copy"], results[name]["sparse"])
-            if cell[1] < 8:
-                continue
-            from_8 += 1
-            ratio = results[name]["dense"] / took
-            below += ratio < 0.97
-            worst = min(worst, (ratio, cell), key=lambda pair: pair[0])
+        near, broken = 0, []
+        for cell, of_passes in samples.items():
+            results = of_passes[name]
+            path = chosen(cell, results, name)
+            best = min((p for p in PATHS if p in results), key=lambda p: results[p])
+            near += results[path] <= 1.1 * results[best]
+            if results[path] * 0.97 > results["dense"] + (results["pass"] if cell[1] < 8 else 0):
+                broken.append((results["dense"] / results[path], cell, path, best, results["dense"] / results[best]))
         print(
-            f"{name:12} within 10% of the best: {near / len(samples):6.1%} of {len(samples)} cells; from batch 8 below "
-            f"0.97 of dense torch: {below} of {from_8}, worst {worst[0]:.2f} at {worst[1]}"
+            f"{name:12} within 10% of the best: {near / len(samples):6.1%} of {len(samples)} cells; slower than dense "
+            f"torch: {len(broken)}"
         )
+        for ratio, (shape, batch, sparsity, last), path, best, best_ratio in sorted(broken):
+            layout = "channels last" if last else "contiguous"
+            print(
+                f"    {ratio:.2f} {' '.join(map(str, shape))}, batch {batch}, {sparsity:.0%}, {layout}: took {path}; "
+                f"best {best}, {best_ratio:.2f}"
+            )
 
 
 def write(costs: Costs) -> None:
@@ -174,16 +230,21 @@ def write(costs: Costs) -> None:
     def row(key: tuple[Any, ...], indent: str) -> str:
         return "".join(f"{indent}    {numbers((*key, name))},  // {name}\n" for name in PASSES)
 
-    dense = sparse = ""
+    dense = fused = sparse = ""
     for kind, title in enumerate(KINDS):
         dense += f"    {{\n        // {title}\n"
         for last in (False, True):
             dense += "        {\n" + row(("copy", kind, last), "        ") + "        },\n"
         dense += "    },\n"
     for last in (False, True):
-        sparse += "    {\n" + row(("sparse", last), "    ") + "    },\n"
+        fused += "    {\n" + row(("fused", last), "    ") + "    },\n"
+    for few in (False, True):
+        sparse += "    {\n"
+        for last in (False, True):
+            sparse += "        {\n" + row(("sparse", few, last), "        ") + "        },\n"
+        sparse += "    },\n"
     source = COSTS_H.read_text()
-    for which, body in (("dense", dense), ("sparse", sparse)):
+    for which, body in (("dense", dense), ("fused", fused), ("sparse", sparse)):
         begin, end = f"// {which} convolution: begin\n", f"    // {which} convolution: end\n"
         source, count = re.subn(f"{begin}.*{end}", lambda _, t=begin + body + end: t, source, flags=re.DOTALL)
         if count != 1:
@@ -192,42 +253,46 @@ def write(costs: Costs) -> None:
     print(f"wrote {COSTS_H}")
 
 
+def sample(samples: Samples, minutes: float, seconds: float, check: bool) -> None:
+    """Measures cells that are not among the samples; for a check from the other end."""
+    deadline = time.perf_counter() + 60 * minutes
+    for cell in reversed(grid()) if check else grid():
+        if time.perf_counter() > deadline:
+            break
+        if cell not in samples:
+            samples[cell] = measure(cell, seconds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=6)
+    parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--seconds", type=float, default=0.15, help="for each cell (default: %(default)s)")
-    parser.add_argument("--skip", type=int, default=0, help="cells to leave out at first")
     parser.add_argument("--write", action="store_true", help="rewrite csrc/cpu/costs.h")
     parser.add_argument("--check", action="store_true", help="assess the constants that are built in, fit nothing")
-    parser.add_argument("--json", type=Path, help="keep the measurements")
-    parser.add_argument("--samples", type=Path, nargs="+", help="fit measurements that were kept, measure nothing")
+    parser.add_argument(
+        "--json", type=Path, nargs="+", default=[], help="measurements: go on from them, keep all in the first"
+    )
     args = parser.parse_args()
     if not masked_ops.is_available():
         sys.exit("the compiled kernels are not available; python -m masked_ops says why")
     threads = torch.get_num_threads()
 
     samples: Samples = {}
-    if args.samples:
-        for file in args.samples:
-            samples |= {(tuple(cell[0]), *cell[1:]): results for cell, results in json.loads(file.read_text())}
-    else:
-        deadline = time.perf_counter() + 60 * args.minutes
-        for cell in grid()[args.skip :]:
-            if time.perf_counter() > deadline:
-                break
-            samples[cell] = measure(cell, args.seconds)
-        print(f"{len(samples)} cells")
+    for file in filter(Path.exists, args.json):
+        samples |= {(tuple(cell[0]), *cell[1:]): results for cell, results in json.loads(file.read_text())}
+    sample(samples, args.minutes, args.seconds, args.check)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(list(samples.items())))
+        args.json[0].parent.mkdir(parents=True, exist_ok=True)
+        args.json[0].write_text(json.dumps(list(samples.items())))
+    print(f"{len(samples)} cells")
 
     if args.check:
-        assess(samples, lambda cell, name: "auto")
+        assess(samples, lambda cell, results, name: "auto")
         return
     held_out = {cell: samples[cell] for cell in list(samples)[::4]}
     fitted = fit({cell: results for cell, results in samples.items() if cell not in held_out}, threads)
     print("on the quarter of the cells that was held out:")
-    assess(held_out, lambda cell, name: predict(fitted, cell, name, threads))
+    assess(held_out, lambda cell, results, name: predict(fitted, cell, results, name, threads))
     costs = fit(samples, threads)
     for key, constants in costs.items():
         print(*key, {term: float(f"{value:.3g}") for term, value in constants.items()})

@@ -32,6 +32,7 @@ struct InOrder {
     pattern = pattern_of(mask);
   }
   bool binary() const { return pattern && pattern->binary(); }
+  bool all_remain() const { return binary() && pattern->nnz() == weight.numel(); }
   void copy_to(void* out) const {
     cpu::kernels().mask_copy(team_for(weight.numel()), weight.element_size(), weight.const_data_ptr(), pattern->bits(),
                              pattern->rows(), pattern->cols(), out);
@@ -77,6 +78,7 @@ at::Tensor masked_own(const at::Tensor& weight, const at::Tensor& mask) {
     return weight;
   }
   const InOrder order(weight, mask);
+  if (order.all_remain()) return weight;
   if (!order.binary()) return masked_weight(weight, mask);
   order.copy_to(weight.data_ptr());
   return weight;
@@ -96,7 +98,9 @@ at::Tensor masked_cast(const at::Tensor& weight, const at::Tensor& mask, at::Sca
 
 MaskedForCall::MaskedForCall(const at::Tensor& weight, const at::Tensor& mask) {
   const InOrder order(weight, mask);
-  if (order.binary()) {
+  if (order.all_remain()) {
+    masked_ = weight;
+  } else if (order.binary()) {
     order.copy_to(scratch_.emplace(weight).tensor().data_ptr());
   } else {
     masked_ = masked_weight(weight, mask);

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cmath>
 #include <limits>
 
 #include "channels.h"
@@ -182,25 +183,32 @@ double dense_speedup(at::ScalarType dtype) {
 
 // What the passes of a convolution cost, dense and sparse.
 struct ConvolutionCosts {
-  double macs, packed, images, weights, speedup;
+  double macs, fused_macs, packed, images, weights, speedup;
   bool converts;
-  const cpu::ConvCost& dense;
+  const cpu::ConvCost &dense, &fused;  // fused: of one tap in float32
   cpu::ConvCost sparse;
 
-  ConvolutionCosts(Pass pass, const cpu::Convolution& c, bool channels_last, at::ScalarType dtype)
+  ConvolutionCosts(Pass pass, const cpu::Convolution& c, bool channels_last, at::ScalarType dtype, double density)
       : speedup(dense_speedup(dtype)),
         converts(dtype != at::kFloat),
         dense(cpu::kDenseConvCosts[c.groups > 1  ? 2
                                    : taps(c) > 1 ? 1
                                                  : 0][channels_last][static_cast<int>(pass)]),
-        sparse(cpu::kSparseConvCosts[channels_last][static_cast<int>(pass)]) {
+        fused(cpu::kFusedConvCosts[channels_last][static_cast<int>(pass)]),
+        sparse(cpu::kSparseConvCosts[density < cpu::kFullDensity][channels_last][static_cast<int>(pass)]) {
     const double positions = double(c.batch) * volume(c.output), kernel = double(taps(c));
     weights = double(c.out_channels) * double(c.in_channels / c.groups) * kernel;
     macs = positions * weights;
+    const double in_vectors = std::ceil(volume(c.output) / cpu::kPackedVector) * cpu::kPackedVector;
+    fused_macs = channels_last ? macs : double(c.batch) * in_vectors * weights;
     packed = positions * double(packed_channels(pass, c, channels_last)) * kernel;
     images = positions * double(c.out_channels) + double(c.batch) * volume(c.input) * double(c.in_channels);
   }
   double of_dense(int threads) const { return dense(macs, weights, 0, packed, images, threads) / speedup; }
+  double of_fused(int threads) const {
+    const double factor = cpu::kernels().lanes == 8 ? cpu::kAvx2FusedConvCost : 1;
+    return factor * fused(fused_macs, weights, 0, packed, images, threads);
+  }
   double of_sparse(double nnz, int threads) const {
     return (portable() ? cpu::kPortableConvCost : 1) * sparse(macs, weights, nnz, packed, images, threads) +
            (converts ? cpu::kConvertCost * images / threads + cpu::kConvertCall : 0);
@@ -252,20 +260,18 @@ const char* kernel_obstacle(const cpu::Convolution* geometry, const at::Tensor& 
   return nullptr;
 }
 
-// Whether the masked GEMM does a convolution of one tap as fast as torch does it over a masked weight.
-bool fuses(bool channels_last, const at::Tensor& weight, const cpu::Convolution& c, const Pattern& pattern) {
-  const auto N = double(pattern.rows()), K = double(pattern.cols());
-  const double plane = ConvolutionCosts::volume(c.output);
+// Whether the masked GEMM may be as fast as torch over a masked weight; its cost says whether it is.
+bool may_fuse(const ConvolutionCosts& costs, bool channels_last, const at::Tensor& weight) {
   if (portable()) return false;
-  if (!channels_last) return weight.scalar_type() == at::kFloat && plane >= cpu::kFusedPlane;
-  return N * K >= cpu::kFusedWeights * double(c.batch) * plane * (N + K);
+  return channels_last ? costs.weights >= cpu::kFusedWeights * costs.images : weight.scalar_type() == at::kFloat;
 }
 
-// Whether contiguous images of one tap lie as the sparse kernels take them without packing (conv_planes.cpp), with the
-// vectors that kSparsePlaneDensity was measured with.
-bool sparse_by_planes(const cpu::Convolution& c) {
+// Whether the sparse kernels are faster than the masked GEMM over contiguous images of one tap: where these lie as both
+// take them without packing (conv_planes.cpp), with the vectors that it was measured with.
+bool beats_fused_planes(const cpu::Convolution& c, double density) {
   const int64_t plane = c.output[0] * c.output[1] * c.output[2], lanes = cpu::kernels().lanes;
-  return lanes == 16 && (plane % (7 * lanes) == 0 || plane % (8 * lanes) == 0);
+  const bool by_planes = plane % (7 * lanes) == 0 || plane % (8 * lanes) == 0;
+  return lanes == 16 && by_planes && density < cpu::kSparsePlaneDensity;
 }
 
 // Whether the depthwise kernels are as fast as torch's.
@@ -274,11 +280,11 @@ bool prefers_depthwise(Pass pass, const cpu::Convolution& c, bool channels_last)
   if (portable() || (several && channels_last)) return false;
   const bool large_kernel = taps(c) > cpu::kSmallKernel;
   if (pass == Pass::kGradWeight && (large_kernel || channels_last)) return large_kernel;
-  if (channels_last) {
-    return large_kernel || c.batch * c.in_channels * c.input[1] * c.input[2] < cpu::kLargeImages;
-  }
-  const int64_t least = cpu::kLeastWidth * (large_kernel && c.stride[2] > 1 ? 2 : 1) * c.stride[2];
-  return several || c.output[2] >= least;
+  if (channels_last || several) return true;
+  const bool keeps_size =
+      c.kernel[1] == 3 && c.kernel[2] == 3 && c.input[1] == c.output[1] && c.input[2] == c.output[2];
+  if (keeps_size) return c.output[2] > 1;
+  return c.output[2] >= cpu::kLeastWidth * (large_kernel && c.stride[2] > 1 ? 2 : 1) * c.stride[2];
 }
 
 }  // namespace
@@ -313,35 +319,41 @@ Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool chan
   Choice choice = {Path::kCopy, no_sparse ? no_sparse : dense};
   if (depthwise && !no_fused && prefers_depthwise(pass, *geometry, channels_last)) {
     choice = {Path::kFused, "depthwise kernel: the mask rides in the load of the weight"};
-  } else if (!obstacle && pattern->reused() && pattern->nnz() < pattern->rows() * pattern->cols()) {
-    ConvolutionCosts costs(pass, *geometry, channels_last, weight.scalar_type());
+  } else if (!obstacle && pattern->reused()) {
+    ConvolutionCosts costs(pass, *geometry, channels_last, weight.scalar_type(), pattern->density());
     if (have_values || packed) costs.sparse.weight = 0;
     const int threads = team_for(static_cast<int64_t>(std::min(costs.macs * pattern->density(), 1e18))).threads;
     double least = costs.of_dense(threads);
+    const auto consider = [&](Path path, double nanoseconds, const char* reason) {
+      if (nanoseconds < least) {
+        choice = {path, reason};
+        least = nanoseconds;
+      }
+    };
     if (channels && channels->pattern) {
       const ConvolutionCosts left(pass, ConvolutionCosts::without_pruned(*geometry, *channels), channels_last,
-                                  weight.scalar_type());
+                                  weight.scalar_type(), pattern->density());
       const double compact = left.of_dense(threads) + ConvolutionCosts::of_moves(pass, *geometry, *channels, threads);
-      if (compact < cpu::kCompactMargin * least) {
-        choice = {Path::kCompact, "torch's convolution without the pruned channels"};
-        least = compact;
-      }
+      consider(Path::kCompact, compact / cpu::kCompactMargin, "torch's convolution without the pruned channels");
     }
-    bool sparse = false;
-    double margin = cpu::kConvMargin;
-    const int64_t positions = geometry->batch * geometry->output[0] * geometry->output[1] * geometry->output[2];
-    if (choice.path == Path::kCopy && !no_fused && !depthwise && fuses(channels_last, weight, *geometry, *pattern)) {
-      choice = {Path::kFused, "masked GEMM: one tap, and most weights remain"};
-      if (channels_last) {
+    if (!no_fused && !depthwise && may_fuse(costs, channels_last, weight)) {
+      const char* const reason = "masked GEMM: one tap, and most weights remain";
+      if (weight.scalar_type() == at::kFloat) {
+        consider(Path::kFused, costs.of_fused(threads), reason);
+      } else if (choice.path == Path::kCopy) {
+        const int64_t positions = geometry->batch * geometry->output[0] * geometry->output[1] * geometry->output[2];
+        choice = {Path::kFused, reason};
         least = Costs{pass, positions, weight.scalar_type()}.of(Path::kFused, *pattern);
-        margin = cpu::kFusedMargin;
-      } else {
-        least = cpu::kPlaneCost * costs.macs / threads;  // float32 alone
-        sparse = sparse_by_planes(*geometry) && pattern->density() < cpu::kSparsePlaneDensity;
       }
     }
-    if (!no_sparse && (sparse || costs.of_sparse(double(pattern->nnz()), threads) < margin * least)) {
-      choice = {Path::kSparse, "sparse convolution: few weights remain"};
+    if (!no_sparse && pattern->nnz() < pattern->rows() * pattern->cols()) {
+      const char* const reason = "sparse convolution: few weights remain";
+      const double margin = pattern->density() > cpu::kMostDensity ? cpu::kMostMargin : 1;
+      if (choice.path == Path::kFused && !channels_last && beats_fused_planes(*geometry, pattern->density())) {
+        choice = {Path::kSparse, reason};
+      } else {
+        consider(Path::kSparse, costs.of_sparse(double(pattern->nnz()), threads) / margin, reason);
+      }
     }
   }
   return obey(packed ? "packed convolution" : "convolution", {nullptr, no_fused, no_compact, no_sparse}, choice);

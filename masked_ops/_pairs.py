@@ -50,11 +50,13 @@ def over_pairs(function: Callable[..., Module]) -> Callable[..., Any]:
         pairs = as_pairs(module)
         if "name" in kwargs:
             raise TypeError(f"name must not be given with a list of (module, name) pairs, got {kwargs['name']!r}")
+        calls = [
+            ([*pair, *(_entry(value, pair) for value in args)], {key: _entry(kwargs[key], pair) for key in kwargs})
+            for pair in pairs
+        ]
         with nn.atomic([submodule for submodule, _ in pairs]), keep_ties():
-            for pair in pairs:
-                own_args = [_entry(value, pair) for value in args]
-                own_kwargs = {key: _entry(value, pair) for key, value in kwargs.items()}
-                function(*pair, *own_args, **own_kwargs)
+            for own_args, own_kwargs in calls:
+                function(*own_args, **own_kwargs)
         return [submodule for submodule, _ in pairs]
 
     return wrapper

@@ -278,7 +278,7 @@ def load_state_dict(model: Module, state_dict: Mapping[str, Any], strict: bool =
                 adopt(module, name)
         for prefix, module in model.named_modules(remove_duplicate=False):
             _fit(module, f"{prefix}." if prefix else "", state)
-        before = {(m, n): getattr(m, f"{n}_mask").clone() for m in modules for n in nn.masked_names(m)}
+        before = _masks_of(modules)
         keys = model.load_state_dict(state, strict=strict, assign=assign)
         for (module, name), old_mask in before.items():
             mask = getattr(module, f"{name}_mask")
@@ -288,6 +288,11 @@ def load_state_dict(model: Module, state_dict: Mapping[str, Any], strict: bool =
                 replace_hook(module, name, round_from_mask(name, mask))
             refresh(module, name)
     return keys
+
+
+def _masks_of(modules: list[Module]) -> dict[tuple[Module, str], Tensor]:
+    """Copies of the masks."""
+    return {(m, name): getattr(m, f"{name}_mask").clone() for m in modules for name in nn.masked_names(m)}
 
 
 def _fit(module: Module, prefix: str, state: dict[str, Any]) -> None:

@@ -50,6 +50,12 @@ def problems() -> list[Problem]:
         except RuntimeError:  # a kernel larger than its input
             options["padding"] = tuple(3 * k for k in kernel)
         found.append(Problem("conv2d", (2, C, *size), weight, options))
+    # 3 x 3 that keeps the size: rows of one vector to four, and one more column.
+    heights, factors = itertools.cycle((1, 2, 3, 4, 5, 7, 14)), itertools.cycle((1, 1, 2))
+    for width in (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 25, 31, 32, 33, 48, 49, 63, 64, 65):
+        C = next(channels)
+        options = {"padding": 1, "groups": C}
+        found.append(Problem("conv2d", (3, C, next(heights), width), (C * next(factors), 1, 3, 3), options))
     return [
         *found,
         # Whole tiles of 14 rows and of 14 positions; planes that are read in the order of memory.
@@ -63,6 +69,7 @@ def problems() -> list[Problem]:
         Problem("conv1d", (4, 70), (12, 1, 9), {"padding": 20, "stride": 3, "dilation": 2, "groups": 4}),
         Problem("conv_transpose2d", (2, 5, 6, 7), (5, 1, 3, 3), {"stride": 2, "output_padding": 1, "groups": 5}),
         Problem("conv_transpose2d", (2, 18, 7, 5), (18, 1, 4, 3), {"padding": 1, "groups": 18}),
+        Problem("conv_transpose2d", (2, 5, 6, 20), (5, 1, 3, 3), {"padding": 1, "groups": 5}),
         Problem("conv_transpose1d", (2, 6, 9), (6, 1, 4), {"stride": 3, "padding": 2, "groups": 6}),
     ]
 
@@ -71,10 +78,10 @@ PROBLEMS = problems()
 
 
 def poison_scratch() -> None:
-    """Leave NaN in what the kernels keep from call to call."""
+    """Leave sums in what the kernels keep from call to call; no NaN, which would have torch compute grad_weight."""
     for memory_format in (torch.contiguous_format, torch.channels_last):
-        x = torch.full((1, 40, 20, 20), float("nan")).contiguous(memory_format=memory_format)
-        w = torch.full((40, 1, 7, 7), float("nan"))
+        x = torch.full((1, 40, 20, 20), 7.0).contiguous(memory_format=memory_format)
+        w = torch.full((40, 1, 7, 7), 7.0)
         numbers = ([1, 1], [3, 3], [1, 1], False, [0, 0], 40)
         with running_on("fused"):
             _ops.convolution(x, w, torch.ones_like(w), None, *numbers)
@@ -93,6 +100,22 @@ def test_exact_on_integers(layout: str, capability: str) -> None:
             poison_scratch()
         with running_on("fused", capability), poisoned():
             check_against_dense(problem, x, w, mask, bias)
+
+
+@every_capability
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_grad_weight_is_written_whole(kernel: int, capability: str) -> None:
+    """Into memory that holds numbers: of NaN, torch would compute it."""
+    x, grad = integers(2, 17, 9, 18), integers(2, 17, 9, 18)
+    mask = mask_of("most", 17, 1, kernel, kernel)
+    numbers = ([1, 1], [kernel // 2] * 2, [1, 1], False, [0, 0], 17)
+    with running_on("copy"):
+        expected = _ops.convolution_grad_weight(grad, x, mask, *numbers)
+    with running_on("fused", capability):
+        for _ in range(5):
+            freed = [torch.full(mask.shape, 7.0) for _ in range(8)]
+            del freed
+            assert_exact(_ops.convolution_grad_weight(grad, x, mask, *numbers), expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -195,7 +218,8 @@ def test_choice() -> None:
     assert chosen((32, 1, 3, 3), 32) == chosen((32, 1, 3, 3), 32, True) == chosen((64, 1, 3, 3), 32) == usual
     assert chosen((32, 1, 5, 5), 32, True, 112) == chosen((64, 1, 3, 3), 32, False, 7) == usual
     assert chosen((32, 2, 3, 3), 16) == chosen((64, 1, 3, 3), 32, True) == "copy"
-    assert chosen((32, 1, 3, 3), 32, True, 112) == chosen((32, 1, 3, 3), 32, False, 7) == "copy"
+    assert chosen((32, 1, 3, 3), 32, False, 7) == chosen((32, 1, 3, 3), 32, True, 112) == usual
+    assert chosen((32, 1, 5, 5), 32, False, 7) == "copy"
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

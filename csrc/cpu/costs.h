@@ -218,12 +218,12 @@ struct ConvCost {
   }
 };
 
-// Sparse is taken when it is expected to need less than this share of the dense operation: the model's error is about
-// that large, and not to be slower than dense is a promise.
-inline constexpr double kConvMargin = 0.85;
-// How much more sparse ones cost with vectors of four floats, as the sums of linear layers do (kFloatCostsPortable),
-// where torch may have wider ones.
-inline constexpr double kPortableConvCost = 4;
+// With more weights than this, between the densities that were measured, sparse is taken when it is expected to need
+// less than this share of the others: 512 -> 512 on 14 x 14 at 90% was expected to need 0.9 of dense, and needed 1.2.
+inline constexpr double kMostDensity = 0.6, kMostMargin = 0.75;
+// How much more sparse ones cost with vectors of four floats, where torch's, held to SSE4.1, take 4.2 times as long as
+// with AVX-512: on 27 layers 2.4 to 3.7 times from 80% on, and 4.2 to 5.6 times at 50%. In units of torch's costs.
+inline constexpr double kPortableConvCost = 1.2;
 
 // Convolutions without their pruned channels: the block of channels that torch's kernels round up to, nanoseconds for
 // an element moved on one thread, and for the calls; and the share of the dense operation below which it is taken.
@@ -239,26 +239,19 @@ inline constexpr double k16BitConvSpeedup = 2.5, kHalfConvSpeedup = 1.0 / 20;
 inline constexpr int64_t kConvertedBytes = int64_t{16} << 20;
 inline constexpr double kConvertCost = 0.1, kConvertCall = 5e3;
 
+// Contiguous images of one tap that the sparse kernels and the masked GEMM both take as they lie: the share of
+// remaining weights below which sparse is faster. At 0.7, five layers of 28 x 28 and 56 x 56 need 0.93 to 1.07 of the
+// GEMM's time in forward, 0.94 to 1.04 in grad_input and 0.78 to 1.08 in grad_weight; at 0.5, 256 -> 64 channels of 56
+// x 56 need 0.75, 0.68 and 0.8.
+inline constexpr double kSparsePlaneDensity = 0.65;
+
 // Depthwise convolutions: where their own kernels are taken, by the times of torch's over theirs, batch 8, forward,
-// grad_input and grad_weight. Contiguous: 144 channels of 56 x 56 2.9, 3.8, 4.1; 512 of 14 x 14 1.7, 2.0, 1.4; 960 of
-// 7 x 7, whose vectors are half empty, 1.0, 1.3, 0.95; 240 of 28 x 28, 5 x 5 and stride 2, 0.9, 0.9, 10. Channels last:
-// 1.0, 1.2, 1.0; 1.2, 1.15, 0.97; 1.4, 2.2, 1.0 and 1.3, 1.0, 8.7. While others use the memory, torch is ahead where
-// the images are large (144 of 56 x 56: 0.7, 0.8, 0.5).
-inline constexpr int64_t kSmallKernel = 9, kLeastWidth = 8, kLargeImages = int64_t{1} << 21;
-
-// Convolutions of one tap by the masked GEMM, channels last: how many weights there are for each element of the images
-// (input and output together), from which on it is taken. Batch 8 at 50%, against torch's over the plain weight,
-// forward and step: 1.09 and 1.16 at 1.04 (512 -> 2048 on 7 x 7), 0.91 and 0.99 at 0.61 (960 -> 320 on 7 x 7; the copy
-// path 0.92 and 0.89), 0.93 and 0.93 at 0.13 (256 -> 1024 on 14 x 14; as the copy path), 0.85 and 0.7 at 0.002.
-// Sparse is taken instead when it is expected to need less than this share of it: at 50% it was expected to need 0.73
-// to 0.9, and needed 0.9 to 1.25.
-inline constexpr double kFusedWeights = 0.3, kFusedMargin = 0.7;
-
-// Contiguous images: positions from which on the masked GEMM over planes is taken, and nanoseconds a multiply-add: 512
-// -> 512 on 56 x 56 needs 0.0085, 256 -> 64 0.0099. Where sparse kernels take planes as they lie, too, these are taken
-// below a share of remaining weights: at 0.7, five layers of 28 x 28 and 56 x 56 need 0.93 to 1.07 of the GEMM's time
-// in forward, 0.94 to 1.04 in grad_input and 0.78 to 1.08 in grad_weight; at 0.5, 256 -> 64 needs 0.75, 0.68 and 0.8.
-inline constexpr double kFusedPlane = 784, kPlaneCost = 0.009, kSparsePlaneDensity = 0.65;
+// grad_input and grad_weight. Contiguous, 3 x 3 that keeps the size: 144 channels of 56 x 56 4.1, 4.7, 4.8; 512 of 14 x
+// 14 2.9, 3.1, 2.3; 960 of 7 x 7 2.2, 2.5, 1.4, of 2 x 2 1.8, 1.8, 17, of one position 0.9, 0.8, 9. Others: 144 of 56 x
+// 56, stride 2, 2.0, 1.8, 1.9; 240 of 28 x 28, 5 x 5 and stride 2, 0.9, 0.9, 10. Channels last, in the same order: 1.0,
+// 1.2, 1.0; 1.2, 1.15, 0.97; 1.4, 2.2, 1.0 and 1.3, 1.0, 8.7; over masking, then torch's, in batches of 1, 8 and 32 of
+// the first two 1.0 to 2.2 but for grad_weight.
+inline constexpr int64_t kSmallKernel = 9, kLeastWidth = 8;
 
 // [kernel of one tap, of more, grouped][NCHW, channels last][forward, grad_input, grad_weight]
 inline constexpr ConvCost kDenseConvCosts[3][2][3] = {
@@ -266,57 +259,94 @@ inline constexpr ConvCost kDenseConvCosts[3][2][3] = {
     {
         // one tap
         {
-            {6.6e+03, 0, 0.00796, 0.294, 0, 0, 0.385},  // forward
-            {6.37e+03, 0, 0.0082, 0.362, 0, 0, 0.378},  // grad_input
-            {0, 0, 0.00789, 0.577, 0, 0, 0.421},        // grad_weight
+            {4.09e+04, 0, 0.00952, 0.153, 0, 0, 0.18},   // forward
+            {3.13e+04, 0, 0.00926, 0.364, 0, 0, 0.244},  // grad_input
+            {2.66e+04, 0, 0.0101, 0.432, 0, 0, 0.162},   // grad_weight
         },
         {
-            {1.58e+04, 0, 0.00815, 0.615, 0, 0, 0.0656},  // forward
-            {1.68e+04, 0, 0.00808, 0.291, 0, 0, 0.0967},  // grad_input
-            {1.47e+04, 0, 0.00946, 0.604, 0, 0, 0.0687},  // grad_weight
+            {2.06e+04, 0, 0.0084, 0.518, 0, 0, 0.0561},   // forward
+            {1.54e+04, 0, 0.00832, 0.373, 0, 0, 0.0837},  // grad_input
+            {0, 0, 0.00937, 0.644, 0, 0, 0.169},          // grad_weight
         },
     },
     {
         // more taps
         {
-            {0, 0, 0.00818, 0.531, 0, 0, 0.506},  // forward
-            {0, 0, 0.00698, 0.587, 0, 0, 1.46},   // grad_input
-            {0, 0, 0.00846, 0.627, 0, 0, 0.567},  // grad_weight
+            {0, 0, 0.00859, 0.444, 0, 0, 0.381},  // forward
+            {0, 0, 0.0075, 0.878, 0, 0, 1.01},    // grad_input
+            {0, 0, 0.00853, 0.768, 0, 0, 0.557},  // grad_weight
         },
         {
-            {0, 0, 0.0073, 0.505, 0, 0, 0.291},   // forward
-            {0, 0, 0.00683, 0.444, 0, 0, 0.698},  // grad_input
-            {0, 0, 0.00784, 1.15, 0, 0, 0.494},   // grad_weight
+            {0, 0, 0.00751, 0.568, 0, 0, 0.248},  // forward
+            {0, 0, 0.00754, 0.599, 0, 0, 0.325},  // grad_input
+            {0, 0, 0.00832, 1.12, 0, 0, 0.534},   // grad_weight
         },
     },
     {
         // grouped
         {
-            {0, 0, 0.0767, 11.6, 0, 0, 0},  // forward
-            {0, 0, 0.0884, 10.3, 0, 0, 0},  // grad_input
-            {0, 0, 0.074, 10.7, 0, 0, 0},   // grad_weight
+            {0, 0, 0.106, 0, 0, 0, 0},    // forward
+            {0, 0, 0.123, 0, 0, 0, 0},    // grad_input
+            {0, 0, 0.11, 2.17, 0, 0, 0},  // grad_weight
         },
         {
-            {0, 0, 0.0388, 10.9, 0, 0, 0},  // forward
-            {0, 0, 0.0409, 9.91, 0, 0, 0},  // grad_input
-            {0, 0, 0.0389, 8.37, 0, 0, 0},  // grad_weight
+            {0, 0, 0.0476, 12.1, 0, 0, 0},  // forward
+            {0, 0, 0.0542, 10.1, 0, 0, 0},  // grad_input
+            {0, 0, 0.0473, 8.65, 0, 0, 0},  // grad_weight
         },
     },
     // dense convolution: end
 };
 
-// [NCHW, channels last][forward, grad_input, grad_weight]
-inline constexpr ConvCost kSparseConvCosts[2][3] = {
-    // sparse convolution: begin
+// Convolutions of one tap by the masked GEMM, [NCHW, channels last][forward, grad_input, grad_weight]. NCHW, it
+// computes whole vectors of a plane. Channels last, it is considered where there are so many weights for each element
+// of the images, input and output together: below, torch is ahead by up to three times.
+inline constexpr double kFusedWeights = 0.3;
+// On AVX2, where torch's take 1.8 times as long, contiguous ones take 1.9, and up to 2.5: 256 -> 64 on 56 x 56 1.3
+// times as fast as torch, 512 -> 512 on 28 x 28 0.85, 256 -> 1024 on 14 x 14 0.87 and 0.7.
+inline constexpr double kAvx2FusedConvCost = 1.3;
+inline constexpr ConvCost kFusedConvCosts[2][3] = {
+    // fused convolution: begin
     {
-        {0, 0.0104, 0, 0.228, 0.00311, 0.129, 0.0825},  // forward
-        {0, 0.0124, 0, 0.217, 0.512, 0.0639, 0.111},    // grad_input
-        {0, 0.014, 0, 0.236, 0.169, 0.1, 0.102},        // grad_weight
+        {0, 0, 0.00846, 0.287, 0, 0, 0.0913},  // forward
+        {0, 0, 0.00847, 0.638, 0, 0, 0.0978},  // grad_input
+        {0, 0, 0.00983, 0.458, 0, 0, 0.0944},  // grad_weight
     },
     {
-        {0, 0.0103, 0, 0.214, 0.133, 0.0387, 0.177},  // forward
-        {0, 0.0112, 0, 0.174, 0.846, 0.0375, 0.178},  // grad_input
-        {0, 0.014, 0, 0.21, 0.381, 0.0239, 0.166},    // grad_weight
+        {1.21e+04, 0, 0.0091, 0.0499, 0, 0, 0.0448},  // forward
+        {0, 0, 0.00787, 0.0523, 0, 0, 0.288},         // grad_input
+        {0, 0, 0.00826, 0.0557, 0, 0, 0.259},         // grad_weight
+    },
+    // fused convolution: end
+};
+
+// [this density or more, less][NCHW, channels last][forward, grad_input, grad_weight]
+inline constexpr double kFullDensity = 0.25;
+inline constexpr ConvCost kSparseConvCosts[2][2][3] = {
+    // sparse convolution: begin
+    {
+        {
+            {1.3e+04, 0.00906, 0, 0.367, 0, 0.131, 0.0635},      // forward
+            {8.29e+03, 0.011, 0, 0.804, 0.133, 0.0788, 0.0951},  // grad_input
+            {1.04e+04, 0.013, 0, 0.622, 0, 0.156, 0.0388},       // grad_weight
+        },
+        {
+            {0, 0.00959, 0, 0.43, 0, 0.0525, 0.159},     // forward
+            {0, 0.0107, 0, 0.871, 0.27, 0.0772, 0.139},  // grad_input
+            {0, 0.0131, 0, 0.956, 0, 0.117, 0.143},      // grad_weight
+        },
+    },
+    {
+        {
+            {1.16e+04, 0.0226, 0, 0.247, 0, 0.163, 0.0605},      // forward
+            {7.83e+03, 0.0185, 0, 0.238, 0.668, 0.0586, 0.152},  // grad_input
+            {0, 0.0302, 0, 0.341, 0.138, 0.135, 0.0835},         // grad_weight
+        },
+        {
+            {0, 0.0137, 0, 0.219, 0, 0.0764, 0.184},    // forward
+            {0, 0.0138, 0, 0.26, 0.024, 0.0486, 0.19},  // grad_input
+            {0, 0.0193, 0, 0.231, 0, 0.0869, 0.15},     // grad_weight
+        },
     },
     // sparse convolution: end
 };

@@ -12,10 +12,25 @@ constexpr int kRunTaps = 3;
 // The first n bits.
 constexpr uint32_t first_bits(int n) { return (1u << n) - 1; }
 
-// sums[i] += weights[t] * (the vector i + t steps from `from`), where bit i + t says that there is one
-template <int R, int T, typename Load>
-MASKED_OPS_INLINE void multiply_run(const float* from, int64_t step, uint32_t inside, const Load& load,
-                                    const Vec (&weights)[T], Vec (&sums)[R]) {
+// Neighbouring results are taken in tiles: whole ones, then one of half the size, and so on. Few sizes: each is a
+// kernel.
+MASKED_OPS_INLINE int64_t tile_of(int64_t left) {
+  int64_t size = tuning::kDepthwiseTile;
+  while (size > left) size /= 2;
+  return size;
+}
+// body(Int<size>()) for the size of a tile.
+template <int N = tuning::kDepthwiseTile, typename Body>
+MASKED_OPS_INLINE void with_tile(int64_t size, const Body& body) {
+  if constexpr (N > 1) {
+    if (size < N) return with_tile<N / 2>(size, body);
+  }
+  body(Int<N>());
+}
+
+// add(i, t, the vector i + t steps from `from`) for i < R and t < T, where bit i + t says that there is one.
+template <int R, int T, typename Load, typename Add>
+MASKED_OPS_INLINE void for_run(const float* from, int64_t step, uint32_t inside, const Load& load, const Add& add) {
   const auto rows = [&](uint32_t bits) __attribute__((always_inline)) {
     const float* p = from;
     const int64_t floats = opaque(step);
@@ -25,15 +40,22 @@ MASKED_OPS_INLINE void multiply_run(const float* from, int64_t step, uint32_t in
       const Vec v = load(p);
       MASKED_OPS_UNROLL
       for (int t = 0; t < T; ++t) {
-        if (r - t >= 0 && r - t < R) sums[r - t] = fmadd(v, weights[t], sums[r - t]);
+        if (r - t >= 0 && r - t < R) add(r - t, t, v);
       }
     }
   };
   (~inside & first_bits(R + T - 1)) == 0 ? rows(~0u) : rows(inside);
 }
 
-// sums[t] += results[i] * (the vector i + t steps from `from`), where bit i + t says that there is one, summed over i.
-// sums are pitch floats apart.
+// sums[i] += weights[t] * the vector that it reads
+template <int R, int T, typename Load>
+MASKED_OPS_INLINE void multiply_run(const float* from, int64_t step, uint32_t inside, const Load& load,
+                                    const Vec (&weights)[T], Vec (&sums)[R]) {
+  for_run<R, T>(from, step, inside, load,
+                [&](int i, int t, Vec v) __attribute__((always_inline)) { sums[i] = fmadd(v, weights[t], sums[i]); });
+}
+
+// sums[t] += results[i] * the vector that it reads, summed over i; sums are pitch floats apart.
 template <int R, int T, typename Load>
 MASKED_OPS_INLINE void correlate_run(const float* from, int64_t step, uint32_t inside, const Load& load,
                                      const Vec (&results)[R], float* sums, int64_t pitch) {
@@ -43,20 +65,9 @@ MASKED_OPS_INLINE void correlate_run(const float* from, int64_t step, uint32_t i
     acc[0][t] = Vec::load(sums + t * pitch);
     acc[1][t] = Vec::zero();
   }
-  const auto rows = [&](uint32_t bits) __attribute__((always_inline)) {
-    const float* p = from;
-    const int64_t floats = opaque(step);
-    MASKED_OPS_UNROLL
-    for (int r = 0; r < R + T - 1; ++r, p += floats) {
-      if (!(bits >> r & 1)) continue;
-      const Vec v = load(p);
-      MASKED_OPS_UNROLL
-      for (int t = 0; t < T; ++t) {
-        if (r - t >= 0 && r - t < R) acc[(r - t) % 2][t] = fmadd(v, results[r - t], acc[(r - t) % 2][t]);
-      }
-    }
-  };
-  (~inside & first_bits(R + T - 1)) == 0 ? rows(~0u) : rows(inside);
+  for_run<R, T>(from, step, inside, load, [&](int i, int t, Vec v) __attribute__((always_inline)) {
+    acc[i % 2][t] = fmadd(v, results[i], acc[i % 2][t]);
+  });
   MASKED_OPS_UNROLL
   for (int t = 0; t < T; ++t) (acc[0][t] + acc[1][t]).store(sums + t * pitch);
 }

@@ -39,7 +39,6 @@ struct Grids {
   int64_t pitch;          // of the table
   int64_t remainders[2];  // of rows and columns
   Axis rows[kMaxStride], columns[kMaxStride];
-  int64_t tiles[kMaxStride];           // positions of a tile
   const uint32_t* inside[kMaxStride];  // [tile][tap]
 
   Grids(const Convolution& c, bool transposed) : channels(c.in_channels), kernel_width(c.kernel[2]) {
@@ -52,14 +51,12 @@ struct Grids {
       }
     }
     for (int64_t i = 0; i < remainders[1]; ++i) {
-      const int64_t count = columns[i].count;
-      tiles[i] = ceil_div(count, ceil_div(count, kDepthwiseTile));
-      bits += ceil_div(count, tiles[i]) * columns[i].taps;
+      for (int64_t left = columns[i].count; left > 0; left -= tile_of(left)) bits += columns[i].taps;
     }
     uint32_t* to = static_cast<uint32_t*>(scratch(Slot::kPlaces, size_t(bits) * sizeof(uint32_t)));
     for (int64_t i = 0; i < remainders[1]; ++i) {
       inside[i] = to;
-      for (int64_t first = 0; first < columns[i].count; first += tiles[i]) {
+      for (int64_t first = 0; first < columns[i].count; first += tile_of(columns[i].count - first)) {
         for (int64_t t = 0; t < columns[i].taps; ++t) *to++ = inside_of(columns[i], first, t);
       }
     }
@@ -76,10 +73,12 @@ struct Grids {
     tile.source = source;
     tile.step = x.step * channels;
     tile.weight_step = (x.shift_step < 0 ? -x.tap_period : x.tap_period) * pitch;
-    for (int64_t position = 0; position < x.count; position += tiles[column]) {
-      with_int<kDepthwiseTile>(min(tiles[column], x.count - position), [&](auto R) { body(tile, R, position); });
+    for (int64_t position = 0; position < x.count;) {
+      const int64_t positions = tile_of(x.count - position);
+      with_tile(positions, [&](auto R) { body(tile, R, position); });
       tile.inside += x.taps;
-      tile.source += tiles[column] * tile.step;
+      tile.source += positions * tile.step;
+      position += positions;
     }
   }
 

@@ -12,7 +12,6 @@ namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
 namespace {
 
 constexpr int L = Vec::kLanes;
-using tuning::kDepthwiseTile;
 
 // Taps below each other; the weights of the pruned ones are 0.
 struct Run {
@@ -72,9 +71,8 @@ struct Window {
   Plane plane;
   int64_t kernel[2], dilation[2];
   bool turned, is_large;
-  // Rows of results in a tile; for each tile and row of the kernel, which of the source's rows that follow each other
-  // (a stride apart) are inside; for each vector of a row and column of the kernel, which of its elements are.
-  int64_t tile;
+  // For each tile of rows of results and row of the kernel, which of the source's rows that follow each other (a stride
+  // apart) are inside; for each vector of a row and column of the kernel, which of its elements are.
   const uint32_t* rows;
   const uint64_t* lanes;
 
@@ -82,13 +80,15 @@ struct Window {
       : plane(plane), kernel{c.kernel[1], c.kernel[2]}, dilation{c.dilation[1], c.dilation[2]}, turned(turned) {
     is_large = c.batch * c.in_channels * plane.source_floats() >= tuning::kManyFloats;
     const int64_t height = plane.result[0], width = plane.result[1];
-    tile = ceil_div(height, ceil_div(height, kDepthwiseTile));
-    const int64_t row_count = ceil_div(height, tile) * kernel[0], lane_count = ceil_div(width, L) * kernel[1];
+    int64_t row_count = 0;
+    for (int64_t left = height; left > 0; left -= tile_of(left)) row_count += kernel[0];
+    const int64_t lane_count = ceil_div(width, L) * kernel[1];
     const size_t bytes = size_t(lane_count) * sizeof(uint64_t) + size_t(row_count) * sizeof(uint32_t);
     uint64_t* const to_lanes = static_cast<uint64_t*>(scratch(Slot::kTable, bytes));
     uint32_t* const to_rows = reinterpret_cast<uint32_t*>(to_lanes + lane_count);
-    for (int64_t i = 0; i < row_count; ++i) {
-      to_rows[i] = inside(i / kernel[0] * tile, i % kernel[0], 0, plane.stride[0]);
+    uint32_t* to = to_rows;
+    for (int64_t first = 0; first < height; first += tile_of(height - first)) {
+      for (int64_t tap = 0; tap < kernel[0]; ++tap) *to++ = uint32_t(inside(first, tap, 0, plane.stride[0]));
     }
     for (int64_t i = 0; i < lane_count; ++i) {
       // Of a stride of 2, whole vectors are loaded.
@@ -109,7 +109,7 @@ struct Window {
   // The taps of a channel in runs, those without any that is left apart; returns how many. How long a run is depends
   // on its place alone: what a processor can foresee. Without weights, their places alone.
   int64_t list_runs(const uint64_t* bits, const float* weight, Run* runs) const {
-    const int64_t longest = plane.stride[0] == 1 && dilation[0] == 1 ? kRunTaps : 1;
+    const int64_t longest = plane.stride[0] == 1 && plane.stride[1] == 1 && dilation[0] == 1 ? kRunTaps : 1;
     Run* run = runs;
     for (int64_t x = 0; x < kernel[1]; ++x) {
       for (int64_t y = 0; y < kernel[0]; y += longest) {
@@ -161,19 +161,28 @@ MASKED_OPS_INLINE void with_stride(int64_t stride, const Body& body) {
   }
 }
 
+// body(Int<taps>()) for a run's.
+template <int kStride, typename Body>
+MASKED_OPS_INLINE void with_taps(int64_t taps, const Body& body) {
+  if constexpr (kStride == 1) {
+    with_int<kRunTaps>(taps, body);
+  } else {
+    body(Int<1>());
+  }
+}
+
 // What is read some time later: planes follow each other.
 constexpr int64_t kAhead = tuning::kStreamAhead / int64_t{sizeof(float)};
 
-// R rows of results, a tile, which begin with the bias, or, if that is null, with what they are.
+// R rows of results, a tile from row y on, which begin with the bias, or, if that is null, with what they are.
 template <int R, int kStride>
-__attribute__((noinline)) void multiply_rows(const Window& window, int64_t tile, const float* source, const Run* runs,
-                                             const Run* end, const float* bias, float* to) {
+__attribute__((noinline)) void multiply_rows(const Window& window, const uint32_t* rows, int64_t y, const float* source,
+                                             const Run* runs, const Run* end, const float* bias, float* to) {
   const Plane& plane = window.plane;
   const int64_t width = plane.result[1], step = plane.stride[0] * plane.source[1];
-  const uint32_t* const rows = window.rows + tile * window.kernel[0];
   const uint64_t* lanes = window.lanes;
-  source += tile * window.tile * step;
-  to += tile * window.tile * width;
+  source += y * step;
+  to += y * width;
   for (int64_t left = width; left > 0; left -= L) {
     if (window.is_large) prefetch_rows<R>(source + kAhead, step);
     Vec sums[R];
@@ -192,7 +201,7 @@ __attribute__((noinline)) void multiply_rows(const Window& window, int64_t tile,
         for (int t = 0; t < kTaps; ++t) weights[t] = Vec::set1(run->weights[t]);
         multiply_run(source + run->offset, step, rows[run->y], load, weights, sums);
       };
-      with_int<kRunTaps>(run->taps, multiply);
+      with_taps<kStride>(run->taps, multiply);
     }
     store_rows(sums, left, to, width);
     source += L * plane.stride[1];
@@ -201,13 +210,14 @@ __attribute__((noinline)) void multiply_rows(const Window& window, int64_t tile,
   }
 }
 
-// body(tile, Int<rows>(), Int<stride>()) for each tile.
+// body(which rows are inside, the first, Int<rows>(), Int<stride>()) for each tile.
 template <typename Body>
 MASKED_OPS_INLINE void for_tiles(const Window& window, const Body& body) {
+  const int64_t height = window.plane.result[0];
   with_stride(window.plane.stride[1], [&](auto stride) {
-    int64_t tile = 0;
-    for (int64_t left = window.plane.result[0]; left > 0; left -= window.tile, ++tile) {
-      with_int<kDepthwiseTile>(min(window.tile, left), [&](auto R) { body(tile, R, stride); });
+    const uint32_t* rows = window.rows;
+    for (int64_t y = 0; y < height; y += tile_of(height - y), rows += window.kernel[0]) {
+      with_tile(tile_of(height - y), [&](auto R) { body(rows, y, R, stride); });
     }
   });
 }
@@ -264,24 +274,24 @@ void multiply(const Team& team, const Convolution& c, const Plane& plane, bool t
         }
         float* const to = results + (image * channels + channel) * plane.result_floats();
         const Run *const first_run = runs + i * kernel, *const end = first_run + counts[i];
-        for_tiles(window, [&](int64_t tile, auto R, auto stride) {
-          multiply_rows<decltype(R)::value, decltype(stride)::value>(window, tile, from, first_run, end, begin, to);
+        for_tiles(window, [&](const uint32_t* rows, int64_t y, auto R, auto stride) {
+          multiply_rows<decltype(R)::value, decltype(stride)::value>(window, rows, y, from, first_run, end, begin, to);
         });
       }
     }
   });
 }
 
-// totals[run][tap][lane] += products of R rows of grad_output and what the taps read for them.
+// totals[run][tap][lane] += products of R rows of grad_output, from row y on, and what the taps read for them.
 template <int R, int kStride>
-__attribute__((noinline)) void correlate_rows(const Window& window, int64_t tile, const float* source, const Run* runs,
-                                              const Run* end, const float* grad_output, float* totals) {
+__attribute__((noinline)) void correlate_rows(const Window& window, const uint32_t* rows, int64_t y,
+                                              const float* source, const Run* runs, const Run* end,
+                                              const float* grad_output, float* totals) {
   const Plane& plane = window.plane;
   const int64_t width = plane.result[1], step = plane.stride[0] * plane.source[1];
-  const uint32_t* const rows = window.rows + tile * window.kernel[0];
   const uint64_t* lanes = window.lanes;
-  source += tile * window.tile * step;
-  grad_output += tile * window.tile * width;
+  source += y * step;
+  grad_output += y * width;
   for (int64_t left = width; left > 0; left -= L) {
     // Beyond the results both are zero.
     const Vec::Predicate wanted = Vec::first(left);
@@ -298,7 +308,7 @@ __attribute__((noinline)) void correlate_rows(const Window& window, int64_t tile
       const auto correlate = [&](auto T) __attribute__((always_inline)) {
         correlate_run<R, decltype(T)::value>(source + run->offset, step, rows[run->y], load, results, sums, L);
       };
-      with_int<kRunTaps>(run->taps, correlate);
+      with_taps<kStride>(run->taps, correlate);
     }
     source += L * plane.stride[1];
     lanes += window.kernel[1];
@@ -311,6 +321,7 @@ __attribute__((noinline)) void correlate_rows(const Window& window, int64_t tile
 void depthwise(const Team& team, const Convolution& c, const float* weight, Bits bits, Images<const float> input,
                const float* bias, float* output) {
   if (input.channels_last) return depthwise_last(team, c, weight, bits, input.data, bias, output);
+  if (is_3x3(c)) return depthwise_3x3(team, c, /*turned=*/false, weight, bits, input.data, bias, output);
   multiply(team, c, forward_plane(c), /*turned=*/false, weight, bits, input.data, bias, output);
 }
 
@@ -318,6 +329,9 @@ void depthwise_grad_input(const Team& team, const Convolution& c, const float* w
                           Images<const float> grad_output, const float* bias, float* grad_input) {
   if (grad_output.channels_last) {
     return depthwise_last_grad_input(team, c, weight, bits, grad_output.data, bias, grad_input);
+  }
+  if (is_3x3(c) && c.out_channels == c.in_channels) {
+    return depthwise_3x3(team, c, /*turned=*/true, weight, bits, grad_output.data, bias, grad_input);
   }
   multiply(team, c, backward_plane(c), /*turned=*/true, weight, bits, grad_output.data, bias, grad_input);
 }
@@ -327,6 +341,7 @@ void depthwise_grad_weight(const Team& team, const Convolution& c, Bits bits, Im
   if (grad_output.channels_last) {
     return depthwise_last_grad_weight(team, c, bits, grad_output.data, input, grad_weight);
   }
+  if (is_3x3(c)) return depthwise_3x3_grad_weight(team, c, bits, grad_output.data, input, grad_weight);
   const Plane plane = forward_plane(c);
   const Window window(plane, c, /*turned=*/false);
   const int64_t factor = c.out_channels / c.in_channels, kernel = taps_of(c);
@@ -348,9 +363,9 @@ void depthwise_grad_weight(const Team& team, const Convolution& c, Bits bits, Im
         const float* const x = input + (image * c.in_channels + channel / factor) * plane.source_floats();
         const float* const g = grad_output.data + (image * c.out_channels + channel) * plane.result_floats();
         const Run* const of_channel = runs + i * kernel;
-        for_tiles(window, [&](int64_t tile, auto R, auto stride) {
+        for_tiles(window, [&](const uint32_t* rows, int64_t y, auto R, auto stride) {
           correlate_rows<decltype(R)::value, decltype(stride)::value>(
-              window, tile, x, of_channel, of_channel + counts[i], g, totals + i * kernel * kRunTaps * L);
+              window, rows, y, x, of_channel, of_channel + counts[i], g, totals + i * kernel * kRunTaps * L);
         });
       }
     }

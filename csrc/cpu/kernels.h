@@ -82,6 +82,13 @@ void depthwise_grad_input(const Team&, const Convolution&, const float* weight, 
                           const float* bias, float* grad_input);
 void depthwise_grad_weight(const Team&, const Convolution&, Bits, Images<const float> grad_output, const float* input,
                            float* grad_weight);
+// depthwise_3x3.cpp. What it serves of them: the gradient with respect to the input is the product with the taps turned
+// round.
+bool is_3x3(const Convolution&);
+void depthwise_3x3(const Team&, const Convolution&, bool turned, const float* weight, Bits, const float* source,
+                   const float* bias, float* results);
+void depthwise_3x3_grad_weight(const Team&, const Convolution&, Bits, const float* grad_output, const float* input,
+                               float* grad_weight);
 // depthwise_last.cpp. The same where the images have their channels last.
 void depthwise_last(const Team&, const Convolution&, const float* weight, Bits, const float* input, const float* bias,
                     float* output);

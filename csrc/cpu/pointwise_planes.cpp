@@ -202,7 +202,7 @@ constexpr int kDotRows = 4;
 #if defined(__AVX512F__)
 constexpr int kDotColumns = 6;
 #else
-constexpr int kDotColumns = 2;
+constexpr int kDotColumns = 3;
 #endif
 
 // Planes of positions of some images, from a channel on.
@@ -223,14 +223,27 @@ MASKED_OPS_INLINE void dot_planes(const Chunk& chunk, int64_t positions, Planes 
   }
   const int64_t pitch = opaque(positions);
   const auto add = [&](const float* g, const float* v, const auto& load) __attribute__((always_inline)) {
-    Vec rows[I];
-    MASKED_OPS_UNROLL
-    for (int i = 0; i < I; ++i) rows[i] = load(g + i * pitch);
-    MASKED_OPS_UNROLL
-    for (int j = 0; j < J; ++j) {
-      const Vec column = load(v + j * pitch);
+    // The fewer stay in registers.
+    if constexpr (I < J) {
+      Vec rows[I];
       MASKED_OPS_UNROLL
-      for (int i = 0; i < I; ++i) sums[j][i] = fmadd(rows[i], column, sums[j][i]);
+      for (int i = 0; i < I; ++i) rows[i] = load(g + i * pitch);
+      MASKED_OPS_UNROLL
+      for (int j = 0; j < J; ++j) {
+        const Vec column = load(v + j * pitch);
+        MASKED_OPS_UNROLL
+        for (int i = 0; i < I; ++i) sums[j][i] = fmadd(rows[i], column, sums[j][i]);
+      }
+    } else {
+      Vec columns[J];
+      MASKED_OPS_UNROLL
+      for (int j = 0; j < J; ++j) columns[j] = load(v + j * pitch);
+      MASKED_OPS_UNROLL
+      for (int i = 0; i < I; ++i) {
+        const Vec row = load(g + i * pitch);
+        MASKED_OPS_UNROLL
+        for (int j = 0; j < J; ++j) sums[j][i] = fmadd(row, columns[j], sums[j][i]);
+      }
     }
   };
   const auto load_all = [](const float* p) __attribute__((always_inline)) { return Vec::loadu(p); };

@@ -149,6 +149,13 @@ struct Vec {
 MASKED_OPS_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 MASKED_OPS_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 MASKED_OPS_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+// The last lane of a vector, then the others of the one that follows it; the other lanes, then the first of the next.
+MASKED_OPS_INLINE Vec shift_up(Vec previous, Vec v) {
+  return {_mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(v.v), _mm512_castps_si512(previous.v), 15))};
+}
+MASKED_OPS_INLINE Vec shift_down(Vec v, Vec next) {
+  return {_mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(next.v), _mm512_castps_si512(v.v), 1))};
+}
 
 // Rows become columns: unpack pairs, then quads, then 128-bit lanes twice.
 MASKED_OPS_INLINE void transpose(Vec (&r)[16]) {
@@ -283,6 +290,14 @@ struct Vec {
 MASKED_OPS_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 MASKED_OPS_INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 MASKED_OPS_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+MASKED_OPS_INLINE Vec shift_up(Vec previous, Vec v) {
+  const __m256 middle = _mm256_permute2f128_ps(previous.v, v.v, 0x21);
+  return {_mm256_castsi256_ps(_mm256_alignr_epi8(_mm256_castps_si256(v.v), _mm256_castps_si256(middle), 12))};
+}
+MASKED_OPS_INLINE Vec shift_down(Vec v, Vec next) {
+  const __m256 middle = _mm256_permute2f128_ps(v.v, next.v, 0x21);
+  return {_mm256_castsi256_ps(_mm256_alignr_epi8(_mm256_castps_si256(middle), _mm256_castps_si256(v.v), 4))};
+}
 
 MASKED_OPS_INLINE void transpose(Vec (&r)[8]) {
   __m256 t[8], q[8];
@@ -392,6 +407,8 @@ struct Vec {
 MASKED_OPS_INLINE Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
 MASKED_OPS_INLINE Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
 MASKED_OPS_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+MASKED_OPS_INLINE Vec shift_up(Vec previous, Vec v) { return {Vec::Floats{previous.v[3], v.v[0], v.v[1], v.v[2]}}; }
+MASKED_OPS_INLINE Vec shift_down(Vec v, Vec next) { return {Vec::Floats{v.v[1], v.v[2], v.v[3], next.v[0]}}; }
 
 MASKED_OPS_INLINE void transpose(Vec (&r)[4]) {
   const Vec a = r[0], b = r[1], c = r[2], d = r[3];
