@@ -266,6 +266,14 @@ bool may_fuse(const ConvolutionCosts& costs, bool channels_last, const at::Tenso
   return channels_last ? costs.weights >= cpu::kFusedWeights * costs.images : weight.scalar_type() == at::kFloat;
 }
 
+// Whether the sparse kernels are faster than the masked GEMM over contiguous images of one tap: where these lie as both
+// take them without packing (conv_planes.cpp), with the vectors that it was measured with.
+bool beats_fused_planes(const cpu::Convolution& c, double density) {
+  const int64_t plane = c.output[0] * c.output[1] * c.output[2], lanes = cpu::kernels().lanes;
+  const bool by_planes = plane % (7 * lanes) == 0 || plane % (8 * lanes) == 0;
+  return lanes == 16 && by_planes && density < cpu::kSparsePlaneDensity;
+}
+
 // Whether the depthwise kernels are as fast as torch's.
 bool prefers_depthwise(Pass pass, const cpu::Convolution& c, bool channels_last) {
   const bool several = c.out_channels != c.in_channels;  // results of a channel
@@ -339,9 +347,13 @@ Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool chan
       }
     }
     if (!no_sparse && pattern->nnz() < pattern->rows() * pattern->cols()) {
+      const char* const reason = "sparse convolution: few weights remain";
       const double margin = pattern->density() > cpu::kMostDensity ? cpu::kMostMargin : 1;
-      consider(Path::kSparse, costs.of_sparse(double(pattern->nnz()), threads) / margin,
-               "sparse convolution: few weights remain");
+      if (choice.path == Path::kFused && !channels_last && beats_fused_planes(*geometry, pattern->density())) {
+        choice = {Path::kSparse, reason};
+      } else {
+        consider(Path::kSparse, costs.of_sparse(double(pattern->nnz()), threads) / margin, reason);
+      }
     }
   }
   return obey(packed ? "packed convolution" : "convolution", {nullptr, no_fused, no_compact, no_sparse}, choice);

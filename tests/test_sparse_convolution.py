@@ -369,6 +369,15 @@ def test_planes_that_are_not_aligned(capability: str) -> None:
             assert_exact(_ops.convolution_grad_weight(dy, x, mask, *geometry), exact_w)
 
 
+@every_capability
+@pytest.mark.parametrize("channels", [(3, 200), (200, 3)])
+def test_results_that_go_past_the_caches(capability: str, channels: tuple[int, int]) -> None:
+    """26 MB of them, of forward or grad_input."""
+    into, out = channels
+    with running_on("sparse", capability), poisoned():
+        check(conv((1, into, 128, 256), (out, into, 1, 1)), 0.4, layout=0, bias=True)
+
+
 def test_unusual_layouts_of_the_operands() -> None:
     mask, geometry = torch.rand(6, 4, 3, 2) < 0.4, ([1, 2], [1, 1], [1, 1], False, [0, 0], 1)
     w = integers(6, 4, 3, 2)

@@ -23,7 +23,7 @@ struct Team {
 };
 
 // Memory that is reused from call to call: one block per thread and slot, aligned to a page, growing only.
-enum class Slot { kPanelA, kPanelB, kAccumulator, kValues, kPlaces, kMorePlaces, kLines, kTable, kCount };
+enum class Slot { kPanelA, kPanelB, kAccumulator, kValues, kPlaces, kMorePlaces, kPieces, kTable, kCount };
 void* scratch(Slot slot, size_t bytes);  // contents undefined; throws std::bad_alloc
 void release_scratch();                  // of the calling thread
 

@@ -5,7 +5,7 @@
 #include "conv_tasks.h"
 #include "im2col.h"
 #include "kernels.h"
-#include "line_list.h"
+#include "piece_list.h"
 
 namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
 namespace {
@@ -48,7 +48,7 @@ struct Columns {
 
 // Adds the lines of a strip's pixels in some channels of images that it is stored to, or that lie like those.
 template <typename T>
-void add_lines(LineList& list, const Strip& strip, const Memory<T>& in, int64_t channel, int64_t channels) {
+void add_lines(PieceList& list, const Strip& strip, const Memory<T>& in, int64_t channel, int64_t channels) {
   constexpr int64_t kFloats = Ahead::kFloats;
   int64_t offsets[Strip::kMostLines];
   const int64_t count = strip.lines(in, offsets);
@@ -86,7 +86,7 @@ struct Multiplication {
       for (int64_t panel = panels.first; panel < panels.last; ++panel) {
         starts.set_others(index, panel, strip.vectors(), width, c + (index.row_of(panel) - row) * width);
       }
-      LineList lines(index.rows);
+      PieceList lines;
       columns.for_blocks([&](int64_t block, int64_t begin, int64_t end) {
         const int64_t segments = segments_of(index, block, panels);
         if (segments == 0) return;
@@ -99,7 +99,7 @@ struct Multiplication {
                     min(columns.blocks.columns, left));
         }
         if (fetches_output && last) add_lines(lines, strip, to, row, rows);
-        Ahead ahead = lines.over(segments, x);
+        Ahead ahead = lines.over(segments);
         for (int64_t panel = panels.first; panel < panels.last; ++panel) {
           const int64_t tile = panel * index.blocks + block;
           const float* const v = values_of(index, values, tile);

@@ -8,7 +8,7 @@
 #include "conv_geometry.h"
 #include "conv_tasks.h"
 #include "kernels.h"
-#include "line_list.h"
+#include "piece_list.h"
 
 namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
 namespace {
@@ -33,10 +33,10 @@ struct Planes {
   int64_t offset(int64_t strip, int64_t group) const {
     return (strip / strips() * channels + group * of_group()) * pixels + strip % strips() * width();
   }
-  // Adds the lines of a strip's pixels in so many channels.
-  void add_lines(LineList& list, const float* from, int64_t of_channels) const {
-    static constexpr int64_t kOffsets[] = {0, 16, 32, 48, 64, 80, 96, 112};
-    list.add(from, kOffsets, ceil_div(width(), Ahead::kFloats), pixels, of_channels);
+  // Adds a strip's pixels in so many channels, a piece each.
+  void add_pieces(PieceList& list, const float* from, int64_t of_channels) const {
+    static constexpr int64_t kOffset = 0;
+    list.add(from, &kOffset, 1, pixels, of_channels);
   }
 };
 
@@ -45,23 +45,23 @@ struct Planes {
 template <typename Body>
 void for_blocks(const SparseIndex& index, const Planes& planes, const Planes& product, const float* x,
                 const float* next, const float* next_product, Span panels, const Body& body) {
-  LineList lines(index.rows);
+  PieceList pieces;
   const int64_t rows = rows_of(index, panels);
   for (int64_t block = 0; block < index.blocks; ++block) {
     const int64_t segments = segments_of(index, block, panels), after = (block + 1) * index.block_cols;
     if (segments == 0) continue;
     const bool more = after < planes.of_group();
-    lines.clear();
+    pieces.clear();
     if (more || next) {
-      planes.add_lines(lines, more ? x + after * planes.pixels : next,
-                       min(index.block_cols, planes.of_group() - (more ? after : 0)));
+      planes.add_pieces(pieces, more ? x + after * planes.pixels : next,
+                        min(index.block_cols, planes.of_group() - (more ? after : 0)));
     }
-    if (next) {  // a share of the rows with each block
+    if (next_product) {  // a share of the rows with each block
       const int64_t first = rows * block / index.blocks, last = rows * (block + 1) / index.blocks;
-      product.add_lines(lines, next_product + first * product.pixels, last - first);
+      product.add_pieces(pieces, next_product + first * product.pixels, last - first);
     }
     const float* const of_block = x + block * index.block_cols * planes.pixels;
-    body(block, of_block, lines.over(segments, of_block));
+    body(block, of_block, pieces.over(segments));
   }
 }
 
@@ -81,6 +81,8 @@ void planes_spmm(const Team& team, const Convolution& c, const SparseIndex& inde
   const float* const ordered = in_order(team, index, values);
   const Starts starts(index, {0, index.blocks}, bias);
   const int64_t plane = to.pixels;
+  const int64_t results = c.batch * to.channels * plane;
+  const bool streams = index.blocks == 1 && results * int64_t{sizeof(float)} >= tuning::kStreamedBytes;
   const auto multiply = [&](int64_t strip, bool last, int64_t group, Span panels) {
     float* const y = output + to.offset(strip, 0);
     const auto y_of = [&](int64_t panel) { return y + index.row_of(panel) * plane; };
@@ -89,12 +91,13 @@ void planes_spmm(const Team& team, const Convolution& c, const SparseIndex& inde
     }
     const float* const x = input + from.offset(strip, group);
     const float* const next = last ? nullptr : input + from.offset(strip + 1, group);
-    const float* const next_y = last ? nullptr : output + to.offset(strip + 1, 0) + index.row_of(panels.first) * plane;
+    const float* const next_y =
+        last || streams ? nullptr : output + to.offset(strip + 1, 0) + index.row_of(panels.first) * plane;
     for_blocks(index, from, to, x, next, next_y, panels, [&](int64_t block, const float* of_block, Ahead ahead) {
       for (int64_t panel = panels.first; panel < panels.last; ++panel) {
         const int64_t tile = panel * index.blocks + block;
         multiply_planes(index, tile, to.vectors, values_of(index, ordered, tile), of_block, plane,
-                        {y_of(panel), starts.of(index, panel, block)}, ahead);
+                        {y_of(panel), starts.of(index, panel, block), streams}, ahead);
         ahead.skip(segments_of(index, block, {panel, panel + 1}));
       }
     });
@@ -104,6 +107,7 @@ void planes_spmm(const Team& team, const Convolution& c, const SparseIndex& inde
       for_groups(index, all_panels,
                  [&](int64_t group, Span panels) { multiply(s, s + 1 == strips.last, group, panels); });
     }
+    if (streams) end_streams();
   });
 }
 

@@ -118,11 +118,18 @@ class LinePacker {
       Vector& v = in_order[vector];
       if (v.count == 0) v.first = pieces;
       for (int64_t i = 0; i < count; i += each_lane ? 1 : count) {
-        const uint32_t bits = ((1u << (each_lane ? 1 : count)) - 1) << (lane + i);
-        pieces_[pieces++] = {offset + i * step - (lane + i) * step_, step_ == 2 ? spread(bits) : bits};
-        ++v.count;
+        uint32_t bits = ((1u << (each_lane ? 1 : count)) - 1) << (lane + i);
+        if (step_ == 2) bits = spread(bits);
+        const int64_t of_lane_0 = offset + i * step - (lane + i) * step_;
+        if (v.count > 0 && pieces_[pieces - 1].offset == of_lane_0) {  // a row that follows the one before in memory
+          pieces_[pieces - 1].lanes |= bits;
+        } else {
+          pieces_[pieces++] = {of_lane_0, bits};
+          ++v.count;
+        }
       }
-      v.kind = step_ == 1 && count == L ? kWhole : Kind(min(v.count, int32_t{kMany}));
+      const bool whole = step_ == 1 && v.count == 1 && pieces_[v.first].lanes == (1u << L) - 1;
+      v.kind = whole ? kWhole : Kind(min(v.count, int32_t{kMany}));
     });
     // By kind.
     int64_t of_kind[kKinds] = {};
@@ -176,6 +183,9 @@ class LinePacker {
       return Vec::gather(Vec::Predicate(p.lanes), x + p.offset, step);
     };
     const int64_t ahead = ahead_;
+    const auto fetch = [=](Piece p, const float* x) __attribute__((always_inline)) {
+      if constexpr (kStep == 1) prefetch(x + p.offset + __builtin_ctz(p.lanes) + ahead);
+    };
     for (int64_t c = 0; c < channels; ++c, in += source_.channel, out += packed_.channel) {
       clear(out);
       for_vectors(kWhole, [=, this](Vector v) __attribute__((always_inline)) {
@@ -187,11 +197,18 @@ class LinePacker {
       });
       for_vectors(kOne, [=, this](Vector v) __attribute__((always_inline)) {
         const Piece p = pieces_[v.first];
-        for_rows(v, in, out, [=](const float* x) __attribute__((always_inline)) { return load(p, x); });
+        for_rows(v, in, out, [=](const float* x) __attribute__((always_inline)) {
+          fetch(p, x);
+          return load(p, x);
+        });
       });
       for_vectors(kTwo, [=, this](Vector v) __attribute__((always_inline)) {
         const Piece p = pieces_[v.first], q = pieces_[v.first + 1];
-        for_rows(v, in, out, [=](const float* x) __attribute__((always_inline)) { return load(p, x) + load(q, x); });
+        for_rows(v, in, out, [=](const float* x) __attribute__((always_inline)) {
+          fetch(p, x);
+          fetch(q, x);
+          return load(p, x) + load(q, x);
+        });
       });
       for_vectors(kMany, [=, this](Vector v) __attribute__((always_inline)) {
         const Piece* const pieces = pieces_ + v.first;

@@ -49,7 +49,7 @@ __attribute__((noinline)) void dots(const Run& run, const uint8_t* columns, cons
   columns += first;
   Ahead ahead = o.ahead;
   ahead.skip(at - o.segments);
-  if (first > 0) ahead.due = 0;
+  if (first > 0) ahead.share = 0;
   uint64_t words[kWords];
   MASKED_OPS_UNROLL
   for (int w = 0; w < kWords; ++w) words[w] = load_ahead(columns + 8 * w);
@@ -60,7 +60,7 @@ __attribute__((noinline)) void dots(const Run& run, const uint8_t* columns, cons
     const float* const row = o.dy + next.row * o.dy_row;
     float* const to = results + next.value;
     next = at[s + 1];
-    if (kLayout == Layout::kPlanes) ahead.prefetch_at(s);
+    if (kLayout == Layout::kPlanes) ahead.prefetch_at<x.kPiece>(s);
     Vec dy[NV];
     MASKED_OPS_UNROLL
     for (int j = 0; j < NV; ++j) dy[j] = Vec::load(j < 4 ? row + j * L : row + o.dy_upper + (j - 4) * L);
@@ -130,7 +130,7 @@ void sample_pitched(const SparseIndex& index, int64_t tile, int vectors, const O
 
 void sample_tile(const SparseIndex& index, int64_t tile, int vectors, const float* x, const float* dy, float* results,
                  bool accumulate, int64_t dy_tile) {
-  Operands o = operands(index, tile, x, 0, dy, (dy_tile ? 4 : vectors) * L, results, accumulate, {x});
+  Operands o = operands(index, tile, x, 0, dy, (dy_tile ? 4 : vectors) * L, results, accumulate, {});
   if (dy_tile) o.dy_upper = dy_tile;
   with_vectors(vectors, [&](auto nv) { sample<decltype(nv)::value, Layout::kPacked>(index, tile, o); });
 }
@@ -138,7 +138,7 @@ void sample_tile(const SparseIndex& index, int64_t tile, int vectors, const floa
 void sample_banded(const SparseIndex& index, int64_t tile, int vectors, const float* x, int64_t pitch, const float* dy,
                    float* results, bool accumulate) {
   sample_pitched<Layout::kBanded>(index, tile, vectors,
-                                  operands(index, tile, x, pitch, dy, vectors * L, results, accumulate, {x}));
+                                  operands(index, tile, x, pitch, dy, vectors * L, results, accumulate, {}));
 }
 
 void sample_planes(const SparseIndex& index, int64_t tile, int vectors, const float* x, int64_t pitch, const float* dy,

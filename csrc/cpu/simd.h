@@ -112,6 +112,7 @@ struct Vec {
     return {_mm512_mask_i32gather_ps(_mm512_setzero_ps(), m, _mm512_mullo_epi32(lanes, _mm512_set1_epi32(step)), p, 4)};
   }
   MASKED_OPS_INLINE void store(float* p) const { _mm512_store_ps(p, v); }
+  MASKED_OPS_INLINE void stream(float* p) const { _mm512_stream_ps(p, v); }
   MASKED_OPS_INLINE void storeu(float* p) const { _mm512_storeu_ps(p, v); }
   MASKED_OPS_INLINE void storeu(Predicate m, float* p) const { _mm512_mask_storeu_ps(p, m, v); }
   MASKED_OPS_INLINE void store_halves(float* low, float* high) const {
@@ -274,6 +275,7 @@ struct Vec {
     return {_mm256_mask_i32gather_ps(_mm256_setzero_ps(), p, at, _mm256_castsi256_ps(m.lanes), 4)};
   }
   MASKED_OPS_INLINE void store(float* p) const { _mm256_store_ps(p, v); }
+  MASKED_OPS_INLINE void stream(float* p) const { _mm256_stream_ps(p, v); }
   MASKED_OPS_INLINE void storeu(float* p) const { _mm256_storeu_ps(p, v); }
   MASKED_OPS_INLINE void storeu(Predicate m, float* p) const { _mm256_maskstore_ps(p, m.lanes, v); }
   MASKED_OPS_INLINE void store_halves(float* low, float* high) const {
@@ -395,6 +397,7 @@ struct Vec {
     return {Floats{m & 1 ? p[0] : 0, m & 2 ? p[s] : 0, m & 4 ? p[2 * s] : 0, m & 8 ? p[3 * s] : 0}};
   }
   MASKED_OPS_INLINE void store(float* p) const { storeu(p); }
+  MASKED_OPS_INLINE void stream(float* p) const { storeu(p); }
   MASKED_OPS_INLINE void storeu(float* p) const { *reinterpret_cast<LooseFloats*>(p) = v; }
   MASKED_OPS_INLINE void storeu(Predicate m, float* p) const {
     for (int i = 0; i < 4; ++i) {
@@ -457,6 +460,13 @@ MASKED_OPS_INLINE Vec sum_quads(Vec a, Vec b, Vec c, Vec d) {
 MASKED_OPS_INLINE Vec sum_across_quads(const Vec (&q)[1]) { return q[0]; }
 
 #endif
+
+// After the last stream of a task, whose stores go past the caches and may come late.
+MASKED_OPS_INLINE void end_streams() {
+#if defined(__AVX512F__) || defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
 
 MASKED_OPS_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 MASKED_OPS_INLINE void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }

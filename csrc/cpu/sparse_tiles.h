@@ -59,6 +59,8 @@ struct InputBlock {
   MASKED_OPS_INLINE Vec load(const float* column, int j) const {
     return Vec::load(column + j * (kLayout == Layout::kBanded ? pitch : L));
   }
+  // What Ahead's pieces hold: a row of planes, else a line.
+  static constexpr int kPiece = kLayout == Layout::kPlanes ? NV * L : 1;
   // From a row of the product to the next.
   MASKED_OPS_INLINE int64_t row_pitch() const { return kLayout == Layout::kPlanes ? pitch : NV * L; }
 };
@@ -163,28 +165,38 @@ void start_from_bias(const T* bias, int64_t rows, int64_t lanes, float* c) {
   }
 }
 
-// What is brought into L2 while a tile is computed: with each segment a line of what is read next, and as many as are
-// due of a list of lines.
+// What is brought into L2 while a tile is computed: with each segment a line of what is read next, if there is such,
+// and its share of a list of pieces of lines.
 struct Ahead {
   static constexpr int64_t kFloats = 16;  // of a line
-  const float* from;
-  const float* const* lines = nullptr;
-  int64_t due = 0;
+  static constexpr int kFraction = 20;    // bits
+  const float* from = nullptr;
+  const float* const* pieces = nullptr;
+  int64_t share = 0, at = 0;  // fixed-point numbers of pieces: a segment's, and of those before the first
 
+  // kFloatsOfPiece from each piece on.
+  template <int kFloatsOfPiece>
   MASKED_OPS_INLINE void prefetch_at(int64_t s) const {
-    prefetch_l2(from + s * kFloats);
-    for (int64_t i = 0; i < due; ++i) prefetch_l2(lines[s * due + i]);
+    if (from) prefetch_l2(from + s * kFloats);
+    const int64_t first = at + s * share;
+    for (int64_t i = first >> kFraction; i < (first + share) >> kFraction; ++i) {
+      const float* const piece = pieces[i];
+      MASKED_OPS_UNROLL
+      for (int64_t j = 0; j < kFloatsOfPiece; j += kFloats) prefetch_l2(piece + j);
+    }
   }
   MASKED_OPS_INLINE void skip(int64_t segments) {
-    from += segments * kFloats;
-    lines += segments * due;
+    if (from) from += segments * kFloats;
+    at += segments * share;
   }
 };
 
-// Where a tile's products are added, [row][lanes]; or, with a start of each row, where there is nothing yet.
+// Where a tile's products are added, [row][lanes]; or, with a start of each row, where there is nothing yet. Streamed,
+// which planes with a start can be, they go past the caches.
 struct Target {
   float* c;
   const float* start = nullptr;
+  bool streams = false;
 };
 
 // spmm.cpp: adds a tile of the index times its block of input, of 1, 2, 4 or 8 vectors. The segments' values count from

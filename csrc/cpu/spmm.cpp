@@ -34,7 +34,8 @@ struct Operands {
   int64_t pitch;
   float* c;            // the panel's [row][lanes]
   const float* start;  // of each of the panel's rows, if nothing is in c
-  Ahead ahead;         // from the first segment on
+  bool streams;
+  Ahead ahead;  // from the first segment on
 
   MASKED_OPS_INLINE Ahead ahead_of(const Segment* at) const {
     Ahead result = ahead;
@@ -85,21 +86,23 @@ struct Sums {
   }
 
   // To what is there, or to start, which is to be there.
-  MASKED_OPS_INLINE void add_to(float* c, const float* start) const {
-    const auto store = [&](auto before) __attribute__((always_inline)) {
+  MASKED_OPS_INLINE void add_to(float* c, const float* start, bool streams) const {
+    const auto store = [&](auto before, auto streamed) __attribute__((always_inline)) {
       MASKED_OPS_UNROLL
       for (int j = 0; j < NV; ++j) {
         Vec total = sum[0][j];
         MASKED_OPS_UNROLL
         for (int s = 1; s < kSets<NV>; ++s) total = total + sum[s][j];
-        (total + before(j)).store(c + j * L);
+        total = total + before(j);
+        streamed.value ? total.stream(c + j * L) : total.store(c + j * L);
       }
     };
     if (start) {
       const Vec value = Vec::set1(*start);
-      store([&](int) __attribute__((always_inline)) { return value; });
+      const auto before = [&](int) __attribute__((always_inline)) { return value; };
+      streams ? store(before, Int<1>()) : store(before, Int<0>());
     } else {
-      store([&](int j) __attribute__((always_inline)) { return Vec::load(c + j * L); });
+      store([&](int j) __attribute__((always_inline)) { return Vec::load(c + j * L); }, Int<0>());
     }
   }
 };
@@ -121,7 +124,7 @@ __attribute__((noinline)) void short_run(int64_t segments, const uint8_t* column
     const float* const v = o.values + next.value;
     next = at[s + 1];
     columns += N;
-    ahead.prefetch_at(s);
+    ahead.prefetch_at<x.kPiece>(s);
     MASKED_OPS_UNROLL
     for (int i = 0; i < N; i += 16) prefetch_l2(v + N + i + 12);
     Sums<NV> sums;
@@ -135,7 +138,7 @@ __attribute__((noinline)) void short_run(int64_t segments, const uint8_t* column
         sums.template add<N % 8, kLayout>(word, v + 8 * w, x);
       }
     }
-    sums.add_to(o.c + row * x.row_pitch(), o.start ? o.start + row : nullptr);
+    sums.add_to(o.c + row * x.row_pitch(), o.start ? o.start + row : nullptr, kLayout == Layout::kPlanes && o.streams);
   }
 }
 
@@ -152,7 +155,7 @@ __attribute__((noinline)) void long_run(int64_t segments, int count, const uint8
     const uint32_t row = next.row;
     const float* v = o.values + next.value;
     next = at[s + 1];
-    ahead.prefetch_at(s);
+    ahead.prefetch_at<x.kPiece>(s);
     Sums<NV> sums;
     for (int i = 0; i < count / 8; ++i) {
       const uint64_t now = word;
@@ -166,7 +169,7 @@ __attribute__((noinline)) void long_run(int64_t segments, int count, const uint8
       word = load_ahead(columns += kRest);
       sums.template add<kRest, kLayout>(now, v, x);
     }
-    sums.add_to(o.c + row * x.row_pitch(), o.start ? o.start + row : nullptr);
+    sums.add_to(o.c + row * x.row_pitch(), o.start ? o.start + row : nullptr, kLayout == Layout::kPlanes && o.streams);
   }
 }
 
@@ -186,7 +189,7 @@ __attribute__((noinline)) void block_run(int64_t blocks, int count, const uint8_
     MASKED_OPS_UNROLL
     for (int r = 0; r < kRows; ++r) {
       v[r] = o.values + at[b * kRows + r].value;
-      if (J == 0) ahead.prefetch_at(b * kRows + r);
+      if (J == 0) ahead.prefetch_at<x.kPiece>(b * kRows + r);
       MASKED_OPS_UNROLL
       for (int j = 0; j < N; ++j) {
         sum[r][j] = o.start ? Vec::set1(o.start[first + r]) : Vec::load(c + r * x.row_pitch() + j * L);
@@ -286,7 +289,7 @@ void multiply(const SparseIndex& index, int64_t tile, const Operands& o) {
 
 void multiply_tile(const SparseIndex& index, int64_t tile, int vectors, const float* values, const float* x, Target to,
                    Ahead ahead) {
-  const Operands o = {index.segments + index.tiles[tile].segment, values, x, 0, to.c, to.start, ahead};
+  const Operands o = {index.segments + index.tiles[tile].segment, values, x, 0, to.c, to.start, to.streams, ahead};
   with_vectors(vectors, [&](auto nv) { multiply<decltype(nv)::value, Layout::kPacked>(index, tile, o); });
 }
 
@@ -295,7 +298,7 @@ namespace {
 template <Layout kLayout>
 void multiply_pitched(const SparseIndex& index, int64_t tile, int vectors, const float* values, const float* x,
                       int64_t pitch, Target to, Ahead ahead) {
-  const Operands o = {index.segments + index.tiles[tile].segment, values, x, pitch, to.c, to.start, ahead};
+  const Operands o = {index.segments + index.tiles[tile].segment, values, x, pitch, to.c, to.start, to.streams, ahead};
   vectors == 7 ? multiply<7, kLayout>(index, tile, o) : multiply<8, kLayout>(index, tile, o);
 }
 

@@ -124,6 +124,11 @@ constexpr int64_t kConvPanelRows = 128;
 // Channels last at 90%: 256 -> 64 channels of 56 x 56 (6 products) 1.52 to 0.97 ms, 64 -> 256 1.33 to 0.93; 1024 -> 256
 // of 14 x 14 (26) 0.40 to 0.43, 512 -> 2048 of 7 x 7 (51) 0.38 to 0.41.
 constexpr int64_t kFewProducts = 16;
+// Bytes of results, each computed in one go, from which on they go past the caches: more than L3 keeps for their
+// reader. 64 -> 256 channels of 56 x 56 at 90%, whose operands are in no cache, in brackets with a pass over the
+// results (ms): batch 8 (26 MB) 0.80 to 0.60 (1.50 to 1.37), batch 16 1.66 to 1.22 (3.1 to 2.7); batch 4 0.42 to 0.31
+// (0.67 to 0.71).
+constexpr int64_t kStreamedBytes = int64_t{24} << 20;
 // The tasks a thread that strips are made into.
 constexpr int64_t kStripTasks = 8;
 // The most that partial results of grad_weight take, all threads together.
