@@ -83,11 +83,9 @@ void correlate_floats(const cpu::Convolution& c, const Pattern& pattern, const a
 // Images of 16 bits pass through the kernels as floats, some at a time: a whole one at least.
 class Chunks {
  public:
-  Chunks(const cpu::Convolution& c, const at::Tensor& one, const at::Tensor& other) : geometry_(c) {
+  Chunks(const cpu::Convolution& c, const at::Tensor& one, const at::Tensor& other) : all_(c) {
     const int64_t bytes = (one.numel() + other.numel()) / c.batch * int64_t{sizeof(float)};
-    geometry_.batch = std::clamp<int64_t>(cpu::kConvertedBytes / std::max<int64_t>(bytes, 1), 1, c.batch);
-    chunk_ = geometry_.batch;
-    batch_ = c.batch;
+    chunk_ = std::clamp<int64_t>(cpu::kConvertedBytes / std::max<int64_t>(bytes, 1), 1, c.batch);
   }
   // Space for the images of a chunk, in the layout of all.
   at::Tensor buffer(const at::Tensor& images) const {
@@ -98,16 +96,16 @@ class Chunks {
   // body(geometry, part): part(images) are those of the chunk.
   template <typename Body>
   void for_each(const Body& body) const {
-    cpu::Convolution c = geometry_;
-    for (int64_t first = 0; first < batch_; first += chunk_) {
-      c.batch = std::min(chunk_, batch_ - first);
+    cpu::Convolution c = all_;
+    for (int64_t first = 0; first < all_.batch; first += chunk_) {
+      c.batch = std::min(chunk_, all_.batch - first);
       body(c, [&, first](const at::Tensor& images) { return images.narrow(0, first, c.batch); });
     }
   }
 
  private:
-  cpu::Convolution geometry_;
-  int64_t chunk_, batch_;
+  const cpu::Convolution& all_;
+  int64_t chunk_;
 };
 
 }  // namespace
