@@ -5,9 +5,10 @@
     python bench/gpu_suite.py --phase profile     --budget-s 360 --json bench/results/gpu-profile.json
     python bench/gpu_suite.py --phase timing --dry      # every case at a tiny size on the CPU
 
-The kernels are built first. Then each case runs in a process of its own with a time limit; what it found is in the
-JSON file at once, and a short table comes last. MASKED_OPS_CUDA=1 is set: kernels that no GPU has confirmed are used.
-What is expected stands in bench/results/gpu-predictions.md, written before the first run.
+The kernels are built first. Then each case runs in a process of its own with a time limit (those of the correctness
+phase --jobs at a time); what it found is in the JSON file at once, and a short table comes last. MASKED_OPS_CUDA=1 is
+set: kernels that no GPU has confirmed are used. What is expected stands in bench/results/gpu-predictions.md, written
+before the first run.
 
 Contenders of the timings: hook (multiply by the mask, then dense: torch.nn.utils.prune), dense, copy (torch's own
 operations mask), mask_copy, gemm_sm90 and gemm_sm80 where they serve, and packed (decode, or unpack and multiply).
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -678,7 +680,8 @@ def main() -> int:
     parser.add_argument("--phase", choices=["correctness", "timing", "profile"], default="correctness")
     parser.add_argument("--budget-s", type=float, default=420, help="end within this time (default: %(default)s)")
     parser.add_argument("--dry", action="store_true", help="tiny sizes; runs without a GPU")
-    parser.add_argument("--only", help="cases whose name holds this")
+    parser.add_argument("--only", metavar="NAMES", help="cases whose name holds one of these, separated by commas")
+    parser.add_argument("--jobs", type=int, default=4, help="cases that run at once, where nothing is timed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="what was found so far is there after each case")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -697,17 +700,22 @@ def main() -> int:
         print("CUDA kernels:", _ops._module.cuda_reason() or "built", flush=True)
     about = {**machine(), **device_facts(), "phase": args.phase, "dry": args.dry}
     print(f"built and loaded in {time.perf_counter() - started:.0f} s", flush=True)
+    wanted = (args.only or "").split(",")
+    chosen = [c for c in cases if c.phase == args.phase and any(name in c.name for name in wanted)]
     rows: list[Row] = []
-    chosen = [c for c in cases if c.phase == args.phase and (not args.only or args.only in c.name)]
-    for case in chosen:
+
+    def one(case: Case) -> list[Row]:
         left = end - time.perf_counter() - 2
         if left < 5:
-            rows.append({"name": case.name, "failed": "not run: the time was up"})
-            continue
-        rows += run_in_a_process(case, min(case.seconds, left), args.dry)
-        print(f"{case.name}: {rows[-1].get('seconds', 0)} s", flush=True)
-        if args.json:
-            write_json(args.json, "gpu_suite", about, rows)
+            return [{"name": case.name, "failed": "not run: the time was up"}]
+        return run_in_a_process(case, min(case.seconds, left), args.dry)
+
+    with ThreadPoolExecutor(args.jobs if args.phase == "correctness" else 1) as pool:
+        for case, found in zip(chosen, pool.map(one, chosen), strict=True):
+            rows += found
+            print(f"{case.name}: {rows[-1].get('seconds', 0)} s", flush=True)
+            if args.json:
+                write_json(args.json, "gpu_suite", about, rows)
     print(short(rows), flush=True)
     return int(any("failed" in row or row.get("ok") is False for row in rows))
 

@@ -1,8 +1,8 @@
 // A linear layer on few rows of input, out of the remaining weights: M <= 8 here, more rows in decode_mma.cu.
 //
-// Eight lanes take a row of the weight, four remaining weights a lane and step, and look the input up in shared memory,
-// where the M values of a column lie together. A warp takes four rows and every kSplits-th segment of them; what the
-// warps of a block have of the same rows is summed at the end, always in the same order.
+// Eight lanes take a row of the weight, eight remaining weights a lane and step, and look the input up in shared
+// memory, where the M values of a column lie together. A warp takes four rows, or some neighbouring segments of them;
+// what the warps of a block have of the same rows is summed at the end, always in the same order.
 #include "decode.h"
 
 #include "ptx.h"
@@ -42,58 +42,62 @@ MASKED_OPS_DEVICE void stage_input(Column<Storage, kM>* to, const Storage* input
   }
 }
 
+// What a lane has of its row: the remaining weights of some neighbouring segments, kPerLane at a time, of which the
+// next kAhead are on their way.
 template <int kDtype, int kM>
 struct Gather {
   using V = Value<kDtype>;
   using Storage = typename V::Storage;
   static constexpr int64_t kStaged = tuning::kGatherInputBytes / (kM * sizeof(Storage)) / kSegment;  // segments
+  static constexpr int kPerLane = 8, kAhead = kM * sizeof(Storage) < 16 ? tuning::kGatherAhead : 1,
+                       kStep = kPerLane * kLanes;
 
   const Decode& decode;
-  const Storage* values;
   int64_t segments, row;
   int lane;  // of the row
-  float sums[kM];
+  float sums[kM] = {};
+  uint32_t from = 0, to = 0, segment_end = 0;
+  const uint32_t* begins = nullptr;  // of the segment after
+  Group<kDtype, kPerLane> groups[kAhead];
 
-  // Where segment s of this row begins; past the end, where the last one ends.
-  MASKED_OPS_DEVICE uint32_t begin(int64_t s) const {
-    return row < decode.N ? decode.index.begins[row * segments + s] : 0;
+  MASKED_OPS_DEVICE Gather(const Decode& of, int64_t row, int lane)
+      : decode(of), segments(DecodeIndex::segments(of.K)), row(row), lane(lane) {}
+  MASKED_OPS_DEVICE uint32_t first_position() const { return from / kPerLane * kPerLane + lane * kPerLane; }
+  MASKED_OPS_DEVICE void load(Group<kDtype, kPerLane>& group, uint32_t position) const {
+    if (position < to) group.load(decode.values, decode.index, position, decode.nnz);
   }
-  MASKED_OPS_DEVICE void load(Group<Storage>& group, uint32_t position, uint32_t end) const {
-    if (position < end) group.load(values, decode.index, position, decode.nnz);
-  }
-  MASKED_OPS_DEVICE void add(const Group<Storage>& group, const Column<Storage, kM>* input, uint32_t position,
-                             uint32_t first, uint32_t end) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (position + i - first < end - first) {  // unsigned: not before first either
-        const Column<Storage, kM> column = input[group.column(i)];
-        const float value = V::widen(group.values.of[i]);
-#pragma unroll
-        for (int m = 0; m < kM; ++m) sums[m] += value * V::widen(column.of[m]);
-      }
+  // Segments first to last - 1.
+  MASKED_OPS_DEVICE void begin(int64_t first, int64_t last) {
+    from = to = 0;
+    if (row < decode.N && first < last) {
+      begins = decode.index.begins + row * segments + first + 1;
+      from = begins[-1], segment_end = begins[0], to = begins[last - first - 1];
     }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) load(groups[i], first_position() + i * kStep);
   }
-  // Segments first, first + step, ... below last; the next one's load is under way while one is added.
-  MASKED_OPS_DEVICE void take(const Column<Storage, kM>* staged, int64_t stage, int64_t first, int64_t last, int step) {
-    if (first >= last) return;
-    uint32_t from = begin(first), to = begin(first + 1);
-    uint32_t position = from / 4 * 4 + 4 * lane;
-    Group<Storage> group;
-    load(group, position, to);
-    for (int64_t s = first; s < last; s += step) {
-      uint32_t next_from = 0, next_to = 0;
-      if (s + step < last) next_from = begin(s + step), next_to = begin(s + step + 1);
-      const uint32_t next_position = next_from / 4 * 4 + 4 * lane;
-      Group<Storage> next;
-      load(next, next_position, next_to);
-      const Column<Storage, kM>* input = staged + (s - stage) * kSegment;
-      while (position < to) {
-        add(group, input, position, from, to);
-        position += 4 * kLanes;
-        load(group, position, to);
+  // input: of segment first.
+  MASKED_OPS_DEVICE void add(const Column<Storage, kM>* input) {
+    for (uint32_t position = first_position(); position < to;) {
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const Group<kDtype, kPerLane> group = groups[i];
+        load(groups[i], position + kAhead * kStep);
+#pragma unroll
+        for (int e = 0; e < kPerLane; ++e) {
+          if (position + e - from < to - from) {  // unsigned: not before from either
+            while (position + e >= segment_end) {
+              segment_end = *++begins;
+              input += kSegment;
+            }
+            const Column<Storage, kM> column = input[group.column(e)];
+            const float value = V::widen(group.value(e));
+#pragma unroll
+            for (int m = 0; m < kM; ++m) sums[m] += value * V::widen(column.of[m]);
+          }
+        }
+        position += kStep;
       }
-      group = next;
-      from = next_from, to = next_to, position = next_position;
     }
   }
 };
@@ -109,18 +113,15 @@ __global__ void __launch_bounds__(tuning::kGatherThreads, tuning::kGatherBlocks)
   const int group = warp % groups, split = warp / groups;
   const int64_t first_row = int64_t(blockIdx.x) * groups * kRows, first_m = int64_t(blockIdx.y) * kM;
   const Storage* input = static_cast<const Storage*>(decode.input) + first_m * decode.K;
-  G gather{decode,
-           static_cast<const Storage*>(decode.values),
-           DecodeIndex::segments(decode.K),
-           first_row + group * kRows + lane / kLanes,
-           lane % kLanes,
-           {}};
+  G gather(decode, first_row + group * kRows + lane / kLanes, lane % kLanes);
   for (int64_t stage = 0; stage < gather.segments; stage += G::kStaged) {
-    const int64_t last = stage + G::kStaged < gather.segments ? stage + G::kStaged : gather.segments;
+    const int64_t count = gather.segments - stage < G::kStaged ? gather.segments - stage : G::kStaged;
+    const int64_t first = count * split / splits, last = count * (split + 1) / splits;
+    gather.begin(stage + first, stage + last);
     __syncthreads();
-    stage_input<Storage, kM>(staged, input, decode.M - first_m, decode.K, stage * kSegment, last * kSegment);
+    stage_input<Storage, kM>(staged, input, decode.M - first_m, decode.K, stage * kSegment, (stage + count) * kSegment);
     __syncthreads();
-    gather.take(staged, stage, stage + split, last, splits);
+    gather.add(staged + first * kSegment);
   }
 #pragma unroll
   for (int m = 0; m < kM; ++m) {

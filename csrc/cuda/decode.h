@@ -1,4 +1,4 @@
-// What the two decode kernels share: the index of a mask, and reading four neighbouring remaining weights by it.
+// What the two decode kernels share: the index of a mask, and reading neighbouring remaining weights by it.
 //
 // The index cuts every row of weight[N][K] into segments of 256 columns. begins[n * segments + s] is where segment s of
 // row n begins among the values, which are in row-major order; columns[position] is the column within the segment.
@@ -44,35 +44,62 @@ struct Value {
   using Storage = uint16_t;
   MASKED_OPS_DEVICE static float widen(Storage x) { return to_float<kDtype == kBFloat16>(x); }
   MASKED_OPS_DEVICE static Storage round(float x) { return Storage(round_pair<kDtype == kBFloat16>(x, 0.f)); }
+  MASKED_OPS_DEVICE static uint32_t bits(Storage x) { return x; }
+  MASKED_OPS_DEVICE static Storage of_bits(uint32_t bits) { return Storage(bits); }
 };
 template <>
 struct Value<kFloat> {
   using Storage = float;
   MASKED_OPS_DEVICE static float widen(float x) { return x; }
   MASKED_OPS_DEVICE static float round(float x) { return x; }
+  MASKED_OPS_DEVICE static uint32_t bits(float x) { return __float_as_uint(x); }
+  MASKED_OPS_DEVICE static float of_bits(uint32_t bits) { return __uint_as_float(bits); }
 };
 
-// Positions [4 i, 4 i + 4) of the values and of their columns. They may reach into the neighbouring segments, for the
-// sake of one aligned load each; whoever uses them looks at has().
-template <typename Storage>
-struct alignas(4 * sizeof(Storage)) Four {
-  Storage of[4];
-};
-template <typename Storage>
+// Positions [kCount i, kCount i + kCount) of the values and of their columns. They may reach into the neighbouring
+// segments, for the sake of aligned loads; whoever uses them looks at that. Kept as they come, in few registers.
+template <int kDtype, int kCount>
 struct Group {
-  uint32_t columns;
-  Four<Storage> values;
+  using Storage = typename Value<kDtype>::Storage;
+  static constexpr int kColumnWords = kCount / 4, kValueWords = kCount * sizeof(Storage) / 4;
+  uint32_t columns[kColumnWords], values[kValueWords];
 
-  MASKED_OPS_DEVICE void load(const Storage* from, const DecodeIndex& index, uint32_t position, int64_t nnz) {
-    columns = *reinterpret_cast<const uint32_t*>(index.columns + position);
-    if (position + int64_t{4} <= nnz) {
-      values = *reinterpret_cast<const Four<Storage>*>(from + position);
+  MASKED_OPS_DEVICE void load(const void* from, const DecodeIndex& index, uint32_t position, int64_t nnz) {
+    load_words<kColumnWords>(columns, index.columns + position);
+    const Storage* const first = static_cast<const Storage*>(from) + position;
+    if (position + int64_t{kCount} <= nnz) {
+      load_words<kValueWords>(values, first);
     } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) values.of[i] = position + int64_t{i} < nnz ? from[position + i] : Storage{};
+      for (int i = 0; i < kValueWords; ++i) values[i] = 0;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        if (position + int64_t{i} < nnz) values[i * sizeof(Storage) / 4] |= Value<kDtype>::bits(first[i]) << shift(i);
+      }
     }
   }
-  MASKED_OPS_DEVICE uint32_t column(int i) const { return columns >> (8 * i) & 255; }
+  MASKED_OPS_DEVICE uint32_t column(int i) const { return columns[i / 4] >> (i % 4 * 8) & 255; }
+  MASKED_OPS_DEVICE Storage value(int i) const {
+    return Value<kDtype>::of_bits(values[i * sizeof(Storage) / 4] >> shift(i));
+  }
+
+ private:
+  MASKED_OPS_BOTH static constexpr int shift(int i) { return i * int(sizeof(Storage)) % 4 * 8; }
+  template <int kWords>
+  MASKED_OPS_DEVICE static void load_words(uint32_t (&to)[kWords], const void* from) {
+    if constexpr (kWords == 1) {
+      to[0] = *static_cast<const uint32_t*>(from);
+    } else if constexpr (kWords == 2) {
+      const uint2 v = *static_cast<const uint2*>(from);
+      to[0] = v.x, to[1] = v.y;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kWords / 4; ++i) {
+        const uint4 v = static_cast<const uint4*>(from)[i];
+        to[4 * i] = v.x, to[4 * i + 1] = v.y, to[4 * i + 2] = v.z, to[4 * i + 3] = v.w;
+      }
+    }
+  }
 };
 
 // decode_mma.cu: 8 < M <= 64, kHalf and kBFloat16.

@@ -22,7 +22,7 @@ constexpr int kTileBytes = kRows * kRowBytes;
 // The first group of each of this lane's rows, in one segment.
 struct Segment {
   uint32_t from[kPasses], to[kPasses];
-  Group<uint16_t> groups[kPasses];
+  Group<kHalf, 4> groups[kPasses];
 };
 
 struct Rows {
@@ -52,12 +52,12 @@ struct Rows {
     for (int p = 0; p < kPasses; ++p) {
       const int row = p * (kWarp / kLanes) + lane / kLanes;
       const uint32_t from = segment.from[p], to = segment.to[p];
-      Group<uint16_t>& group = segment.groups[p];
+      Group<kHalf, 4>& group = segment.groups[p];
       for (uint32_t at = position(from); at < to;) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           if (at + i - from < to - from) {  // unsigned: not before from either
-            *reinterpret_cast<uint16_t*>(tile + swizzled<kRowBytes>(row, group.column(i) * 2)) = group.values.of[i];
+            *reinterpret_cast<uint16_t*>(tile + swizzled<kRowBytes>(row, group.column(i) * 2)) = group.value(i);
           }
         }
         at += 4 * kLanes;

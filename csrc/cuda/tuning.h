@@ -27,6 +27,8 @@ constexpr int kCompressWords = 32;
 constexpr int kGatherThreads = 512;
 constexpr int kGatherBlocks = 2;
 constexpr int kGatherInputBytes = 48 << 10;
+// Groups of eight values that a lane has under way: 2 make 48 KB a multiprocessor.
+constexpr int kGatherAhead = 2;
 // decode by mma: columns are split until there are as many blocks as this, two for each of an H200's multiprocessors.
 // A constant, so that the same call needs the same memory and gives the same bits on every device.
 constexpr int kDecodeBlocks = 264;
