@@ -1,36 +1,30 @@
 // What the two decode kernels share: the index of a mask, and reading neighbouring remaining weights by it.
 //
-// The index cuts every row of weight[N][K] into segments of 256 columns. begins[n * segments + s] is where segment s of
-// row n begins among the values, which are in row-major order. columns[position] is the column of a value: within its
-// segment, one byte, if the segments are full enough to be read one by one (a narrow index), else within the row, two
-// bytes.
+// columns[position] is the column of a value; the values are in row-major order. begins[n * segments + s] is where
+// segment s of row n, 256 columns, begins among them.
 #pragma once
 
 #include "bits.h"
 #include "device.h"
 #include "numeric.h"
-#include "tuning.h"
 
 namespace masked_ops::cuda {
 
 inline constexpr int kSegment = 256;
-inline constexpr int64_t kMostWideColumns = 65536;
+inline constexpr int64_t kMostDecodeColumns = 65536;
 
 struct DecodeIndex {
-  const uint32_t* begins;  // [N * segments + 1]
-  const uint8_t* columns;  // of [nnz], aligned to 16 bytes, and zeros up to a multiple of 8 columns
+  const uint32_t* begins;   // [N * segments + 1]
+  const uint16_t* columns;  // [nnz], aligned to 16 bytes, and zeros up to a multiple of 8
 
   MASKED_OPS_BOTH static int64_t segments(int64_t K) { return ceil_div<int64_t>(K, kSegment); }
-  static bool narrow(int64_t N, int64_t K, int64_t nnz) {
-    return K > kMostWideColumns || nnz >= tuning::kNarrowIndex * N * segments(K);
-  }
   static size_t columns_at(int64_t N, int64_t K) { return ceil_div<size_t>(4 * (N * segments(K) + 1), 16) * 16; }
   static size_t bytes(int64_t N, int64_t K, int64_t nnz) {
-    return columns_at(N, K) + ceil_div<size_t>(size_t(nnz), 8) * (narrow(N, K, nnz) ? 8 : 16);
+    return columns_at(N, K) + ceil_div<size_t>(size_t(nnz), 8) * 16;
   }
   static DecodeIndex of(const void* index, int64_t N, int64_t K) {
     const auto* bytes = static_cast<const uint8_t*>(index);
-    return {reinterpret_cast<const uint32_t*>(bytes), bytes + columns_at(N, K)};
+    return {reinterpret_cast<const uint32_t*>(bytes), reinterpret_cast<const uint16_t*>(bytes + columns_at(N, K))};
   }
 };
 
@@ -65,15 +59,14 @@ struct Value<kFloat> {
 
 // Positions [8 i, 8 i + 8) of the values and of their columns. They may reach into the neighbouring rows, for the sake
 // of aligned loads. Kept as they come, in few registers.
-template <int kDtype, bool kNarrow>
+template <int kDtype>
 struct Group {
   using Storage = typename Value<kDtype>::Storage;
-  static constexpr int kColumnBytes = kNarrow ? 1 : 2;
-  static constexpr int kSize = 8, kColumnWords = kSize * kColumnBytes / 4, kValueWords = kSize * sizeof(Storage) / 4;
+  static constexpr int kSize = 8, kColumnWords = 4, kValueWords = kSize * sizeof(Storage) / 4;
   uint32_t columns[kColumnWords], values[kValueWords];
 
   MASKED_OPS_DEVICE void load(const void* from, const DecodeIndex& index, uint32_t position, int64_t nnz) {
-    load_words(columns, index.columns + int64_t{kColumnBytes} * position);
+    load_words(columns, index.columns + position);
     const Storage* const first = static_cast<const Storage*>(from) + position;
     if (position + int64_t{kSize} <= nnz) {
       load_words(values, first);
@@ -91,10 +84,7 @@ struct Group {
       }
     }
   }
-  MASKED_OPS_DEVICE uint32_t column(int i) const {
-    constexpr int kPerWord = 4 / kColumnBytes;
-    return columns[i / kPerWord] >> (i % kPerWord * kColumnBytes * 8) & (kNarrow ? 0xff : 0xffff);
-  }
+  MASKED_OPS_DEVICE uint32_t column(int i) const { return columns[i / 2] >> (i % 2 * 16) & 0xffff; }
   MASKED_OPS_DEVICE Storage value(int i) const { return Value<kDtype>::of_bits(values[word_of(i)] >> shift(i)); }
 
  private:
@@ -102,10 +92,6 @@ struct Group {
   MASKED_OPS_BOTH static constexpr int shift(int i) { return i * int(sizeof(Storage)) % 4 * 8; }
   template <int kWords>
   MASKED_OPS_DEVICE static void load_words(uint32_t (&to)[kWords], const void* from) {
-    if constexpr (kWords == 2) {
-      const uint2 v = __ldcs(static_cast<const uint2*>(from));
-      to[0] = v.x, to[1] = v.y;
-    }
 #pragma unroll
     for (int i = 0; i < kWords / 4; ++i) {
       const uint4 v = __ldcs(static_cast<const uint4*>(from) + i);
@@ -114,7 +100,7 @@ struct Group {
   }
 };
 
-// decode_mma.cu: 8 < M <= 64, kHalf and kBFloat16.
+// decode_mma.cu: M <= 64, kHalf and kBFloat16.
 size_t decode_mma_workspace(int64_t M, int64_t N, int64_t K);
 int decode_mma(int dtype, const Decode& decode);
 

@@ -1,4 +1,4 @@
-// A linear layer on 9 to 64 rows of input, out of the remaining weights in 16 bits.
+// A linear layer on 17 to 64 rows of input, out of the remaining weights in 16 bits.
 //
 // A warp has 16 rows of the weight. Segment by segment it clears a dense tile of 16 x 256 in shared memory, writes the
 // remaining weights to their places, and multiplies it on the tensor cores with the segment of the input that the block
@@ -14,21 +14,20 @@ namespace masked_ops::cuda {
 namespace {
 
 constexpr int kWarps = 8, kThreads = kWarps * kWarp;
-constexpr int kGroup = Group<kHalf, true>::kSize;
+constexpr int kGroup = Group<kHalf>::kSize;
 constexpr int kLanes = 8, kRows = 16;              // lanes of a row, rows of a warp
 constexpr int kPasses = kRows / (kWarp / kLanes);  // over the rows
 constexpr int kRowBytes = kSegment * 2;            // of a tile, and of the input
 constexpr int kTileBytes = kRows * kRowBytes;
 
 // What this lane has of four rows: the groups at hand of one segment, and where that of the next begins and ends.
-template <bool kNarrow>
 struct Rows {
   const Decode& decode;
   int64_t segments;
   int lane;
   const uint32_t* begins[kPasses];  // of the segment after the next; null: there is no such row
   uint32_t from[kPasses], to[kPasses], next_to[kPasses], at[kPasses];
-  Group<kHalf, kNarrow> groups[kPasses];
+  Group<kHalf> groups[kPasses];
 
   MASKED_OPS_DEVICE Rows(const Decode& of, int64_t first_row, int64_t first, int lane)
       : decode(of), segments(DecodeIndex::segments(of.K)), lane(lane) {
@@ -128,7 +127,7 @@ struct Staging {  // of the input: twice where two blocks still fit a multiproce
   static constexpr int kBytes = kM * kRowBytes;
 };
 
-template <bool kBFloat, int kM, bool kNarrow>
+template <bool kBFloat, int kM>
 __global__ void __launch_bounds__(kThreads, 2) decode_mma_kernel(const __grid_constant__ Decode decode) {
   using S = Staging<kM>;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -137,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_mma_kernel(const __grid_co
   const int64_t segments = DecodeIndex::segments(decode.K), first_row = (int64_t(blockIdx.x) * kWarps + warp) * kRows;
   const int64_t first = segments * blockIdx.y / gridDim.y, last = segments * (blockIdx.y + 1) / gridDim.y;
   float sums[kM / 8][4] = {};
-  Rows<kNarrow> rows(decode, first_row, first, lane);
+  Rows rows(decode, first_row, first, lane);
   if (first < last) stage_input<kM>(input, decode, first * kSegment);
   int buffer = 0;
   for (int64_t s = first; s < last; ++s) {
@@ -173,29 +172,22 @@ __global__ void __launch_bounds__(kThreads, 2) decode_mma_kernel(const __grid_co
 int64_t row_blocks(int64_t N) { return ceil_div<int64_t>(N, kWarps * kRows); }
 
 int splits_of(int64_t N, int64_t K) {
-  const int64_t wanted = tuning::kDecodeBlocks / row_blocks(N), segments = DecodeIndex::segments(K);
+  const int64_t wanted = 2 * tuning::kDecodeMultiprocessors / row_blocks(N), segments = DecodeIndex::segments(K);
   return int(wanted < 1 || segments < 1 ? 1 : wanted < segments ? wanted : segments);
 }
 
-template <bool kBFloat, int kM, bool kNarrow>
+template <bool kBFloat>
 int run(const Decode& decode) {
   const int splits = splits_of(decode.N, decode.K);
-  const int shared = kWarps * kTileBytes + Staging<kM>::kBuffers * Staging<kM>::kBytes;
-  const int error = launch(decode_mma_kernel<kBFloat, kM, kNarrow>, dim3(uint32_t(row_blocks(decode.N)), splits),
-                           kThreads, shared, decode.stream, decode);
+  const int M = decode.M <= 16 ? 16 : decode.M <= 32 ? 32 : 64;
+  const int shared = kWarps * kTileBytes + (M <= 32 ? 2 : 1) * M * kRowBytes;
+  const auto kernel = M == 16   ? decode_mma_kernel<kBFloat, 16>
+                      : M == 32 ? decode_mma_kernel<kBFloat, 32>
+                                : decode_mma_kernel<kBFloat, 64>;
+  const int error =
+      launch(kernel, dim3(uint32_t(row_blocks(decode.N)), splits), kThreads, shared, decode.stream, decode);
   if (error) return error;
   return split_sum<kBFloat>(decode.workspace, splits, decode.M, decode.N, decode.bias, decode.output, decode.stream);
-}
-
-template <bool kBFloat, bool kNarrow>
-int run(const Decode& decode) {
-  if (decode.M <= 16) return run<kBFloat, 16, kNarrow>(decode);
-  return decode.M <= 32 ? run<kBFloat, 32, kNarrow>(decode) : run<kBFloat, 64, kNarrow>(decode);
-}
-
-template <bool kNarrow>
-int run(int dtype, const Decode& decode) {
-  return dtype == kHalf ? run<false, kNarrow>(decode) : run<true, kNarrow>(decode);
 }
 
 }  // namespace
@@ -204,8 +196,6 @@ size_t decode_mma_workspace(int64_t M, int64_t N, int64_t K) {
   return N == 0 ? 0 : sizeof(float) * size_t(splits_of(N, K)) * M * N;
 }
 
-int decode_mma(int dtype, const Decode& decode) {
-  return DecodeIndex::narrow(decode.N, decode.K, decode.nnz) ? run<true>(dtype, decode) : run<false>(dtype, decode);
-}
+int decode_mma(int dtype, const Decode& decode) { return dtype == kHalf ? run<false>(decode) : run<true>(decode); }
 
 }  // namespace masked_ops::cuda

@@ -21,21 +21,13 @@ constexpr int kPackUnroll = 4;
 // 8,192 warps for a weight of 4096x4096.
 constexpr int kCompressWords = 32;
 
-// decode by gathering: 16 warps of a block share the input, of which they keep so many bytes at once; two such blocks a
-// multiprocessor. Rows are split among fewer warps, and columns among more, as long as there are fewer blocks than
-// that.
-constexpr int kGatherThreads = 512;
-constexpr int kGatherBlocks = 2;
-constexpr int kGatherInputBytes = 48 << 10;
-// Groups of eight values that a lane has under way: 2 make 48 KB a multiprocessor.
-constexpr int kGatherAhead = 2;
-// Values of a segment, on average, from which on the index of a mask is narrow: a step takes 64 values of a segment,
-// and reads 3 bytes for each, not 4.
-constexpr int64_t kNarrowIndex = 48;
-// decode by mma: columns are split as long as there are no more blocks than this, two for each of an H200's
-// multiprocessors: 320 blocks took 74 us where 192 took 68 (M 16, 8192 x 8192, density .1).
-// A constant, so that the same call needs the same memory and gives the same bits on every device.
-constexpr int kDecodeBlocks = 264;
+// decode: the kernels fill so many multiprocessors, an H200's. A constant, so that the same call needs the same memory
+// and gives the same bits on every device.
+constexpr int kDecodeMultiprocessors = 132;
+// By gathering: groups of eight values that a lane has under way on one row of input, and the rows from which on
+// tensor cores take over.
+constexpr int kGatherAhead = 3;
+constexpr int64_t kMostGatherRows = 16;
 
 // gemm_sm90: cycles in which a multiprocessor issues what one step of a tile takes beside the tensor cores: 96
 // instructions of each of eight warps, on four schedulers.
