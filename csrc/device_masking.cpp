@@ -63,7 +63,7 @@ at::Tensor masked_weight(const at::Tensor& weight, const at::Tensor& mask, at::S
   const at::Tensor dense = weight.is_non_overlapping_and_dense() ? weight : weight.clone();
   const auto [weight_in_order, mask_in_order] = in_memory_order(dense, mask);
   const Known known(mask_in_order);
-  if (known.none()) return masked_weight_composite(weight, mask).to(dtype);
+  if (known.none()) return masked_weight_by_torch(weight, mask).to(dtype);
   at::Tensor out = at::empty_like(dense, dense.options().dtype(dtype));
   if (known.apply(weight_in_order, out.as_strided(weight_in_order.sizes(), weight_in_order.strides()))) return out;
   return masked_weight(weight, mask, weight.scalar_type()).to(dtype);

@@ -172,6 +172,17 @@ def test_layouts(cuda: FakeCuda) -> None:
                         assert same(result, expected), (path, name, other)
 
 
+def test_the_masked_weight_lies_as_the_weight_does(cuda: FakeCuda) -> None:
+    """Whether the mask is new, known or soft, and whatever its own layout; also an expanded weight, which has none."""
+    for of_weight in (lambda t: t[:1].expand(t.shape), lambda t: t[:, :1].expand(t.shape), lambda t: t.t()):
+        for soft in (1, 2):
+            weight, mask = of_weight(whole(6, 6)), (binary(6, 6) * soft).t()
+            for _ in range(4):
+                result = masked_ops.apply_mask(weight, mask)
+                assert result.stride() == torch.empty_like(weight).stride()
+                assert torch.equal(result.cpu(), (weight * mask).cpu())
+
+
 # --- convolution -----------------------------------------------------------------------------------------------------
 
 
