@@ -58,11 +58,14 @@ if "MASKED_OPS_TEST_FAKE_CUDA" in os.environ:
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """The test runs once on each kind of device that is there: torch's factories make their tensors on it.
 
-    What is about a capability of the CPU, or forces one of its paths, runs there alone.
+    What is about a capability of the CPU, or forces one of its paths, runs there alone, and so does what is marked
+    with cpu_only and the reason.
     """
     if request.param == "cpu":
         yield "cpu"
         return
+    if marker := request.node.get_closest_marker("cpu_only"):
+        pytest.skip(*marker.args)
     chosen = request.node.callspec.params
     if chosen.get("path") not in (None, "copy") or "capability" in chosen:
         pytest.skip("about the CPU's kernels")

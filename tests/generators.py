@@ -91,6 +91,11 @@ every_path_and_float = pytest.mark.parametrize(
 )
 
 
+def past_function_modes() -> contextlib.AbstractContextManager[None]:
+    """Call as users do: without the mode by which the device fixture has torch's factories make tensors on a device."""
+    return torch._C.DisableTorchFunction()
+
+
 # --- shapes ----------------------------------------------------------------------------------------------------------
 
 # On both sides of every tile, vector and word: 4, 8 and 16 lanes, 6 and 8 rows, 8, 16 and 48 columns, 64 bits.
@@ -322,6 +327,16 @@ def assert_exact(actual: Tensor, expected: Tensor, *context: object) -> None:
         return
     wrong = (actual.to(expected.dtype) != expected).nonzero()
     raise AssertionError(f"{context}: {len(wrong)} of {actual.numel()} elements are wrong, first {wrong[:8].tolist()}")
+
+
+def assert_exact_sums(actual: Tensor, expected: Tensor, *context: object) -> None:
+    """assert_exact for convolutions of integers. On a CUDA device each result has to be nearest to the right integer:
+    cuDNN may transform what it multiplies (Winograd, Fourier) and rounds then, but a term too much or too few is 1 off.
+    """
+    if actual.is_cuda:
+        near = (actual.to(expected.dtype) - expected).abs() < 0.25  # false for NaN
+        actual = torch.where(near, expected, actual.to(expected.dtype))
+    assert_exact(actual, expected, *context)
 
 
 def assert_accurate(actual: Tensor, torchs: Tensor, exact: Tensor, *context: object, factor: float = 8) -> None:
