@@ -42,6 +42,10 @@ def same_start() -> Iterator[None]:
     torch.set_grad_enabled(True)
 
 
+# Where there is a GPU, its kernels are tested, also those that are off by default. (What wants one builds them.)
+if torch.cuda.is_available():
+    os.environ.setdefault("MASKED_OPS_CUDA", "1")
+
 # A CUDA device, or the fake one of tests/fake_cuda.
 HAS_CUDA = torch.cuda.is_available() or "MASKED_OPS_TEST_FAKE_CUDA" in os.environ
 

@@ -392,11 +392,13 @@ def run_each_in_a_process(
     """Each snippet's exit status (negative: the signal that ended it) and output.
 
     Each has a process of its own, in which torch and masked_ops are imported and nothing was built, loaded or run:
-    forked from one such process, since importing torch is most of a small test's time.
+    forked from one such process, since importing torch is most of a small test's time. GPUs are hidden from them: a
+    forked process can have none that the process before it may have asked for.
     """
     (folder / "snippets.json").write_text(json.dumps(snippets))
     arguments = folder / "snippets.json", folder / "output"
-    done = run_python(_FORK, *arguments, timeout=600, **{"OMP_NUM_THREADS": 1, **environment})
+    variables = {"OMP_NUM_THREADS": 1, "CUDA_VISIBLE_DEVICES": "", **environment}
+    done = run_python(_FORK, *arguments, timeout=600, **variables)
     assert done.returncode == 0, done.stderr
     results: dict[str, tuple[int, str]] = json.loads(done.stdout)
     assert results.keys() == snippets.keys()
