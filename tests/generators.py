@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -315,6 +316,19 @@ def poison_scratch() -> None:
     dirty = torch.full((256, 256), float("nan"))
     for op in (_ops.linear, _ops.linear_grad_input, _ops.linear_grad_weight):
         op(dirty, dirty, torch.ones(256, 256))
+
+
+# --- cases ---------------------------------------------------------------------------------------------------------
+
+
+def on_each_device(cases: Callable[[torch.dtype], list]) -> Callable[[torch.dtype], list]:
+    """Remembers the cases of a dtype on the device where torch's factories make them."""
+
+    @functools.cache
+    def remembered(_: torch.device, dtype: torch.dtype) -> list:
+        return cases(dtype)
+
+    return lambda dtype: remembered(torch.empty(0).device, dtype)
 
 
 # --- comparison ------------------------------------------------------------------------------------------------------

@@ -66,5 +66,7 @@ def test_with_emulated_kernels(device: Path, tmp_path: Path) -> None:
 @slow
 def test_what_a_gpu_would_run(device: Path) -> None:
     """The tests of the operations that run on each kind of device that is there."""
-    files = [HERE.parent / f"test_{name}.py" for name in ("apply_mask", "autograd", "convolution", "linear")]
+    files = [
+        HERE.parent / f"test_{name}.py" for name in ("apply_mask", "autograd", "convolution", "linear", "packed_linear")
+    ]
     run(device, "-k", "cuda", *files, MASKED_OPS_CUDA="1")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import itertools
 import math
 import os
@@ -33,6 +32,7 @@ from generators import (
     masked,
     name_of,
     normal,
+    on_each_device,
     poison_scratch,
     poisoned,
     refuses,
@@ -107,7 +107,7 @@ def make_case(shape: tuple[int, int, int], n: int, values, dtype: torch.dtype) -
     )
 
 
-@functools.cache
+@on_each_device
 def integer_cases(dtype: torch.dtype) -> list[tuple[Case, dict[str, Tensor]]]:
     torch.manual_seed(1)
     shapes = [*SHAPES, *LARGE_SHAPES, *(DEEP_SHAPES if dtype.itemsize >= 4 else ())]
@@ -115,7 +115,7 @@ def integer_cases(dtype: torch.dtype) -> list[tuple[Case, dict[str, Tensor]]]:
     return [(case, case.exact()) for case in cases]
 
 
-@functools.cache
+@on_each_device
 def normal_cases(dtype: torch.dtype) -> list[tuple[Case, dict[str, Tensor], dict[str, Tensor]]]:
     torch.manual_seed(2)
     cases = [make_case(shape, n, normal, dtype) for n, shape in enumerate([*SHAPES[::11], *LARGE_SHAPES])]
@@ -203,6 +203,7 @@ def test_every_number_of_16_bits(path: str, dtype: torch.dtype, capability: str)
 
 
 @compiled_only
+@pytest.mark.cpu_only("about the CPU's kernels")
 @every_capability
 def test_what_each_path_serves(capability: str) -> None:
     """Nothing above is left out that should be there: copy takes all, the kernels what they have an element for."""
