@@ -172,6 +172,17 @@ def test_layouts(cuda: FakeCuda) -> None:
                         assert same(result, expected), (path, name, other)
 
 
+def test_the_masked_weight_lies_as_the_weight_does(cuda: FakeCuda) -> None:
+    """Whether the mask is new, known or soft, and whatever its own layout; also an expanded weight, which has none."""
+    for of_weight in (lambda t: t[:1].expand(t.shape), lambda t: t[:, :1].expand(t.shape), lambda t: t.t()):
+        for soft in (1, 2):
+            weight, mask = of_weight(whole(6, 6)), (binary(6, 6) * soft).t()
+            for _ in range(4):
+                result = masked_ops.apply_mask(weight, mask)
+                assert result.stride() == torch.empty_like(weight).stride()
+                assert torch.equal(result.cpu(), (weight * mask).cpu())
+
+
 # --- convolution -----------------------------------------------------------------------------------------------------
 
 
@@ -267,7 +278,7 @@ def test_packed_bits_are_checked(cuda: FakeCuda) -> None:
         masked_ops.packed_linear(x, values[1:], bits, 11)
     stray = bits.clone()
     stray[3, 1] |= 128
-    with pytest.raises(RuntimeError, match="zero bits beyond in_features = 11"):
+    with pytest.raises(RuntimeError, match="zero bits beyond the 11 columns"):
         masked_ops.packed_linear(x, values, stray, 11)
     with pytest.raises(RuntimeError, match=r"weight_bits must be on the device of weight_values, cuda:0, got cpu"):
         masked_ops.packed_linear(x, values, bits.cpu(), 11)
@@ -310,6 +321,16 @@ def test_a_mask_is_read_itself_until_its_bits_are_there(cuda: FakeCuda) -> None:
         assert (cuda.calls("mask_copy"), cuda.calls("pack_mask")) == (before[0], before[1] + 1)
     assert same(step(x, weight, mask, bias, dy), expected)
     assert cuda.calls("mask_copy") == before[0] + 2  # forward keeps its masked weight for the gradient of the input
+
+
+def test_a_bool_mask_takes_one_pass_from_the_first_use_on(cuda: FakeCuda) -> None:
+    """Which keeps the bits of a NaN that a product would not."""
+    weight = torch.full((5, 8), 0x7F81, dtype=torch.int16).view(torch.bfloat16).cuda()
+    mask = binary(5, 8).bool()
+    allocated = cuda.allocated
+    result = masked_ops.apply_mask(weight, mask)
+    assert cuda.allocated - allocated <= 2, "the result, and a zero"
+    assert torch.equal(result.cpu().view(torch.int16), torch.where(mask.cpu(), 0x7F81, 0).short())
 
 
 def test_a_mask_that_is_always_rewritten_is_not_packed_in_vain(cuda: FakeCuda) -> None:
