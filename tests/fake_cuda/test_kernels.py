@@ -522,12 +522,42 @@ def test_autocast(cuda: FakeCuda) -> None:
         torch.set_autocast_enabled("cuda", False)
         torch.clear_autocast_cache()
     assert y.dtype == image.dtype == torch.bfloat16
-    before = cuda.calls("mask_copy")
+    before = cuda.calls("mask_copy"), cuda.calls("gemm_sm90")
     (grad,) = torch.autograd.grad(y, weight, dy.bfloat16())
     assert grad.dtype == torch.float32
-    assert cuda.calls("mask_copy") == before + 1
+    assert (cuda.calls("mask_copy"), cuda.calls("gemm_sm90")) == (before[0], before[1] + 1), "in float at once"
     assert torch.equal(y.detach().cpu().double(), expected_step(x, weight, mask, bias, dy)[0])
     assert torch.equal(grad.cpu().double(), expected_step(x, weight, mask, bias, dy)[2])
+
+
+def test_autocast_gradients(cuda: FakeCuda) -> None:
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    try:
+        for path, (M, N, K) in (
+            (None, (4, 16, 64)),
+            ("mask_copy", (4, 16, 64)),
+            (None, (70, 9, 64)),
+            (None, (0, 8, 8)),
+        ):
+            x, weight, mask, bias, dy = case(M, N, K, torch.float32)
+            settle(mask, weight)
+            leaves = [t.requires_grad_() for t in (x, weight, bias)]
+            with masked_ops.use_path(path):
+                y = masked_ops.masked_linear(x, weight, mask, bias)
+                fused = cuda.calls("gemm_sm90")
+                grads = torch.autograd.grad(y, leaves, dy.bfloat16(), retain_graph=True)
+                assert cuda.calls("gemm_sm90") - fused == (path is None and N % 8 == 0 and M > 0)
+                recorded = torch.autograd.grad(y, leaves, dy.bfloat16(), create_graph=True)
+            for some in (grads, recorded):
+                assert same([y.detach(), *some], expected_step(x, weight, mask, bias, dy)), (path, M, N, K)
+                assert all(g.dtype == torch.float32 for g in some)
+            twice = torch.autograd.grad(recorded[1].sum(), x, allow_unused=True)[0]
+            rows = (dy.cpu() @ mask.cpu()) if M else torch.zeros(M, K)
+            assert torch.equal(twice.cpu(), rows)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.clear_autocast_cache()
 
 
 def test_double_backward_and_transforms(cuda: FakeCuda) -> None:
