@@ -1,25 +1,32 @@
 // What the two decode kernels share: the index of a mask, and reading neighbouring remaining weights by it.
 //
 // The index cuts every row of weight[N][K] into segments of 256 columns. begins[n * segments + s] is where segment s of
-// row n begins among the values, which are in row-major order; columns[position] is the column within the segment.
+// row n begins among the values, which are in row-major order. columns[position] is the column of a value: within its
+// segment, one byte, if the segments are full enough to be read one by one (a narrow index), else within the row, two
+// bytes.
 #pragma once
 
 #include "bits.h"
 #include "device.h"
 #include "numeric.h"
+#include "tuning.h"
 
 namespace masked_ops::cuda {
 
 inline constexpr int kSegment = 256;
+inline constexpr int64_t kMostWideColumns = 65536;
 
 struct DecodeIndex {
   const uint32_t* begins;  // [N * segments + 1]
-  const uint8_t* columns;  // [nnz], aligned to 16 bytes, and readable up to a multiple of 16
+  const uint8_t* columns;  // of [nnz], aligned to 16 bytes, and zeros up to a multiple of 8 columns
 
   MASKED_OPS_BOTH static int64_t segments(int64_t K) { return ceil_div<int64_t>(K, kSegment); }
+  static bool narrow(int64_t N, int64_t K, int64_t nnz) {
+    return K > kMostWideColumns || nnz >= tuning::kNarrowIndex * N * segments(K);
+  }
   static size_t columns_at(int64_t N, int64_t K) { return ceil_div<size_t>(4 * (N * segments(K) + 1), 16) * 16; }
   static size_t bytes(int64_t N, int64_t K, int64_t nnz) {
-    return columns_at(N, K) + ceil_div<size_t>(size_t(nnz), 16) * 16;
+    return columns_at(N, K) + ceil_div<size_t>(size_t(nnz), 8) * (narrow(N, K, nnz) ? 8 : 16);
   }
   static DecodeIndex of(const void* index, int64_t N, int64_t K) {
     const auto* bytes = static_cast<const uint8_t*>(index);
@@ -56,48 +63,53 @@ struct Value<kFloat> {
   MASKED_OPS_DEVICE static float of_bits(uint32_t bits) { return __uint_as_float(bits); }
 };
 
-// Positions [kCount i, kCount i + kCount) of the values and of their columns. They may reach into the neighbouring
-// segments, for the sake of aligned loads; whoever uses them looks at that. Kept as they come, in few registers.
-template <int kDtype, int kCount>
+// Positions [8 i, 8 i + 8) of the values and of their columns. They may reach into the neighbouring rows, for the sake
+// of aligned loads. Kept as they come, in few registers.
+template <int kDtype, bool kNarrow>
 struct Group {
   using Storage = typename Value<kDtype>::Storage;
-  static constexpr int kColumnWords = kCount / 4, kValueWords = kCount * sizeof(Storage) / 4;
+  static constexpr int kColumnBytes = kNarrow ? 1 : 2;
+  static constexpr int kSize = 8, kColumnWords = kSize * kColumnBytes / 4, kValueWords = kSize * sizeof(Storage) / 4;
   uint32_t columns[kColumnWords], values[kValueWords];
 
   MASKED_OPS_DEVICE void load(const void* from, const DecodeIndex& index, uint32_t position, int64_t nnz) {
-    load_words<kColumnWords>(columns, index.columns + position);
+    load_words(columns, index.columns + int64_t{kColumnBytes} * position);
     const Storage* const first = static_cast<const Storage*>(from) + position;
-    if (position + int64_t{kCount} <= nnz) {
-      load_words<kValueWords>(values, first);
-    } else {
+    if (position + int64_t{kSize} <= nnz) {
+      load_words(values, first);
+    } else {  // the last ones, which others' memory may follow
+      constexpr int kPerWord = 4 / sizeof(Storage);
+      const int64_t left = nnz - position;
 #pragma unroll
-      for (int i = 0; i < kValueWords; ++i) values[i] = 0;
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        if (position + int64_t{i} < nnz) values[i * sizeof(Storage) / 4] |= Value<kDtype>::bits(first[i]) << shift(i);
+      for (int i = 0; i < kValueWords; ++i) {
+        values[i] = 0;
+        if ((i + 1) * kPerWord <= left) {
+          values[i] = reinterpret_cast<const uint32_t*>(first)[i];
+        } else if (i * kPerWord < left) {
+          values[i] = Value<kDtype>::bits(first[i * kPerWord]);
+        }
       }
     }
   }
-  MASKED_OPS_DEVICE uint32_t column(int i) const { return columns[i / 4] >> (i % 4 * 8) & 255; }
-  MASKED_OPS_DEVICE Storage value(int i) const {
-    return Value<kDtype>::of_bits(values[i * sizeof(Storage) / 4] >> shift(i));
+  MASKED_OPS_DEVICE uint32_t column(int i) const {
+    constexpr int kPerWord = 4 / kColumnBytes;
+    return columns[i / kPerWord] >> (i % kPerWord * kColumnBytes * 8) & (kNarrow ? 0xff : 0xffff);
   }
+  MASKED_OPS_DEVICE Storage value(int i) const { return Value<kDtype>::of_bits(values[word_of(i)] >> shift(i)); }
 
  private:
+  MASKED_OPS_BOTH static constexpr int word_of(int i) { return i * int(sizeof(Storage)) / 4; }
   MASKED_OPS_BOTH static constexpr int shift(int i) { return i * int(sizeof(Storage)) % 4 * 8; }
   template <int kWords>
   MASKED_OPS_DEVICE static void load_words(uint32_t (&to)[kWords], const void* from) {
-    if constexpr (kWords == 1) {
-      to[0] = *static_cast<const uint32_t*>(from);
-    } else if constexpr (kWords == 2) {
-      const uint2 v = *static_cast<const uint2*>(from);
+    if constexpr (kWords == 2) {
+      const uint2 v = __ldcs(static_cast<const uint2*>(from));
       to[0] = v.x, to[1] = v.y;
-    } else {
+    }
 #pragma unroll
-      for (int i = 0; i < kWords / 4; ++i) {
-        const uint4 v = static_cast<const uint4*>(from)[i];
-        to[4 * i] = v.x, to[4 * i + 1] = v.y, to[4 * i + 2] = v.z, to[4 * i + 3] = v.w;
-      }
+    for (int i = 0; i < kWords / 4; ++i) {
+      const uint4 v = __ldcs(static_cast<const uint4*>(from) + i);
+      to[4 * i] = v.x, to[4 * i + 1] = v.y, to[4 * i + 2] = v.z, to[4 * i + 3] = v.w;
     }
   }
 };
