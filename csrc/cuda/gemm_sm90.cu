@@ -129,6 +129,7 @@ struct Consumer {
                          reinterpret_cast<const uint32_t*>(dynamic_shared + ring.masks(group)));
   }
   MASKED_OPS_DEVICE static void release(uint32_t empty) {
+    __syncwarp();  // all lanes have read their masks
     if (threadIdx.x % kWarp == 0) mbarrier_arrive(empty);
   }
   // The products of one stage. While they run, the stage before is given back and the next fragment made.
