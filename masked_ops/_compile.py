@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ._cuda_recipe import CudaRecipe
-from ._recipe import BuildError, LibraryRecipe, Recipe, openmp_runtime
+from ._recipe import BuildError, LibraryRecipe, Recipe, openmp_runtime, standard_library
 
 RECORD = "library.json"
 
@@ -72,6 +72,9 @@ def find_tools(recipe: LibraryRecipe) -> Tools:
         home = os.path.dirname(torch.__file__)
         includes = [_python_headers(), _pybind11_headers(), f"{home}/include", f"{home}/include/torch/csrc/api/include"]
         libraries = [f"{home}/lib/lib{name}.so" for name in ("torch_cpu", "torch", "torch_python", "c10")]
+        # Named, and so found before the compiler's own, which may be static.
+        if library := standard_library():
+            libraries.append(str(library))
         runtime = openmp_runtime()
     return Tools(command, _ninja(), _jobs(), includes, libraries, runtime)
 

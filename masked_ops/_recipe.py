@@ -274,7 +274,11 @@ template std::vector<unsigned> probe(unsigned);
         return facts
 
     def _toolchain(self) -> dict[str, Any]:
-        return {"compiler": identity(compiler()), "pybind11": _pybind11_version() if self.torch else None}
+        facts: dict[str, Any] = {"compiler": identity(compiler())}
+        if self.torch:
+            library = standard_library()
+            facts |= {"pybind11": _pybind11_version(), "standard library": library.name if library else None}
+        return facts
 
     def facts(self) -> dict[str, Any]:
         return {"capabilities": {name: sorted(self.cpu_flags(name)) for name in self.capabilities}}
@@ -392,6 +396,14 @@ def identity(command: list[str]) -> list[Any]:
     return identity
 
 
+def _loaded_libraries(name: str) -> list[Path]:
+    """The libraries in this process whose file's name begins with what the pattern ``name`` matches."""
+    with contextlib.suppress(OSError), open("/proc/self/maps") as maps:
+        paths = {line.split(maxsplit=5)[5].rstrip("\n") for line in maps if ".so" in line}
+        return sorted(Path(path) for path in paths if re.match(name, os.path.basename(path)))
+    return []
+
+
 def openmp_runtime() -> Path | None:
     """The OpenMP runtime that torch has loaded.
 
@@ -399,13 +411,22 @@ def openmp_runtime() -> Path | None:
     """
     import torch
 
-    with contextlib.suppress(OSError), open("/proc/self/maps") as maps:
-        paths = {line.split(maxsplit=5)[5].rstrip("\n") for line in maps if "omp" in line and ".so" in line}
-        runtimes = sorted(Path(path) for path in paths if re.match(r"lib(gomp|iomp5|omp)\b", os.path.basename(path)))
-        home = os.path.dirname(torch.__file__)
-        own = [path for path in runtimes if path.is_relative_to(home) or path.is_relative_to(f"{home}.libs")]
-        return next(iter(own or runtimes), None)
-    return None
+    runtimes = _loaded_libraries(r"lib(gomp|iomp5|omp)\b")
+    home = os.path.dirname(torch.__file__)
+    own = [path for path in runtimes if path.is_relative_to(home) or path.is_relative_to(f"{home}.libs")]
+    return next(iter(own or runtimes), None)
+
+
+def standard_library() -> Path | None:
+    """The shared C++ standard library that torch has loaded.
+
+    Compilers that know only the static one (told so, or where the shared one's development link is missing) would put
+    a second copy into ours. The two share the ids of some of their locale facets (unique symbols) and number the others
+    each for itself: in the second copy two facets get one number, and the first integer of a message is a segfault.
+    """
+    import torch  # noqa: F401
+
+    return next(iter(_loaded_libraries(r"libstdc\+\+\.so[.\d]*$")), None)
 
 
 def _pybind11_version() -> str | None:

@@ -233,8 +233,9 @@ def test_headers_and_sources_and_version_are_in_the_key(tmp_path: Path) -> None:
         lambda patch: patch.setattr(torch.version, "git_version", "0123456"),
         lambda patch: patch.setattr(_recipe, "openmp_runtime", lambda: Path("/usr/lib/libiomp5.so")),
         lambda patch: patch.setattr(_recipe, "_pybind11_version", lambda: "99"),
+        lambda patch: patch.setattr(_recipe, "standard_library", lambda: None),
     ],
-    ids=["kernel", "common", "link", "sanitize", "python", "machine", "torch", "git", "openmp", "pybind11"],
+    ids=["kernel", "common", "link", "sanitize", "python", "machine", "torch", "git", "openmp", "pybind11", "standard"],
 )
 def test_flags_and_versions_are_in_the_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[pytest.MonkeyPatch], None]
@@ -643,6 +644,46 @@ def test_torchs_openmp_runtime_is_linked(tmp_path: Path, recipe: Recipe) -> None
     *compilations, link = re.findall("words = (.*)", (tmp_path / "build.ninja").read_text())
     assert all("-fopenmp" in words for words in compilations)
     assert runtime in link and "-fopenmp" not in link  # that would add the compiler's own
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("shared", ["hidden from the linker", "refused"])
+def test_torchs_standard_library_is_linked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_python: RunPython, shared: str
+) -> None:
+    """A message with a number, from a library whose compiler only has a static standard library to offer."""
+    if shutil.which("g++") is None:
+        pytest.skip("other compilers name the static library otherwise")
+    command = ["g++", "-print-file-name=libstdc++.a"]
+    archive = Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+    if not archive.is_absolute():
+        pytest.skip("there is no static standard library")
+    if shared == "refused":
+        monkeypatch.setenv("CXX", "g++ -static-libstdc++")
+    else:
+        (tmp_path / "lib").mkdir()
+        (tmp_path / "lib/libstdc++.a").symlink_to(archive)
+        monkeypatch.setenv("CXX", f"g++ '-L{tmp_path}/lib'")
+    message = """\
+// capability: none
+#include <cstring>
+#include <sstream>
+extern "C" __attribute__((visibility("default"))) void message(char* out, long number) {
+  std::ostringstream text;
+  text << "got " << number;
+  std::strcpy(out, text.str().c_str());
+}
+"""
+    make_recipe(tmp_path / "csrc", {"cpu/message.cpp": message})
+    library = _build.build(Recipe("0", tmp_path / "csrc", ("default",)))
+    code = """
+import ctypes, sys, torch
+text = ctypes.create_string_buffer(99)
+ctypes.CDLL(sys.argv[1]).message(text, ctypes.c_long(-1))
+print(text.value.decode())
+"""
+    done = run_python(code, library)
+    assert (done.returncode, done.stdout) == (0, "got -1\n"), done.stderr
 
 
 def test_clang_gets_no_second_openmp_runtime(capsys: pytest.CaptureFixture[str]) -> None:
