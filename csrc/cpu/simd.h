@@ -461,6 +461,17 @@ MASKED_OPS_INLINE Vec sum_across_quads(const Vec (&q)[1]) { return q[0]; }
 
 #endif
 
+// The same vector, which the compiler may not load again for each of its uses: an operand in memory is a load, and
+// loads would then outnumber multiply-adds.
+MASKED_OPS_INLINE Vec in_register(Vec x) {
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(x.v));
+#elif defined(__AVX2__)
+  __asm__("" : "+x"(x.v));
+#endif
+  return x;
+}
+
 // After the last stream of a task, whose stores go past the caches and may come late.
 MASKED_OPS_INLINE void end_streams() {
 #if defined(__AVX512F__) || defined(__AVX2__)
