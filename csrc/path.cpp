@@ -65,17 +65,18 @@ struct Costs {
     return path == Path::kCopy ? cpu::kFloatCosts : cpu::kHalfCosts;
   }
 
-  double of(Path path, int64_t N, int64_t K, int64_t nnz, bool reads_dense_weight = true) const {
+  double of(Path path, int64_t N, int64_t K, int64_t nnz, bool reads_dense_weight = true, double blocked = 0) const {
     const int row = path == Path::kSparse ? 2 : path == Path::kFused ? 1 : 0;
     cpu::Cost c = table(path)[row][2 * static_cast<int>(pass) + (M > cpu::kSmallM)];
     if (!reads_dense_weight) c.weight = c.memory = 0;
+    c.mac *= float(1 - cpu::kRowBlockGain[static_cast<int>(pass)] * blocked);
     const int64_t bytes = N * K * int64_t(c10::elementSize(dtype));
     const double fresh = path == Path::kCopy && bytes >= cpu::kFreshBytes ? cpu::kFreshCost * double(bytes) : 0;
     return c(M, N, K, nnz, threads) + fresh;
   }
 
   double of(Path path, const Pattern& pattern, bool reads_dense_weight = true) const {
-    return of(path, pattern.rows(), pattern.cols(), pattern.nnz(), reads_dense_weight);
+    return of(path, pattern.rows(), pattern.cols(), pattern.nnz(), reads_dense_weight, pattern.blocked());
   }
 
   double of_compact(const Pattern& pattern) const {
