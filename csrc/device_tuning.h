@@ -1,19 +1,19 @@
-// The numbers that steer the choice of path on a device. None is measured yet: they follow from the bytes that a path
-// moves (see bench/results/gpu-predictions.md), and the first run on a GPU replaces them.
+// The numbers that steer the choice of path on a device, from what an H200 took (bench/results/gpu-timing.json).
 #pragma once
 
 #include <cstdint>
 
 namespace masked_ops::cuda {
 
-// Below, a GEMM is bound by reading the weight, and masking it on the way is worth the most; but tensor cores want 16
-// rows, and the fused kernels tiles of 64.
-inline constexpr int64_t kLeastFusedRows = 64;
+// Up to so many rows the fused GEMM of Hopper is quicker than a masked copy and torch's GEMM: 4096x4096, bf16, us:
+// 15 and 27 for 1 row, 27 and 41 for 512, 84 and 99 for 2,048, 370 and 375 for 8,192. Beyond, it would have to run at
+// 0.98 of cuBLAS. The gradient of the weight is bound by writing it where rows are few, which to mask in place is to
+// read and write it once more: 16 us, whatever the rows.
+inline constexpr int64_t kMostFusedRowsSm90 = 12288;
 
-// Above, a fused GEMM at 0.95 (Hopper) or 0.90 (Ampere) of cuBLAS's rate loses more than a masked copy costs, which is
-// 379 rows' worth of a bf16 GEMM.
-inline constexpr int64_t kMostFusedRowsSm90 = 7200;
-inline constexpr int64_t kMostFusedRowsSm80 = 3400;
+// The one for Ampere and Ada (mma.sync) is not chosen. It took 71 us where a masked copy and cuBLAS took 41, 512 rows
+// on the H200; on the devices that it was written for it has not been measured.
+inline constexpr int64_t kMostFusedRowsSm80 = -1;
 
 // Rows that decode takes; see cuda/api.h.
 inline constexpr int64_t kMostDecodeRows = 64;

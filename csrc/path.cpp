@@ -371,13 +371,12 @@ Choice choose_device(const char* operation, Pass pass, int64_t rows, const Devic
     return {*path, "forced by use_path"};
   }
   if (!obstacle(Path::kDecode)) return {Path::kDecode, "few rows: the remaining weights are read once"};
-  const bool fuse = pass != Pass::kGradWeight && rows >= cuda::kLeastFusedRows;
-  if (fuse && !obstacle(Path::kGemmSm90) && rows <= cuda::kMostFusedRowsSm90) {
-    return {Path::kGemmSm90, "masked GEMM: the mask rides in the load of the weight"};
+  const bool of_weight = pass == Pass::kGradWeight;
+  const char* const in_load = "masked GEMM: the mask rides in the load of the weight";
+  if (!obstacle(Path::kGemmSm90) && rows <= cuda::kMostFusedRowsSm90) {
+    return {Path::kGemmSm90, of_weight ? "masked GEMM: the mask rides in the store of the gradient" : in_load};
   }
-  if (fuse && !obstacle(Path::kGemmSm80) && rows <= cuda::kMostFusedRowsSm80) {
-    return {Path::kGemmSm80, "masked GEMM: the mask rides in the load of the weight"};
-  }
+  if (!of_weight && !obstacle(Path::kGemmSm80) && rows <= cuda::kMostFusedRowsSm80) return {Path::kGemmSm80, in_load};
   if (!obstacle(Path::kMaskCopy)) return {Path::kMaskCopy, "masked in one pass, then torch's own operation"};
   return {Path::kCopy, copy_reason};
 }
