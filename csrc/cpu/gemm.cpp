@@ -374,8 +374,9 @@ void linear(const Team& team, Dtype dtype, int64_t M, int64_t N, int64_t K, cons
 
 void linear_grad_input(const Team& team, Dtype dtype, int64_t M, int64_t N, int64_t K, const void* grad_output,
                        const void* weight, Bits bits, void* grad_input) {
-  const bool halves_from_caches = dtype != Dtype::kFloat && 2 * N * K <= tuning::kCachedBytes;
-  if (M <= min(tuning::kSmallGradRows, halves_from_caches ? tuning::kSmallRows16 : tuning::kSmallRows)) {
+  const int64_t bytes = N * K * (dtype == Dtype::kFloat ? 4 : 2);
+  const int64_t most_from_caches = dtype == Dtype::kFloat ? tuning::kSmallGradRows : tuning::kSmallGradRows16;
+  if (M <= (bytes > tuning::kCachedBytes ? tuning::kSmallRows : most_from_caches)) {
     return linear_grad_input_small(team, dtype, M, N, K, grad_output, weight, bits, grad_input);
   }
   with_element(dtype, [&](auto element) {

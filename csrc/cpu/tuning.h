@@ -43,16 +43,14 @@ constexpr int64_t kColumnsAhead = 32;
 // row 1.25 ms (0.8), 8 rows 1.6 (1.0 to 1.35), 16 rows 1.7 (1.5 to 1.75); reading it in the order of its rows, as one
 // row does, takes 1.25 (0.8).
 constexpr int64_t kSmallRows = 16;
-// Of the gradients. AVX2, one thread, 16, 1024 -> 1024: grad_input 510 us without packing, 335 with it; grad_weight
-// 480, 317; forward 394, 437. Each tile of rows expands the bits again.
+// Of the gradients, if the weight comes from caches. AVX2, one thread, 16, 1024 -> 1024: grad_input 510 us without
+// packing, 335 with it; grad_weight 480, 317; forward 394, 437. Each tile of rows expands the bits again. Of 16 bits,
+// grad_input, 16, 768 -> 3072: 206 us without packing, 139 with it. From memory, 16, 4096 -> 4096: 1.17 ms, 1.96.
 #if defined(__AVX512F__)
-constexpr int64_t kSmallGradRows = 16;
+constexpr int64_t kSmallGradRows = 16, kSmallGradRows16 = 12;
 #else
-constexpr int64_t kSmallGradRows = 8;
+constexpr int64_t kSmallGradRows = 8, kSmallGradRows16 = 8;
 #endif
-// Of 16 bits, grad_input of up to this many rows only, if the weight comes from caches. 16, 768 -> 3072: 206 us without
-// packing, 139 with it; 16, 4096 -> 4096: 1.17 ms, 1.96.
-constexpr int64_t kSmallRows16 = 12;
 #if defined(__AVX512F__)
 constexpr int kSmallTile = 8, kSmallSums = 24;
 #else
