@@ -293,7 +293,7 @@ Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool chan
                           const Pattern* pattern, bool have_values, bool packed) {
   if (weight.is_cuda()) {  // whose weight is masked first; how, is decided there
     const char* unfused = "it has no convolution kernel";
-    choose_device("convolution", pass, 0, {nullptr, unfused, unfused, unfused}, unfused);
+    choose_device("convolution", pass, 0, 0, {nullptr, unfused, unfused, unfused}, unfused);
     return {Path::kCopy, "torch's convolution over the masked weight"};
   }
   const char* const obstacle = kernel_obstacle(geometry, weight, pattern);
@@ -359,7 +359,7 @@ Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool chan
   return obey(packed ? "packed convolution" : "convolution", {nullptr, no_fused, no_compact, no_sparse}, choice);
 }
 
-Choice choose_device(const char* operation, Pass pass, int64_t rows, const DeviceObstacles& obstacles,
+Choice choose_device(const char* operation, Pass pass, int64_t rows, int64_t weights, const DeviceObstacles& obstacles,
                      const char* copy_reason) {
   const auto obstacle = [&](Path path) { return obstacles[static_cast<size_t>(path) - kCpuPaths]; };
   if (const std::optional<Path> path = forced_path()) {
@@ -372,7 +372,7 @@ Choice choose_device(const char* operation, Pass pass, int64_t rows, const Devic
   if (!obstacle(Path::kDecode)) return {Path::kDecode, "few rows: the remaining weights are read once"};
   const bool of_weight = pass == Pass::kGradWeight;
   const char* const in_load = "masked GEMM: the mask rides in the load of the weight";
-  if (!obstacle(Path::kGemmSm90) && rows <= cuda::kMostFusedRowsSm90) {
+  if (!obstacle(Path::kGemmSm90) && cuda::prefers_gemm_sm90(rows, weights)) {
     return {Path::kGemmSm90, of_weight ? "masked GEMM: the mask rides in the store of the gradient" : in_load};
   }
   if (!of_weight && !obstacle(Path::kGemmSm80) && rows <= cuda::kMostFusedRowsSm80) return {Path::kGemmSm80, in_load};
