@@ -383,6 +383,14 @@ def test_results_that_go_past_the_caches(capability: str, channels: tuple[int, i
         check(conv((1, into, 128, 256), (out, into, 1, 1)), 0.4, layout=0, bias=True)
 
 
+@every_capability
+@pytest.mark.parametrize("layout", [0, 7], ids=["contiguous", "channels_last"])
+def test_results_of_strips_that_go_past_the_caches(capability: str, layout: int) -> None:
+    """34 MB of them, whose lines are whole in every other row."""
+    with running_on("sparse", capability), poisoned():
+        check(conv((1, 2, 150, 281), (208, 2, 1, 2)), 0.5, layout=layout, bias=True)
+
+
 def test_unusual_layouts_of_the_operands() -> None:
     mask, geometry = torch.rand(6, 4, 3, 2) < 0.4, ([1, 2], [1, 1], [1, 1], False, [0, 0], 1)
     w = integers(6, 4, 3, 2)

@@ -66,6 +66,7 @@ struct Multiplication {
   Memory<const float> from;
   Memory<float> to;
   bool fetches_input, fetches_output;  // ahead of their use; input only if a position reads the pixel that it is
+  bool streams;                        // the output
 
   void run(const Cut& cut, const Columns& columns, const Starts& starts, Span strips, Span panels) const {
     for (int64_t s = strips.first; s < strips.last; ++s) {
@@ -73,6 +74,7 @@ struct Multiplication {
       with_packer(cut, columns.blocks, strip, from, Slot::kPlaces,
                   [&](const auto& packer) { run(strip, next, packer, columns, starts, panels); });
     }
+    if (streams) end_streams();
   }
 
  private:
@@ -112,7 +114,7 @@ struct Multiplication {
           ahead.skip(segments_of(index, block, {panel, panel + 1}));
         }
       });
-      strip.store(c, row, rows, to);
+      strip.store(c, row, rows, to, streams);
     });
   }
 };
@@ -179,8 +181,12 @@ void conv_spmm(const Team& team, const Convolution& c, const SparseIndex& index,
   const Memory<float> to(output, transposed ? c.in_channels : c.out_channels, transposed ? c.input : c.output);
   // With one tap, memory is what limits if few weights meet an element.
   const bool pointwise = is_pointwise(c), few = index.nnz < tuning::kFewProducts * max(c.in_channels, c.out_channels);
-  const Multiplication multiplication = {index, in_order(team, index, values),          from,
-                                         to,    pointwise && few && from.channels_last, few || !pointwise};
+  const bool streams = c.batch * to.image * int64_t{sizeof(float)} >= tuning::kStreamedStripBytes;
+  const Multiplication multiplication = {
+      index,   in_order(team, index, values),          from,
+      to,      pointwise && few && from.channels_last, !streams && (few || !pointwise),
+      streams,
+  };
   for_phases(c, transposed, index.block_cols, [&](const Phase& phase) {
     const Columns columns(c, index, phase);
     const Cut cut(phase, columns.blocks, c.batch, team.threads);

@@ -314,15 +314,17 @@ class PixelPacker {
       for (int64_t v = 0; v < packed_.vectors; ++v) {
         const int64_t lanes = vectors_[v].lanes;
         const SourceRows rows = vectors_[v].rows;
-        const bool whole = valid == L && lanes == L;
+        const bool few = valid <= 4, whole = lanes == L;
         const int64_t* const offsets = offsets_ + v * L;
         float* out = packed + packed_.place(v);
         for (int64_t r = 0; r < packed_.rows; ++r, out += packed_.row) {
           const float* const in = source_.data + c + r * stride_;
           if (lanes == 0 || r < rows.first || r >= rows.last) {
             for (int64_t i = 0; i < valid; ++i) Vec::zero().store(out + i * packed_.channel);
+          } else if (few) {
+            whole ? pack_few<true>(in, offsets, valid, out) : pack_few<false>(in, offsets, valid, out);
           } else {
-            whole ? pack_vector<true>(in, offsets, L, out) : pack_vector<false>(in, offsets, valid, out);
+            whole&& valid == L ? pack_vector<true>(in, offsets, L, out) : pack_vector<false>(in, offsets, valid, out);
           }
         }
       }
@@ -357,6 +359,26 @@ class PixelPacker {
     } else {
       for (int i = 0; i < channels; ++i) tile[i].store(out + i * step);
     }
+  }
+
+  // The same for up to four channels; kWhole: all lanes lie in the source.
+  template <bool kWhole>
+  void pack_few(const float* in, const int64_t* offsets, int64_t channels, float* out) const {
+    alignas(16) static constexpr float kZeros[4] = {};
+    const int64_t step = packed_.channel;
+    Vec tile[4];
+    MASKED_OPS_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const float* places[L / 4];
+      MASKED_OPS_UNROLL
+      for (int q = 0; q < L / 4; ++q) {
+        const int64_t offset = offsets[4 * q + i];
+        places[q] = kWhole || offset != kOutside ? in + offset : kZeros;
+      }
+      tile[i] = Vec::quads(places, int(channels));
+    }
+    transpose_quads(tile);
+    for (int i = 0; i < channels; ++i) tile[i].store(out + i * step);
   }
 
   const Memory<const float>& source_;
