@@ -163,7 +163,7 @@ EDGES = [
     *(conv((16, 2, h, 14), (3, 2, 3, 3), padding=p) for h, p in [(7, 1), (8, 1), (13, 1), (15, 2), (22, 0), (29, 3)]),
     *(conv((n, 3, h, w), (4, 3, 3, 3), padding=1) for n, h, w in [(9, 7, 7), (33, 8, 5), (17, 15, 3), (5, 14, 13)]),
     *(conv((9, c, 6, 7), (o, c, 1, 1)) for c, o in [(63, 15), (64, 16), (65, 17), (127, 64), (257, 65), (130, 513)]),
-    *(conv((5, c, 5, 5), (17, c, 3, 3), padding=1) for c in (7, 14, 15, 28, 29, 57)),
+    *(conv((5, c, 5, 5), (17, c, 3, 3), padding=1) for c in (7, 14, 15, 28, 29, 57, 130)),
     # Strides, where taps share rows by classes: kernels beyond and within a step, rows above and below the image.
     *(conv((8, c, h, w), (4, c, k, k), stride=2, padding=k // 2) for c, k, h, w in [(3, 7, 33, 32), (5, 3, 28, 30)]),
     *(conv((16, 2, h, 29), (3, 2, 5, 3), stride=2, padding=p) for h, p in [(14, 0), (29, 4), (31, 7)]),
