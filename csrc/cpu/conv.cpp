@@ -26,6 +26,7 @@ struct Columns {
         first_block(phase.first_block) {}
 
   int64_t count() const { return ceil_div(columns, blocks.columns); }
+  int64_t widest() const { return min(columns, blocks.columns); }
 
   // body(block of the index, first and last of its columns counted from the phase's first).
   template <typename Body>
@@ -189,7 +190,8 @@ void conv_spmm(const Team& team, const Convolution& c, const SparseIndex& index,
   };
   for_phases(c, transposed, index.block_cols, [&](const Phase& phase) {
     const Columns columns(c, index, phase);
-    const Cut cut(phase, columns.blocks, c.batch, team.threads);
+    const bool narrow = columns.widest() > (few && pointwise ? tuning::kFewWideColumns : tuning::kMostWideColumns);
+    const Cut cut(phase, columns.blocks, narrow, c.batch, team.threads);
     const Starts starts(index, {columns.first_block, columns.first_block + columns.count()}, bias);
     for_strips(team, cut.strips(), index.panels,
                [&](Span strips, Span panels) { multiplication.run(cut, columns, starts, strips, panels); });
@@ -204,7 +206,7 @@ void conv_sddmm(const Team& team, const Convolution& c, const SparseIndex& index
   const Phase output = {{identity_axis(c, 0), identity_axis(c, 1), identity_axis(c, 2)}};
   const Phase phase = {{forward_axis(c, 0), forward_axis(c, 1), forward_axis(c, 2)}};
   const Columns columns(c, index, phase);
-  const Cut cut(phase, columns.blocks, c.batch, team.threads);
+  const Cut cut(phase, columns.blocks, columns.widest() > tuning::kMostWideColumns, c.batch, team.threads);
   Cut of_output = cut;
   of_output.phase = &output;
   const TapBlocks itself = output.blocks(1);

@@ -36,9 +36,12 @@ struct Cut {
   static constexpr int L = Vec::kLanes;
   static constexpr int kWide = 8, kOdd = 7, kNarrow = 4;
 
-  Cut(const Phase& of, const TapBlocks& blocks, int64_t batch, int threads) : phase(&of), batch(batch), banded(false) {
+  // Narrow: even if there are positions for wide strips, unless their vectors are rows.
+  Cut(const Phase& of, const TapBlocks& blocks, bool narrow, int64_t batch, int threads)
+      : phase(&of), batch(batch), banded(false) {
     const int64_t positions = batch * of.positions();
-    vectors = positions > kNarrow * L && positions >= 4 * threads * kWide * L ? kWide : kNarrow;
+    const bool wide = !narrow && positions >= 4 * threads * kWide * L;
+    vectors = positions > kNarrow * L && wide ? kWide : kNarrow;
     if (blocks.pitch == 0) return;
     double least = 1.25 * double(positions) / L;  // what it may cost in lanes that are none
     constexpr int kVectors[] = {kWide, kOdd};

@@ -117,6 +117,10 @@ constexpr int64_t kVectorsAhead = 128;
 // Columns of a block where taps share what is packed: on one thread, 512 channels of 7 x 7 take 1.42 ms at 90% with
 // 126, 1.37 with 189 and with 252; 0.98, 0.91 and 0.86 at 95%.
 constexpr int64_t banded_block_cols(int64_t block_cols) { return block_cols == 64 ? 128 : 256; }
+// Columns of a block beyond which strips are narrow, if their vectors are no rows: at 95%, 1024 -> 256 channels of 14 x
+// 14 take 0.35 ms, wide 0.39, contiguous 0.43 and 0.45; 512 -> 2048 of 7 x 7, batch 32, 1.27 and 1.36. And with few
+// products: at 90%, channels last, 256 -> 64 of 56 x 56 0.84 and 1.03, 512 -> 128 of 28 x 28 0.52 and 0.56.
+constexpr int64_t kMostWideColumns = 128, kFewWideColumns = 64;
 // Rows of a panel of a convolution that are not split for the sake of more tasks: 512 channels of 7 x 7, from 64 rows
 // to 512, take 0.87 of the time.
 constexpr int64_t kConvPanelRows = 128;
