@@ -118,12 +118,10 @@ def features(cell: Cell, name: str, path: str, threads: int) -> list[float]:
     elif stride > 1 and name != "grad_input":
         packed *= 2
     result = {"forward": positions * O, "grad_input": batch * size**2 * C, "grad_weight": 0}[name]
-    # Of one tap and contiguous, the masked GEMM computes whole vectors of a plane.
-    computed = batch * -(-(out**2) // 16) * 16 if path == "fused" and not last else positions
     value = {
         "call": 1.0,
         "mac": positions * weights * (1 - sparsity) / threads,
-        "dense": computed * weights / threads,
+        "dense": positions * weights / threads,
         "weight": weights / threads,
         "value": weights * (1 - sparsity) / threads,
         "packed": positions * taps * packed / threads,

@@ -183,7 +183,7 @@ double dense_speedup(at::ScalarType dtype) {
 
 // What the passes of a convolution cost, dense and sparse.
 struct ConvolutionCosts {
-  double macs, fused_macs, packed, images, weights, speedup;
+  double macs, packed, images, weights, speedup;
   bool converts;
   const cpu::ConvCost &dense, &fused;  // fused: of one tap in float32
   cpu::ConvCost sparse;
@@ -199,15 +199,13 @@ struct ConvolutionCosts {
     const double positions = double(c.batch) * volume(c.output), kernel = double(taps(c));
     weights = double(c.out_channels) * double(c.in_channels / c.groups) * kernel;
     macs = positions * weights;
-    const double in_vectors = std::ceil(volume(c.output) / cpu::kPackedVector) * cpu::kPackedVector;
-    fused_macs = channels_last ? macs : double(c.batch) * in_vectors * weights;
     packed = positions * double(packed_channels(pass, c, channels_last)) * kernel;
     images = positions * double(c.out_channels) + double(c.batch) * volume(c.input) * double(c.in_channels);
   }
   double of_dense(int threads) const { return dense(macs, weights, 0, packed, images, threads) / speedup; }
   double of_fused(int threads) const {
     const double factor = cpu::kernels().lanes == 8 ? cpu::kAvx2FusedConvCost : 1;
-    return factor * fused(fused_macs, weights, 0, packed, images, threads);
+    return factor * fused(macs, weights, 0, packed, images, threads);
   }
   double of_sparse(double nnz, int threads) const {
     return (portable() ? cpu::kPortableConvCost : 1) * sparse(macs, weights, nnz, packed, images, threads) +

@@ -300,9 +300,9 @@ inline constexpr ConvCost kDenseConvCosts[3][2][3] = {
     // dense convolution: end
 };
 
-// Convolutions of one tap by the masked GEMM, [NCHW, channels last][forward, grad_input, grad_weight]. NCHW, it
-// computes whole vectors of a plane. Channels last, it is considered where there are so many weights for each element
-// of the images, input and output together: below, torch is ahead by up to three times.
+// Convolutions of one tap by the masked GEMM, [NCHW, channels last][forward, grad_input, grad_weight]. Channels last, it
+// is considered where there are so many weights for each element of the images, input and output together: below, torch
+// is ahead by up to three times.
 inline constexpr double kFusedWeights = 0.3;
 // On AVX2, where torch's take 1.8 times as long, contiguous ones take 1.9, and up to 2.5: 256 -> 64 on 56 x 56 1.3
 // times as fast as torch, 512 -> 512 on 28 x 28 0.85, 256 -> 1024 on 14 x 14 0.87 and 0.7.
