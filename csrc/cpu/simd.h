@@ -119,6 +119,14 @@ struct Vec {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     return {_mm512_mask_i32gather_ps(_mm512_setzero_ps(), m, _mm512_mullo_epi32(lanes, _mm512_set1_epi32(step)), p, 4)};
   }
+  // p[2 * i] = lane i, for the lanes of the predicate; what lies between is left alone.
+  MASKED_OPS_INLINE void store_even(Predicate m, float* p) const {
+    const __m512i low = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    const uint32_t elements = _pdep_u32(m, 0x55555555);
+    _mm512_mask_storeu_ps(p, __mmask16(elements), _mm512_permutexvar_ps(low, v));
+    _mm512_mask_storeu_ps(p + 16, __mmask16(elements >> 16), _mm512_permutexvar_ps(high, v));
+  }
   MASKED_OPS_INLINE void store(float* p) const { _mm512_store_ps(p, v); }
   MASKED_OPS_INLINE void stream(float* p) const { _mm512_stream_ps(p, v); }
   MASKED_OPS_INLINE void storeu(float* p) const { _mm512_storeu_ps(p, v); }
@@ -292,6 +300,15 @@ struct Vec {
     const __m256i at = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(step));
     return {_mm256_mask_i32gather_ps(_mm256_setzero_ps(), p, at, _mm256_castsi256_ps(m.lanes), 4)};
   }
+  MASKED_OPS_INLINE void store_even(Predicate m, float* p) const {
+    const __m256i even = _mm256_setr_epi32(-1, 0, -1, 0, -1, 0, -1, 0);
+    const __m256i low = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3), high = _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7);
+    const auto lanes = [&](__m256i half) __attribute__((always_inline)) {
+      return _mm256_and_si256(_mm256_permutevar8x32_epi32(m.lanes, half), even);
+    };
+    _mm256_maskstore_ps(p, lanes(low), _mm256_permutevar8x32_ps(v, low));
+    _mm256_maskstore_ps(p + 8, lanes(high), _mm256_permutevar8x32_ps(v, high));
+  }
   MASKED_OPS_INLINE void store(float* p) const { _mm256_store_ps(p, v); }
   MASKED_OPS_INLINE void stream(float* p) const { _mm256_stream_ps(p, v); }
   MASKED_OPS_INLINE void storeu(float* p) const { _mm256_storeu_ps(p, v); }
@@ -419,6 +436,11 @@ struct Vec {
   static MASKED_OPS_INLINE Vec gather(Predicate m, const float* p, int step) {
     const int64_t s = step;
     return {Floats{m & 1 ? p[0] : 0, m & 2 ? p[s] : 0, m & 4 ? p[2 * s] : 0, m & 8 ? p[3 * s] : 0}};
+  }
+  MASKED_OPS_INLINE void store_even(Predicate m, float* p) const {
+    for (int i = 0; i < 4; ++i) {
+      if (m >> i & 1) p[2 * i] = v[i];
+    }
   }
   MASKED_OPS_INLINE void store(float* p) const { storeu(p); }
   MASKED_OPS_INLINE void stream(float* p) const { storeu(p); }

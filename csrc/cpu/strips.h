@@ -160,7 +160,13 @@ class Strip {
       for (int64_t i = 0; i < rows; ++i) {
         const float* const from = c + i * width() + lane;
         float* const out = to + i * memory.channel + offset;
-        if (step > 1) {
+        if (step == 2) {
+          for (int64_t w = 0; w < count; w += L) {
+            Vec::loadu(Vec::first(count - w), from + w).store_even(Vec::first(count - w), out + 2 * w);
+          }
+          continue;
+        }
+        if (step > 2) {
           for (int64_t w = 0; w < count; ++w) out[w * step] = from[w];
           continue;
         }
