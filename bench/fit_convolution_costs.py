@@ -45,6 +45,7 @@ MOST_FULL = 0.75  # sparsity: as the blocks of a sparse index (sparse_index.h)
 USUAL_ERROR = 0.15
 FRESH_FLOATS = 8 << 20
 FUSED_WEIGHTS = 0.3  # kFusedWeights
+PACKED_ROWS = 8.0  # kPackedRows
 PATHS = (*PATH_TERMS, "compact")
 KINDS = ("one tap", "more taps", "grouped")
 
@@ -111,7 +112,7 @@ def measure(cell: Cell, seconds: float) -> dict[str, dict[str, float]]:
 def features(cell: Cell, name: str, path: str, threads: int) -> list[float]:
     (C, O, kernel, size, stride, groups), batch, sparsity, last = cell  # noqa: E741
     out = (size + 2 * (kernel // 2) - kernel) // stride + 1
-    positions, taps, weights = batch * out * out, kernel**2, O * (C // groups) * kernel**2
+    positions, weights = batch * out * out, O * (C // groups) * kernel**2
     packed = O if name == "grad_input" else C  # channels that im2col reads, see path.cpp
     if last:
         packed = groups * -(-packed // groups // 16) * 16
@@ -124,12 +125,26 @@ def features(cell: Cell, name: str, path: str, threads: int) -> list[float]:
         "dense": positions * weights / threads,
         "weight": weights / threads,
         "value": weights * (1 - sparsity) / threads,
-        "packed": positions * taps * packed / threads,
+        "packed": positions * packed_taps(cell, name) * packed / threads,
         "images": (positions * O + batch * size * size * C) / threads,
         # A large result is fresh memory, whose page faults all paths have in common: not among the constants.
         "fresh": result if result >= FRESH_FLOATS else 0,
     }
     return [value[term] for term in PATH_TERMS[path]]
+
+
+def packed_taps(cell: Cell, name: str) -> float:
+    """Taps of a position for which im2col reads, see path.cpp."""
+    kernel, stride = cell[0][2], cell[0][4]
+    if (name == "grad_input" and stride > 1) or kernel <= stride:
+        return kernel**2
+    return kernel * min(kernel, stride * (1 + (kernel - 1) // stride / PACKED_ROWS))
+
+
+def layout_of(cell: Cell) -> int:
+    """Contiguous images that are packed, channels last, contiguous ones that the sparse kernels take as they lie."""
+    (_, _, kernel, size, stride, _), _, _, last = cell
+    return 1 if last else 2 if kernel == stride == 1 and (size**2 % 112 == 0 or size**2 % 128 == 0) else 0
 
 
 def kind_of(cell: Cell) -> int:
@@ -140,7 +155,7 @@ def key_of(path: str, cell: Cell, name: str) -> tuple[Any, ...]:
     """Of the constants that a cell shares with others."""
     if path == "copy":
         return path, kind_of(cell), cell[3], name
-    return (path, cell[2] > MOST_FULL, cell[3], name) if path == "sparse" else (path, cell[3], name)
+    return (path, cell[2] > MOST_FULL, layout_of(cell), name) if path == "sparse" else (path, cell[3], name)
 
 
 def may_fuse(cell: Cell) -> bool:
@@ -238,8 +253,8 @@ def write(costs: Costs) -> None:
         fused += "    {\n" + row(("fused", last), "    ") + "    },\n"
     for few in (False, True):
         sparse += "    {\n"
-        for last in (False, True):
-            sparse += "        {\n" + row(("sparse", few, last), "        ") + "        },\n"
+        for layout in range(3):
+            sparse += "        {\n" + row(("sparse", few, layout), "        ") + "        },\n"
         sparse += "    },\n"
     source = COSTS_H.read_text()
     for which, body in (("dense", dense), ("fused", fused), ("sparse", sparse)):

@@ -10,6 +10,7 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "channels.h"
 #include "cpu/costs.h"
@@ -181,6 +182,13 @@ double dense_speedup(at::ScalarType dtype) {
   return 1;
 }
 
+// Whether the sparse kernels take contiguous images as they lie, without packing (conv_planes.cpp).
+bool in_planes(const cpu::Convolution& c) {
+  const int64_t plane = c.output[0] * c.output[1] * c.output[2], lanes = cpu::kernels().lanes;
+  const bool whole = plane % (7 * lanes) == 0 || plane % (8 * lanes) == 0;
+  return whole && taps(c) == 1 && plane == c.input[0] * c.input[1] * c.input[2];
+}
+
 // What the passes of a convolution cost, dense and sparse.
 struct ConvolutionCosts {
   double macs, packed, images, weights, speedup;
@@ -195,11 +203,13 @@ struct ConvolutionCosts {
                                    : taps(c) > 1 ? 1
                                                  : 0][channels_last][static_cast<int>(pass)]),
         fused(cpu::kFusedConvCosts[channels_last][static_cast<int>(pass)]),
-        sparse(cpu::kSparseConvCosts[density < cpu::kFullDensity][channels_last][static_cast<int>(pass)]) {
-    const double positions = double(c.batch) * volume(c.output), kernel = double(taps(c));
-    weights = double(c.out_channels) * double(c.in_channels / c.groups) * kernel;
+        sparse(cpu::kSparseConvCosts[density < cpu::kFullDensity][channels_last  ? 1
+                                                                  : in_planes(c) ? 2
+                                                                                 : 0][static_cast<int>(pass)]) {
+    const double positions = double(c.batch) * volume(c.output);
+    weights = double(c.out_channels) * double(c.in_channels / c.groups) * double(taps(c));
     macs = positions * weights;
-    packed = positions * double(packed_channels(pass, c, channels_last)) * kernel;
+    packed = positions * double(packed_channels(pass, c, channels_last)) * packed_taps(pass, c);
     images = positions * double(c.out_channels) + double(c.batch) * volume(c.input) * double(c.in_channels);
   }
   double of_dense(int threads) const { return dense(macs, weights, 0, packed, images, threads) / speedup; }
@@ -219,6 +229,15 @@ struct ConvolutionCosts {
     if (channels_last)
       return c.groups * ((of_group + cpu::kPackedVector - 1) / cpu::kPackedVector) * cpu::kPackedVector;
     return pass != Pass::kGradInput && c.stride[2] > 1 ? 2 * channels : channels;
+  }
+
+  // Taps of a position for which im2col reads: several rows of the kernel share those of the images.
+  static double packed_taps(Pass pass, const cpu::Convolution& c) {
+    const int64_t shared = std::gcd(c.stride[1], c.dilation[1]), classes = c.stride[1] / shared;
+    if ((pass == Pass::kGradInput && c.stride[1] > 1) || c.kernel[1] <= classes) return double(taps(c));
+    const int64_t further = ((c.kernel[1] - 1) / classes) * (c.dilation[1] / shared);
+    const double rows = double(classes) * (1 + double(further) / cpu::kPackedRows);
+    return double(c.kernel[0] * c.kernel[2]) * std::min(rows, double(c.kernel[1]));
   }
 
   // What the dense one without the pruned channels costs besides that.
@@ -265,11 +284,9 @@ bool may_fuse(const ConvolutionCosts& costs, bool channels_last, const at::Tenso
 }
 
 // Whether the sparse kernels are faster than the masked GEMM over contiguous images of one tap: where these lie as both
-// take them without packing (conv_planes.cpp), with the vectors that it was measured with.
+// take them without packing, with the vectors that it was measured with.
 bool beats_fused_planes(const cpu::Convolution& c, double density) {
-  const int64_t plane = c.output[0] * c.output[1] * c.output[2], lanes = cpu::kernels().lanes;
-  const bool by_planes = plane % (7 * lanes) == 0 || plane % (8 * lanes) == 0;
-  return lanes == 16 && by_planes && density < cpu::kSparsePlaneDensity;
+  return cpu::kernels().lanes == 16 && in_planes(c) && density < cpu::kSparsePlaneDensity;
 }
 
 // Whether the depthwise kernels are as fast as torch's.

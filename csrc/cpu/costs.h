@@ -207,6 +207,7 @@ inline constexpr CostTable kHalfCosts = {
 // MACs are those of the dense convolution, in the direction of the kernels (see Convolution); packed counts what im2col
 // reads, by vectors of channels where they lie last, images what is read and written.
 inline constexpr int64_t kPackedVector = 16;
+inline constexpr double kPackedRows = 8;  // of a strip whose rows of taps share what is packed
 struct ConvCost {
   float call, mac, dense, weight, value, packed, images;
 
@@ -300,9 +301,9 @@ inline constexpr ConvCost kDenseConvCosts[3][2][3] = {
     // dense convolution: end
 };
 
-// Convolutions of one tap by the masked GEMM, [NCHW, channels last][forward, grad_input, grad_weight]. Channels last, it
-// is considered where there are so many weights for each element of the images, input and output together: below, torch
-// is ahead by up to three times.
+// Convolutions of one tap by the masked GEMM, [NCHW, channels last][forward, grad_input, grad_weight]. Channels last,
+// it is considered where there are so many weights for each element of the images, input and output together: below,
+// torch is ahead by up to three times.
 inline constexpr double kFusedWeights = 0.3;
 // On AVX2, where torch's take 1.8 times as long, contiguous ones take 1.9, and up to 2.5: 256 -> 64 on 56 x 56 1.3
 // times as fast as torch, 512 -> 512 on 28 x 28 0.85, 256 -> 1024 on 14 x 14 0.87 and 0.7.
@@ -322,9 +323,10 @@ inline constexpr ConvCost kFusedConvCosts[2][3] = {
     // fused convolution: end
 };
 
-// [this density or more, less][NCHW, channels last][forward, grad_input, grad_weight]
+// [this density or more, less][NCHW that is packed, channels last, NCHW of one tap that is not][forward, grad_input,
+// grad_weight]
 inline constexpr double kFullDensity = 0.25;
-inline constexpr ConvCost kSparseConvCosts[2][2][3] = {
+inline constexpr ConvCost kSparseConvCosts[2][3][3] = {
     // sparse convolution: begin
     {
         {
