@@ -42,12 +42,13 @@ PATH_TERMS = {
     "sparse": ("call", "mac", "weight", "value", "packed", "images", "fresh"),
 }
 MOST_FULL = 0.75  # sparsity: as the blocks of a sparse index (sparse_index.h)
+FULL, FULL_MARGIN, PIXEL_MARGIN = 0.4, 0.75, 0.88  # kMostDensity, kMostMargin, kPixelMargin
 USUAL_ERROR = 0.15
 FRESH_FLOATS = 8 << 20
 FUSED_WEIGHTS = 0.3  # kFusedWeights
 PACKED_ROWS = 8.0  # kPackedRows
 PATHS = (*PATH_TERMS, "compact")
-KINDS = ("one tap", "more taps", "grouped")
+KINDS = ("one tap", "more taps", "depthwise")
 
 Cell = tuple[Shape, int, float, bool]  # shape, batch, sparsity, channels_last
 Samples = dict[Cell, dict[str, dict[str, float]]]
@@ -119,10 +120,15 @@ def features(cell: Cell, name: str, path: str, threads: int) -> list[float]:
     elif stride > 1 and name != "grad_input":
         packed *= 2
     result = {"forward": positions * O, "grad_input": batch * size**2 * C, "grad_weight": 0}[name]
+    computed = positions * weights
+    if path == "copy" and groups < C and name != "grad_weight":  # torch's kernels fill blocks of the result's channels
+        computed *= in_blocks((O if name == "forward" else C) // groups, 16)
+    if path == "fused" and name == "grad_weight" and not last:  # whole vectors of a plane
+        computed *= in_blocks(out**2, 16)
     value = {
         "call": 1.0,
         "mac": positions * weights * (1 - sparsity) / threads,
-        "dense": positions * weights / threads,
+        "dense": computed / threads,
         "weight": weights / threads,
         "value": weights * (1 - sparsity) / threads,
         "packed": positions * packed_taps(cell, name) * packed / threads,
@@ -131,6 +137,11 @@ def features(cell: Cell, name: str, path: str, threads: int) -> list[float]:
         "fresh": result if result >= FRESH_FLOATS else 0,
     }
     return [value[term] for term in PATH_TERMS[path]]
+
+
+def in_blocks(n: int, block: int) -> float:
+    """What is computed of n for one of it, in whole blocks."""
+    return -(-n // block) * block / n
 
 
 def packed_taps(cell: Cell, name: str) -> float:
@@ -148,7 +159,7 @@ def layout_of(cell: Cell) -> int:
 
 
 def kind_of(cell: Cell) -> int:
-    return 2 if cell[0][5] > 1 else int(cell[0][2] > 1)
+    return 2 if cell[0][5] == cell[0][0] else int(cell[0][2] > 1)
 
 
 def key_of(path: str, cell: Cell, name: str) -> tuple[Any, ...]:
@@ -205,11 +216,15 @@ def predict(costs: Costs, cell: Cell, results: dict[str, float], name: str, thre
     if kind_of(cell) == 2:
         return "auto"
     serve = {path for path in PATH_TERMS if path in results}
-    if cell[2] == 0:
-        serve -= {"sparse"}
     if not may_fuse(cell):
         serve -= {"fused"}
-    return min(serve, key=lambda path: expected(costs, path, cell, name, threads))
+    pixels = cell[3] and cell[0][2] == 1 and cell[2] <= MOST_FULL
+    margin = FULL_MARGIN if cell[2] < FULL else PIXEL_MARGIN if pixels else 1.0
+
+    def nanoseconds(path: str) -> float:
+        return expected(costs, path, cell, name, threads) / (margin if path == "sparse" else 1.0)
+
+    return min(serve, key=nanoseconds)
 
 
 def assess(samples: Samples, chosen: Callable[[Cell, dict[str, float], str], str]) -> None:

@@ -189,9 +189,11 @@ bool in_planes(const cpu::Convolution& c) {
   return whole && taps(c) == 1 && plane == c.input[0] * c.input[1] * c.input[2];
 }
 
+bool is_depthwise(const cpu::Convolution& c) { return c.groups > 1 && c.groups == c.in_channels; }
+
 // What the passes of a convolution cost, dense and sparse.
 struct ConvolutionCosts {
-  double macs, packed, images, weights, speedup;
+  double macs, dense_macs, fused_macs, packed, images, weights, speedup;
   bool converts;
   const cpu::ConvCost &dense, &fused;  // fused: of one tap in float32
   cpu::ConvCost sparse;
@@ -199,9 +201,9 @@ struct ConvolutionCosts {
   ConvolutionCosts(Pass pass, const cpu::Convolution& c, bool channels_last, at::ScalarType dtype, double density)
       : speedup(dense_speedup(dtype)),
         converts(dtype != at::kFloat),
-        dense(cpu::kDenseConvCosts[c.groups > 1  ? 2
-                                   : taps(c) > 1 ? 1
-                                                 : 0][channels_last][static_cast<int>(pass)]),
+        dense(cpu::kDenseConvCosts[is_depthwise(c) ? 2
+                                   : taps(c) > 1   ? 1
+                                                   : 0][channels_last][static_cast<int>(pass)]),
         fused(cpu::kFusedConvCosts[channels_last][static_cast<int>(pass)]),
         sparse(cpu::kSparseConvCosts[density < cpu::kFullDensity][channels_last  ? 1
                                                                   : in_planes(c) ? 2
@@ -209,13 +211,20 @@ struct ConvolutionCosts {
     const double positions = double(c.batch) * volume(c.output);
     weights = double(c.out_channels) * double(c.in_channels / c.groups) * double(taps(c));
     macs = positions * weights;
+    // Torch's kernels fill blocks of the result's channels, dot products whole vectors of planes.
+    const int64_t results = (pass == Pass::kForward ? c.out_channels : c.in_channels) / c.groups;
+    const bool in_blocks_of_channels = !is_depthwise(c) && pass != Pass::kGradWeight;
+    dense_macs = in_blocks_of_channels ? macs * in_blocks(results, cpu::kChannelBlock) : macs;
+    const int64_t plane = c.output[0] * c.output[1] * c.output[2];
+    const bool by_planes = pass == Pass::kGradWeight && !channels_last;
+    fused_macs = by_planes ? macs * in_blocks(plane, cpu::kPackedVector) : macs;
     packed = positions * double(packed_channels(pass, c, channels_last)) * packed_taps(pass, c);
     images = positions * double(c.out_channels) + double(c.batch) * volume(c.input) * double(c.in_channels);
   }
-  double of_dense(int threads) const { return dense(macs, weights, 0, packed, images, threads) / speedup; }
+  double of_dense(int threads) const { return dense(dense_macs, weights, 0, packed, images, threads) / speedup; }
   double of_fused(int threads) const {
     const double factor = cpu::kernels().lanes == 8 ? cpu::kAvx2FusedConvCost : 1;
-    return factor * fused(macs, weights, 0, packed, images, threads);
+    return factor * fused(fused_macs, weights, 0, packed, images, threads);
   }
   double of_sparse(double nnz, int threads) const {
     return (portable() ? cpu::kPortableConvCost : 1) * sparse(macs, weights, nnz, packed, images, threads) +
@@ -230,6 +239,9 @@ struct ConvolutionCosts {
       return c.groups * ((of_group + cpu::kPackedVector - 1) / cpu::kPackedVector) * cpu::kPackedVector;
     return pass != Pass::kGradInput && c.stride[2] > 1 ? 2 * channels : channels;
   }
+
+  // What is computed of n for one of it, in whole blocks.
+  static double in_blocks(int64_t n, int64_t block) { return double((n + block - 1) / block * block) / double(n); }
 
   // Taps of a position for which im2col reads: several rows of the kernel share those of the images.
   static double packed_taps(Pass pass, const cpu::Convolution& c) {
@@ -361,9 +373,10 @@ Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool chan
         least = Costs{pass, positions, weight.scalar_type()}.of(Path::kFused, *pattern);
       }
     }
-    if (!no_sparse && pattern->nnz() < pattern->rows() * pattern->cols()) {
+    if (!no_sparse) {
       const char* const reason = "sparse convolution: few weights remain";
-      const double margin = pattern->density() > cpu::kMostDensity ? cpu::kMostMargin : 1;
+      const bool pixels = channels_last && taps(*geometry) == 1 && pattern->density() >= cpu::kFullDensity;
+      const double margin = pattern->density() > cpu::kMostDensity ? cpu::kMostMargin : pixels ? cpu::kPixelMargin : 1;
       if (choice.path == Path::kFused && !channels_last && beats_fused_planes(*geometry, pattern->density())) {
         choice = {Path::kSparse, reason};
       } else {
