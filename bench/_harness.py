@@ -170,6 +170,36 @@ def interleaved_on_device(
     return {name: Timing(min(values), statistics.median(values), len(values)) for name, values in samples.items()}
 
 
+def replayed_on_device(
+    contenders: Mapping[str, Sequence[Callable[[], object]]], seconds: float = 0.3, rounds: int = 3
+) -> dict[str, Timing]:
+    """:func:`interleaved_on_device` with the functions of each contender captured in one CUDA graph, ``rounds`` times.
+
+    The times are of the device alone, launches included, for calls so small that the host and the events around them
+    would show. Without a CUDA device nothing is captured.
+    """
+    if not torch.cuda.is_available():
+        return interleaved_on_device(contenders, seconds)
+    replays: dict[str, Callable[[], object]] = {}
+    for name, functions in contenders.items():
+        for _ in range(3):
+            for function in functions:
+                function()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(rounds):
+                for function in functions:
+                    function()
+        replays[name] = graph.replay
+    timings = interleaved_on_device({name: [replay] for name, replay in replays.items()}, seconds)
+    calls = {name: rounds * len(functions) for name, functions in contenders.items()}
+    return {
+        name: Timing(t.minimum / calls[name], t.median / calls[name], t.calls * calls[name])
+        for name, t in timings.items()
+    }
+
+
 def device_facts() -> dict[str, Any]:
     """Of the current CUDA device, and which kernels may be used on it; empty without one."""
     if not torch.cuda.is_available():

@@ -5,9 +5,10 @@
     python bench/gpu_suite.py --phase profile     --budget-s 360 --json bench/results/gpu-profile.json
     python bench/gpu_suite.py --phase timing --dry      # every case at a tiny size on the CPU
 
-The kernels are built first. Then each case runs in a process of its own with a time limit; what it found is in the
-JSON file at once, and a short table comes last. MASKED_OPS_CUDA=1 is set: kernels that no GPU has confirmed are used.
-What is expected stands in bench/results/gpu-predictions.md, written before the first run.
+The kernels are built first. Then each case runs in a process of its own with a time limit (those of the correctness
+phase --jobs at a time); what it found is in the JSON file at once, and a short table comes last. MASKED_OPS_CUDA=1 is
+set: kernels that no GPU has confirmed are used. What is expected stands in bench/results/gpu-predictions.md, written
+before the first run.
 
 Contenders of the timings: hook (multiply by the mask, then dense: torch.nn.utils.prune), dense, copy (torch's own
 operations mask), mask_copy, gemm_sm90 and gemm_sm80 where they serve, and packed (decode, or unpack and multiply).
@@ -23,12 +24,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import device_ceilings, device_facts, interleaved_on_device, machine, sets_beyond_l2, table, write_json
+from _harness import (
+    device_ceilings,
+    device_facts,
+    interleaved_on_device,
+    machine,
+    replayed_on_device,
+    sets_beyond_l2,
+    table,
+    write_json,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -334,7 +345,8 @@ def sanitizer(tool: str) -> Callable[[bool], Iterator[Row]]:
             command[1:1] = ["--report-api-errors", "no"]  # torch asks whether things are so
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         last = [line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line or "RACECHECK SUMMARY" in line]
-        detail = "; ".join(last) or done.stdout[-300:]
+        told = [line.strip(" =") for line in done.stdout.splitlines() if "hazard" in line or "Invalid" in line]
+        detail = "; ".join(last + told[:8]) or done.stdout[-300:]
         yield {"check": f"compute-sanitizer {tool}", "ok": done.returncode == 0, "detail": detail}
 
     return run
@@ -417,6 +429,29 @@ def linear_timings(N: int, K: int, density: float) -> Callable[[bool], Iterator[
     return run
 
 
+def decode_timings(density: float) -> Callable[[bool], Iterator[Row]]:
+    """Packed layers on few rows, bf16, in a CUDA graph as generation runs them; the weights come from memory."""
+
+    def run(dry: bool) -> Iterator[Row]:
+        side, dtype = (64, torch.float32) if dry else (8192, torch.bfloat16)
+        count = sets_beyond_l2(int(4 * density * side * side))
+        weights = [torch.randn(side, side, device=DEVICE, dtype=dtype) for _ in range(count)]
+        stored = [packed(w, uniform_mask((side, side), density, dtype)) for w in weights]
+        weights = weights[: sets_beyond_l2(2 * side * side)]
+        for M in (1, 16) if dry else (1, 2, 4, 8, 16, 32, 64):
+            x = torch.randn(M, side, device=DEVICE, dtype=dtype)
+            calls: dict[str, list[Callable[[], object]]] = {
+                "dense": [lambda w=w, x=x: F.linear(x, w) for w in weights],
+                "packed": [lambda s=s, x=x: masked_ops.packed_linear(x, *s, side) for s in stored],
+            }
+            with torch.no_grad():
+                timings = replayed_on_device(calls, DRY_SECONDS if dry else SECONDS)
+            about = {"M": M, "N": side, "K": side, "density": density}
+            yield from timed_rows("decode", timings, 2 * M * side * side, 2 * side * side, **about)
+
+    return run
+
+
 def steps(x: Tensor, dy: Tensor, weights: list[Tensor], masks: list[Tensor], about: Row, dry: bool) -> Iterator[Row]:
     leaves = [w.detach().requires_grad_() for w in weights]
     inputs = x.detach().requires_grad_()
@@ -494,16 +529,17 @@ def convolution_steps(dry: bool) -> Iterator[Row]:
 
 # --- profile ---------------------------------------------------------------------------------------------------------
 
-PROFILED = {
+PROFILED = {  # the first calls check the kernels and pack the mask
     "mask_copy": "w=torch.randn(8192,8192,device='cuda').bfloat16();m=(torch.rand_like(w)<.5).bfloat16()\n"
-    "for _ in range(6): masked_ops.apply_mask(w,m)",
+    "for i in range(6):\n if i == 3: profiler.start()\n masked_ops.apply_mask(w,m)",
     "gemm_sm90": "x=torch.randn(2048,4096,device='cuda').bfloat16();w=torch.randn(4096,4096,device='cuda').bfloat16()\n"
     "m=(torch.rand_like(w)<.5).bfloat16()\n"
-    "with masked_ops.use_path('gemm_sm90'):\n for _ in range(6): masked_ops.masked_linear(x,w,m)",
+    "with masked_ops.use_path('gemm_sm90'):\n"
+    " for i in range(6):\n  if i == 3: profiler.start()\n  masked_ops.masked_linear(x,w,m)",
     "decode": "import gpu_suite\n"
     "x=torch.randn(1,8192,device='cuda').bfloat16();w=torch.randn(8192,8192,device='cuda').bfloat16()\n"
     "v,b=gpu_suite.packed(w,(torch.rand_like(w)<.1).bfloat16())\n"
-    "for _ in range(6): masked_ops.packed_linear(x,v,b,8192)",
+    "for i in range(6):\n if i == 3: profiler.start()\n masked_ops.packed_linear(x,v,b,8192)",
 }
 METRICS = (
     "gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,"
@@ -518,8 +554,9 @@ def profiled(kernel: str) -> Callable[[bool], Iterator[Row]]:
         if dry or program is None:
             yield {"case": f"ncu {kernel}", "detail": "dry" if dry else "there is no ncu"}
             return
-        code = f"import torch, masked_ops\nmasked_ops.is_available()\n{PROFILED[kernel]}\ntorch.cuda.synchronize()"
-        command = [program, "--clock-control", "none", "--csv", "--metrics", METRICS]
+        code = "import torch, masked_ops\nfrom torch.cuda import profiler\nmasked_ops.is_available()\n"
+        code += f"{PROFILED[kernel]}\ntorch.cuda.synchronize()"
+        command = [program, "--clock-control", "none", "--csv", "--metrics", METRICS, "--profile-from-start", "off"]
         command += ["--kernel-name", f"regex:.*{kernel}.*", "--launch-count", "3", sys.executable, "-c", code]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE)
         lines = [line for line in done.stdout.splitlines() if line.startswith('"')]
@@ -610,6 +647,7 @@ def all_cases() -> list[Case]:
     for N, K in ((4096, 4096), (8192, 8192), (3072, 768)):
         for density in (0.1, 0.5, 0.25):
             cases.append(Case(f"linear-{N}x{K}-{density}", "timing", 90, linear_timings(N, K, density)))
+    cases += [Case(f"decode-{density}", "timing", 60, decode_timings(density)) for density in (0.1, 0.25, 0.5)]
     cases.append(Case("amp-steps", "timing", 60, amp_steps))
     cases.append(Case("convolution-steps", "timing", 60, convolution_steps))
 
@@ -678,7 +716,8 @@ def main() -> int:
     parser.add_argument("--phase", choices=["correctness", "timing", "profile"], default="correctness")
     parser.add_argument("--budget-s", type=float, default=420, help="end within this time (default: %(default)s)")
     parser.add_argument("--dry", action="store_true", help="tiny sizes; runs without a GPU")
-    parser.add_argument("--only", help="cases whose name holds this")
+    parser.add_argument("--only", metavar="NAMES", help="cases whose name holds one of these, separated by commas")
+    parser.add_argument("--jobs", type=int, default=4, help="cases that run at once, where nothing is timed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="what was found so far is there after each case")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -697,17 +736,22 @@ def main() -> int:
         print("CUDA kernels:", _ops._module.cuda_reason() or "built", flush=True)
     about = {**machine(), **device_facts(), "phase": args.phase, "dry": args.dry}
     print(f"built and loaded in {time.perf_counter() - started:.0f} s", flush=True)
+    wanted = (args.only or "").split(",")
+    chosen = [c for c in cases if c.phase == args.phase and any(name in c.name for name in wanted)]
     rows: list[Row] = []
-    chosen = [c for c in cases if c.phase == args.phase and (not args.only or args.only in c.name)]
-    for case in chosen:
+
+    def one(case: Case) -> list[Row]:
         left = end - time.perf_counter() - 2
         if left < 5:
-            rows.append({"name": case.name, "failed": "not run: the time was up"})
-            continue
-        rows += run_in_a_process(case, min(case.seconds, left), args.dry)
-        print(f"{case.name}: {rows[-1].get('seconds', 0)} s", flush=True)
-        if args.json:
-            write_json(args.json, "gpu_suite", about, rows)
+            return [{"name": case.name, "failed": "not run: the time was up"}]
+        return run_in_a_process(case, min(case.seconds, left), args.dry)
+
+    with ThreadPoolExecutor(args.jobs if args.phase == "correctness" else 1) as pool:
+        for case, found in zip(chosen, pool.map(one, chosen), strict=True):
+            rows += found
+            print(f"{case.name}: {rows[-1].get('seconds', 0)} s", flush=True)
+            if args.json:
+                write_json(args.json, "gpu_suite", about, rows)
     print(short(rows), flush=True)
     return int(any("failed" in row or row.get("ok") is False for row in rows))
 

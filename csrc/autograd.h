@@ -52,6 +52,13 @@ at::Tensor packed_convolution_grad_values_autograd(const at::Tensor& grad_output
 at::Tensor unpack_values_autograd(const at::Tensor& values, const at::Tensor& bits, c10::SymInt in_features);
 at::Tensor pack_values_autograd(const at::Tensor& weight, const at::Tensor& bits, c10::SymInt nnz);
 
+// Under CUDA's autocast: input and bias are cast already, weight is not. Whether it serves, for a weight that is
+// trained and masked as it is cast; and the call.
+bool takes_linear_autocast(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask,
+                           const std::optional<at::Tensor>& bias);
+at::Tensor linear_autocast(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask,
+                           const std::optional<at::Tensor>& bias);
+
 // The operations through the dispatcher.
 at::Tensor call_apply_mask(const at::Tensor& weight, const at::Tensor& mask, std::optional<at::ScalarType> dtype);
 at::Tensor call_linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask,

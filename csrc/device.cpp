@@ -57,7 +57,6 @@ const Api* open(const std::string& path) {
   MASKED_OPS_FIND(decode);
   MASKED_OPS_FIND(fragments_bytes);
   MASKED_OPS_FIND(pack_fragments);
-  MASKED_OPS_FIND(gemm_workspace);
   MASKED_OPS_FIND(gemm_sm80);
   MASKED_OPS_FIND(gemm_sm90);
 #undef MASKED_OPS_FIND

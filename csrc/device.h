@@ -39,7 +39,6 @@ struct Api {
   decltype(&masked_ops_cuda_decode) decode;
   decltype(&masked_ops_cuda_fragments_bytes) fragments_bytes;
   decltype(&masked_ops_cuda_pack_fragments) pack_fragments;
-  decltype(&masked_ops_cuda_gemm_workspace) gemm_workspace;
   decltype(&masked_ops_cuda_gemm_sm80) gemm_sm80;
   decltype(&masked_ops_cuda_gemm_sm90) gemm_sm90;
 };

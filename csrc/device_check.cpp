@@ -115,6 +115,22 @@ std::string check_decode(const Case& c) {
   return "";
 }
 
+std::string check_grad_weight(const Case& c) {
+  const c10::Device device = c.mask.device();
+  for (const at::ScalarType dtype : {at::kBFloat16, at::kHalf}) {
+    for (const int64_t M : {1, 70, 300, 1200}) {
+      const at::Tensor dy = whole({M, c.rows()}, M, dtype, device), x = whole({M, c.cols()}, 3, dtype, device);
+      const at::Tensor expected = c.masked(at::matmul(dy.to(at::kFloat).t(), x.to(at::kFloat)));
+      for (const at::ScalarType output : {dtype, at::kFloat}) {
+        const at::Tensor dw = at::zeros({c.rows(), c.cols()}, dy.options().dtype(output)).fill_(7);
+        if (!gemm_grad_weight(c.api, dy, x, c.packed.words, dw)) return "it refuses a small case";
+        if (!dw.equal(expected.to(output))) return "its grad_weight is wrong";
+      }
+    }
+  }
+  return "";
+}
+
 std::string check_gemm(const Case& c, Kernel kernel) {
   const c10::Device device = c.mask.device();
   for (const bool transposed : {false, true}) {
@@ -157,6 +173,7 @@ std::string check(const Api& api, Kernel kernel, c10::Device device) {
         case Kernel::kGemmSm80:
         case Kernel::kGemmSm90:
           if (rows % 8 == 0) wrong = check_gemm(c, kernel);
+          if (rows % 8 == 0 && wrong.empty() && kernel == Kernel::kGemmSm90) wrong = check_grad_weight(c);
           break;
       }
       if (!wrong.empty()) return wrong;

@@ -17,24 +17,33 @@ bool aligned(const at::Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_d
 
 bool half_precision(const at::Tensor& t) { return t.scalar_type() == at::kHalf || t.scalar_type() == at::kBFloat16; }
 
-// What the fused kernels ask of shapes and layouts, by cuda/api.h; null if they have it.
-const char* misfit(Pass pass, const at::Tensor& weight) {
-  if (!half_precision(weight)) return "its kernel takes bfloat16 and float16 only";
-  if (!weight.is_contiguous() || !aligned(weight)) return "the weight is not contiguous and aligned";
-  if (weight.size(1) % 8 != 0) return "in_features is not a multiple of 8";
-  if (pass == Pass::kGradInput && weight.size(0) % 8 != 0) return "out_features is not a multiple of 8";
+// What the fused kernels ask of shapes and layouts, by cuda/api.h; null if they have it. factor is the weight, or for
+// the gradient of the weight grad_output.
+const char* misfit(Pass pass, const at::Tensor& factor, const at::Tensor& mask) {
+  if (!half_precision(factor)) return "its kernel takes bfloat16 and float16 only";
+  if (pass != Pass::kGradWeight && !(factor.is_contiguous() && aligned(factor))) {
+    return "the weight is not contiguous and aligned";
+  }
+  if (mask.size(1) % 8 != 0) return "in_features is not a multiple of 8";
+  if (pass != Pass::kForward && mask.size(0) % 8 != 0) return "out_features is not a multiple of 8";
   return nullptr;
 }
 
+// As the kernels take it: contiguous, and aligned to 16 bytes.
+at::Tensor in_order(const at::Tensor& t) {
+  const at::Tensor given = t.contiguous();
+  return aligned(given) ? given : given.clone();
+}
+
 // The path of a call, and the pattern that it needs. A mask that is new is not waited for, unless a path is forced.
-// (The gradient of the weight is torch's GEMM on every path, masked in place.)
+// (Of the fused kernels only gemm_sm90 has the gradient of the weight; else it is torch's GEMM, masked in place.)
 struct Plan {
   DevicePatternPtr pattern;
   Choice choice{Path::kCopy, ""};
 
-  Plan(Pass pass, int64_t M, const at::Tensor& weight, const at::Tensor& mask, bool explain) {
+  Plan(Pass pass, int64_t M, const at::Tensor& factor, const at::Tensor& mask, bool explain) {
     if (!explain && !any_kernel() && !forced_path()) return;
-    const c10::Device device = weight.device();
+    const c10::Device device = factor.device();
     const bool wait = explain || forced_path().has_value();
     const char* why = obstacle(Kernel::kMaskCopy, device);
     if (!why && capturing(device)) why = "a graph is being captured, which has to read the mask itself";
@@ -42,25 +51,37 @@ struct Plan {
     if (!why && !pattern) why = "the mask has no version, or a dtype of its own";
     if (!why && !pattern->ready(mask, /*kernels=*/true, wait)) why = "the mask is new";
     if (!why && !pattern->binary()) why = "the mask is soft";
-    const char* fused = why ? why : misfit(pass, weight);
+    const char* fused = why ? why : misfit(pass, factor, mask);
     const char* sm80 = fused ? fused : obstacle(Kernel::kGemmSm80, device);
     const char* sm90 = fused ? fused : obstacle(Kernel::kGemmSm90, device);
     choice = choose_device("linear layer", pass, M, {why, "it is for packed layers", sm80, sm90}, why);
-    if (M == 0 || weight.numel() == 0) choice.path = Path::kCopy;  // nothing to compute; torch knows the shapes
+    if (M == 0 || mask.numel() == 0) choice.path = Path::kCopy;  // nothing to compute; torch knows the shapes
   }
 
   bool fused() const { return choice.path == Path::kGemmSm80 || choice.path == Path::kGemmSm90; }
 
   // Undefined if the kernel does not serve this call after all, and is not forced.
   at::Tensor gemm(bool grad_input, const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) const {
-    const at::Tensor given = input.contiguous(), b = bias.defined() ? bias.contiguous() : bias;
-    const at::Tensor x = aligned(given) ? given : given.clone();
+    const at::Tensor x = in_order(input), b = bias.defined() ? bias.contiguous() : bias;
     const at::Tensor fragments = pattern->fragments(current_stream(weight.device()), grad_input);
     const Kernel kernel = choice.path == Path::kGemmSm90 ? Kernel::kGemmSm90 : Kernel::kGemmSm80;
     const at::Tensor output = device::gemm(*api(), kernel, grad_input, x, weight, fragments, b);
-    TORCH_CHECK(output.defined() || !forced_path(), "path '", path_name(choice.path),
-                "' cannot serve this linear layer: its kernel does not take this shape or alignment");
+    must_serve(output.defined());
     return output;
+  }
+
+  // Whether gemm_sm90 has written it.
+  bool grad_weight(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& out) const {
+    if (choice.path != Path::kGemmSm90) return false;
+    const at::Tensor words = pattern->words(current_stream(out.device()));
+    const bool served = words.defined() && gemm_grad_weight(*api(), in_order(grad_output), in_order(input), words, out);
+    must_serve(served);
+    return served;
+  }
+
+  void must_serve(bool served) const {
+    TORCH_CHECK(served || !forced_path(), "path '", path_name(choice.path),
+                "' cannot serve this linear layer: its kernel does not take this shape or alignment");
   }
 };
 
@@ -93,10 +114,21 @@ at::Tensor linear_grad_input(const at::Tensor& grad_output, const at::Tensor& we
 
 at::Tensor linear_grad_weight(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mask,
                               at::Tensor grad_weight) {
-  const Plan plan(Pass::kGradWeight, rows_of(grad_output), grad_weight, mask, /*explain=*/false);
+  const Plan plan(Pass::kGradWeight, rows_of(grad_output), grad_output, mask, /*explain=*/false);
+  if (plan.grad_weight(grad_output, input, grad_weight)) return grad_weight;
   at::mm_out(grad_weight, as_matrix(grad_output, mask.size(0)).t(), as_matrix(input, mask.size(1)).conj());
   mask_in_place(grad_weight, mask);
   return grad_weight;
+}
+
+at::Tensor linear_grad_weight_as(at::ScalarType dtype, const at::Tensor& grad_output, const at::Tensor& input,
+                                 const at::Tensor& mask) {
+  const Plan plan(Pass::kGradWeight, rows_of(grad_output), grad_output, mask, /*explain=*/false);
+  if (plan.choice.path == Path::kGemmSm90) {
+    const at::Tensor grad_weight = at::empty(mask.sizes(), grad_output.options().dtype(dtype));
+    if (plan.grad_weight(grad_output, input, grad_weight)) return grad_weight;
+  }
+  return masked_weight(at::mm(as_matrix(grad_output, mask.size(0)).t(), as_matrix(input, mask.size(1))), mask, dtype);
 }
 
 std::tuple<std::string, std::string> explain_linear(const at::Tensor& weight, const at::Tensor& mask, int64_t batch) {

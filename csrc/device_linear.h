@@ -25,6 +25,9 @@ at::Tensor linear_grad_input(const at::Tensor& grad_output, const at::Tensor& we
 // Into grad_weight, which is the result.
 at::Tensor linear_grad_weight(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mask,
                               at::Tensor grad_weight);
+// The same in another dtype, as a weight has it that autocast has cast.
+at::Tensor linear_grad_weight_as(at::ScalarType dtype, const at::Tensor& grad_output, const at::Tensor& input,
+                                 const at::Tensor& mask);
 std::tuple<std::string, std::string> explain_linear(const at::Tensor& weight, const at::Tensor& mask, int64_t batch);
 // Of a convolution, and of whatever else masks the weight first.
 std::tuple<std::string, std::string> explain_copy(const at::Tensor& weight, const at::Tensor& mask,

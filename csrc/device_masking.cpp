@@ -11,7 +11,7 @@ namespace masked_ops::device {
 namespace {
 
 // What a mask that holds 0 and 1 only is known by: its bits for the kernel, or where it is not 0 for torch. Neither, if
-// that is not known: then the composite reads the mask. So must a graph that is captured, since the mask may have
+// that is not known: then torch's operations read the mask. So must a graph that is captured, since the mask may have
 // changed when it is replayed; a bool mask can be read as it is.
 struct Known {
   at::Tensor words, keep;
@@ -31,7 +31,10 @@ struct Known {
     if (records) return;
     const DevicePatternPtr known = device_pattern_of(mask);
     TORCH_CHECK(!force || known, "path 'mask_copy' cannot serve: the mask is an inference tensor");
-    if (!known || !known->ready(mask, /*kernels=*/!why, /*wait=*/force)) return;
+    if (!known || !known->ready(mask, /*kernels=*/!why, /*wait=*/force)) {
+      if (mask.scalar_type() == at::kBool) keep = mask;
+      return;
+    }
     TORCH_CHECK(!force || known->binary(), "path 'mask_copy' cannot serve: the mask is soft");
     if (!known->binary()) return;
     const c10::Stream stream = current_stream(device);
@@ -63,7 +66,7 @@ at::Tensor masked_weight(const at::Tensor& weight, const at::Tensor& mask, at::S
   const at::Tensor dense = weight.is_non_overlapping_and_dense() ? weight : weight.clone();
   const auto [weight_in_order, mask_in_order] = in_memory_order(dense, mask);
   const Known known(mask_in_order);
-  if (known.none()) return masked_weight_composite(weight, mask).to(dtype);
+  if (known.none()) return masked_weight_by_torch(weight, mask).to(dtype);
   at::Tensor out = at::empty_like(dense, dense.options().dtype(dtype));
   if (known.apply(weight_in_order, out.as_strided(weight_in_order.sizes(), weight_in_order.strides()))) return out;
   return masked_weight(weight, mask, weight.scalar_type()).to(dtype);

@@ -180,28 +180,42 @@ at::Tensor fragments(const Api& api, const at::Tensor& words, int64_t N, int64_t
 at::Tensor gemm(const Api& api, Kernel kernel, bool grad_input, const at::Tensor& input, const at::Tensor& weight,
                 const at::Tensor& fragments, const at::Tensor& bias) {
   const Launch launch(input.device());
-  const int64_t N = weight.size(0), K = weight.size(1);
-  at::Tensor output = empty_with_last_dim(input, grad_input ? K : N);
-  cuda::Gemm call = {cuda_dtype(input.scalar_type()),
-                     grad_input,
-                     rows_of(input),
-                     N,
-                     K,
-                     input.const_data_ptr(),
-                     weight.const_data_ptr(),
-                     reinterpret_cast<const uint32_t*>(fragments.const_data_ptr<int32_t>()),
-                     data_or_null(bias),
-                     output.data_ptr(),
-                     /*workspace=*/nullptr};
-  const size_t bytes = kernel == Kernel::kGemmSm90 ? api.gemm_workspace(&call) : 0;
-  const at::Tensor workspace =
-      bytes ? empty_on(input.device(), {static_cast<int64_t>(bytes)}, at::kByte) : at::Tensor();
-  if (bytes) call.workspace = workspace.data_ptr();
+  cuda::Gemm call = {};
+  call.mode = grad_input ? cuda::kGradInput : cuda::kForward;
+  call.dtype = call.output_dtype = cuda_dtype(input.scalar_type());
+  call.M = rows_of(input);
+  call.N = weight.size(0);
+  call.K = weight.size(1);
+  at::Tensor output = empty_with_last_dim(input, grad_input ? call.K : call.N);
+  (grad_input ? call.grad_output : call.input) = input.const_data_ptr();
+  call.weight = weight.const_data_ptr();
+  call.fragments = reinterpret_cast<const uint32_t*>(fragments.const_data_ptr<int32_t>());
+  call.bias = data_or_null(bias);
+  call.output = output.data_ptr();
   const bool sm90 = kernel == Kernel::kGemmSm90;
   const int error = sm90 ? api.gemm_sm90(&call, launch.stream()) : api.gemm_sm80(&call, launch.stream());
   if (error == cuda::kUnsupported) return {};
   check_launch(sm90 ? "gemm_sm90" : "gemm_sm80", error);
   return output;
+}
+
+bool gemm_grad_weight(const Api& api, const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& words,
+                      const at::Tensor& out) {
+  const Launch launch(input.device());
+  cuda::Gemm call = {};
+  call.mode = cuda::kGradWeight;
+  call.dtype = cuda_dtype(input.scalar_type());
+  call.output_dtype = cuda_dtype(out.scalar_type());
+  call.M = rows_of(input);
+  call.N = out.size(0);
+  call.K = out.size(1);
+  call.input = input.const_data_ptr();
+  call.grad_output = grad_output.const_data_ptr();
+  call.words = words_of(words);
+  call.output = out.data_ptr();
+  const int error = api.gemm_sm90(&call, launch.stream());
+  if (error != cuda::kUnsupported) check_launch("gemm_sm90", error);
+  return error == 0;
 }
 
 }  // namespace masked_ops::device

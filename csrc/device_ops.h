@@ -42,5 +42,9 @@ at::Tensor fragments(const Api& api, const at::Tensor& words, int64_t N, int64_t
 // The output, or undefined if the kernel does not serve this call. input is [M][K], or for grad_input [M][N].
 at::Tensor gemm(const Api& api, Kernel kernel, bool grad_input, const at::Tensor& input, const at::Tensor& weight,
                 const at::Tensor& fragments, const at::Tensor& bias);
+// out[N][K] = masked(grad_output[M][N]^T * input[M][K]), of their dtype or float; false if the kernel does not serve
+// this call. Only gemm_sm90 has it.
+bool gemm_grad_weight(const Api& api, const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& words,
+                      const at::Tensor& out);
 
 }  // namespace masked_ops::device

@@ -32,7 +32,7 @@ class Bits {
       pattern_ = device_pattern_of_bits(bits, cols);
       if (!pattern_) pattern_ = std::make_shared<const DevicePattern>(bits, cols, 1);
       pattern_->ready(bits, kernels(), /*wait=*/true);
-      TORCH_CHECK(pattern_->stray() == 0, "weight_bits must have zero bits beyond in_features = ", cols);
+      TORCH_CHECK(pattern_->stray() == 0, "weight_bits must have zero bits beyond the ", cols, " columns");
       TORCH_CHECK(pattern_->nnz() == nnz, "weight_values must hold one value for each of the ", pattern_->nnz(),
                   " bits set in weight_bits, got ", nnz);
     } else if (const auto known = device_pattern_of_bits(bits, cols); known && known->ready_for_capture()) {

@@ -72,6 +72,12 @@ at::Tensor masked_weight_composite(const at::Tensor& weight, const at::Tensor& m
   return weight.mul(factor).masked_fill_(factor.eq(0), 0);  // the weight first: it decides on the memory format
 }
 
+at::Tensor masked_weight_by_torch(const at::Tensor& weight, const at::Tensor& mask) {
+  const at::Tensor factor = mask.to(weight.scalar_type());
+  at::Tensor out = at::empty_like(weight);  // a product would lie as the mask does where the weight is expanded
+  return at::mul_out(out, weight, factor).masked_fill_(factor.eq(0), 0);
+}
+
 at::Tensor masked_own(const at::Tensor& weight, const at::Tensor& mask) {
   if (weight.is_cuda()) {
     device::mask_in_place(weight, mask);
@@ -112,7 +118,7 @@ at::Tensor masked_weight(const at::Tensor& weight, const at::Tensor& mask) {
     return device::masked_weight(weight, mask, weight.scalar_type());
   }
   if (!weight.is_cpu() || weight.layout() != at::kStrided || !packable(mask.scalar_type())) {
-    return masked_weight_composite(weight, mask);
+    return masked_weight_by_torch(weight, mask);
   }
   const at::Tensor dense = weight.is_non_overlapping_and_dense() ? weight : weight.clone();
   const InOrder order(dense, mask);

@@ -43,6 +43,9 @@ std::pair<at::Tensor, at::Tensor> in_memory_order(const at::Tensor& weight, cons
 // masked_weight by torch's own differentiable operations.
 at::Tensor masked_weight_composite(const at::Tensor& weight, const at::Tensor& mask);
 
+// masked_weight by torch's own operations below autograd, for any device and dtype.
+at::Tensor masked_weight_by_torch(const at::Tensor& weight, const at::Tensor& mask);
+
 // The pattern where there is one: a packable mask in CPU memory; else null.
 PatternPtr try_pattern_of(const at::Tensor& mask);
 

@@ -398,7 +398,10 @@ Choice choose_device(const char* operation, Pass pass, int64_t rows, const Devic
     return {*path, "forced by use_path"};
   }
   if (!obstacle(Path::kDecode)) return {Path::kDecode, "few rows: the remaining weights are read once"};
-  const bool fuse = pass != Pass::kGradWeight && rows >= cuda::kLeastFusedRows;
+  const bool of_weight = pass == Pass::kGradWeight, fuse = !of_weight && rows >= cuda::kLeastFusedRows;
+  if (of_weight && !obstacle(Path::kGemmSm90) && rows <= cuda::kMostFusedRowsSm90) {
+    return {Path::kGemmSm90, "masked GEMM: the mask rides in the store of the gradient"};
+  }
   if (fuse && !obstacle(Path::kGemmSm90) && rows <= cuda::kMostFusedRowsSm90) {
     return {Path::kGemmSm90, "masked GEMM: the mask rides in the load of the weight"};
   }

@@ -39,20 +39,24 @@ struct Autocast {
   static constexpr c10::DispatchKey kKey =
       kDevice == c10::kCUDA ? c10::DispatchKey::AutocastCUDA : c10::DispatchKey::AutocastCPU;
 
-  // The masked weight in lower precision if masking, casting and, in backward, both again are one pass each; undefined
-  // where it is better to cast the weight first, which autocast remembers while the weight does not change.
-  static at::Tensor masked_and_cast(const at::Tensor& weight, const at::Tensor& mask) {
+  // Whether masking, casting and, in backward, both again are one pass each; else it is better to cast the weight
+  // first, which autocast remembers while the weight does not change.
+  static bool casts_while_masking(const at::Tensor& weight, const at::Tensor& mask) {
     const bool trains = c10::GradMode::is_enabled() && weight.defined() && weight.requires_grad();
-    if (kDevice != c10::kCUDA || !trains || !device::casts_while_masking(weight, mask)) return {};
+    return kDevice == c10::kCUDA && trains && device::casts_while_masking(weight, mask);
+  }
+  static at::Tensor masked_and_cast(const at::Tensor& weight, const at::Tensor& mask) {
     return call_apply_mask(weight, mask, at::autocast::get_autocast_dtype(kDevice));
   }
 
   static at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask,
                            const std::optional<at::Tensor>& bias) {
     c10::impl::ExcludeDispatchKeyGuard below(kKey);
-    if (const at::Tensor masked = masked_and_cast(weight, mask); masked.defined()) {
+    if (casts_while_masking(weight, mask)) {
       const auto x = cast(input);
       const auto b = cast(bias);
+      if (takes_linear_autocast(x, weight, mask, b)) return linear_autocast(x, weight, mask, b);
+      const at::Tensor masked = masked_and_cast(weight, mask);
       check_linear(x, masked, mask, b);
       return at::linear(x, masked, b);
     }
@@ -68,9 +72,9 @@ struct Autocast {
                                 c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, bool transposed,
                                 c10::SymIntArrayRef output_padding, c10::SymInt groups) {
     c10::impl::ExcludeDispatchKeyGuard below(kKey);
-    if (const at::Tensor masked = masked_and_cast(weight, mask); masked.defined()) {
-      return at::convolution_symint(cast(input), masked, cast(bias), stride, padding, dilation, transposed,
-                                    output_padding, groups);
+    if (casts_while_masking(weight, mask)) {
+      return at::convolution_symint(cast(input), masked_and_cast(weight, mask), cast(bias), stride, padding, dilation,
+                                    transposed, output_padding, groups);
     }
     return call_convolution(cast(input), cast(weight), mask, cast(bias), stride, padding, dilation, transposed,
                             output_padding, groups);

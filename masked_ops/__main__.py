@@ -135,7 +135,10 @@ def agree(
     kind: str,
     device: str,
 ) -> bool:
-    """Whether results and gradients are the same to the bit."""
+    """Whether results and gradients are the same to the bit.
+
+    On a CUDA device to the nearest whole number, since cuDNN may transform what it multiplies, and rounds then.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def whole(low: int, high: int, shape: tuple[int, ...]) -> Tensor:
@@ -150,7 +153,9 @@ def agree(
     plain = theirs(input, weight * mask, bias)
     gradient = whole(-1, 1, tuple(plain.shape))
     pairs = zip(torch.autograd.grad(mine, leaves, gradient), torch.autograd.grad(plain, leaves, gradient), strict=True)
-    return torch.equal(mine, plain) and all(torch.equal(a, b) for a, b in pairs)
+    if device == "cpu":
+        return all(torch.equal(a, b) for a, b in ((mine, plain), *pairs))
+    return all(torch.equal(a.round(), b.round()) for a, b in ((mine, plain), *pairs))
 
 
 if __name__ == "__main__":

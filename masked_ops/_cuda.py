@@ -61,7 +61,7 @@ def facts(module: ModuleType) -> Iterator[tuple[str, str]]:
         yield "CUDA kernels", "none; this torch was built without CUDA"
         return
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if cuda_switch():
+    if cuda_switch() is not None or devices:
         reason = module.cuda_reason()
         if reason:
             yield "CUDA kernels", f"none; {reason}"
@@ -72,7 +72,7 @@ def facts(module: ModuleType) -> Iterator[tuple[str, str]]:
             yield "CUDA kernels", f"built for {', '.join(record.get('architectures', []))}"
             yield "", str(library)
             yield "", f"{record.get('compiler', 'unknown')} ({record.get('seconds', 0):.0f} s)"
-    elif not devices:
+    else:
         yield "CUDA kernels", "none; there is no CUDA device"
     for index in range(devices):
         states = module.cuda_kernels(index)

@@ -42,6 +42,10 @@ def same_start() -> Iterator[None]:
     torch.set_grad_enabled(True)
 
 
+# Where there is a GPU, its kernels are tested, also those that are off by default. (What wants one builds them.)
+if torch.cuda.is_available():
+    os.environ.setdefault("MASKED_OPS_CUDA", "1")
+
 # A CUDA device, or the fake one of tests/fake_cuda.
 HAS_CUDA = torch.cuda.is_available() or "MASKED_OPS_TEST_FAKE_CUDA" in os.environ
 
@@ -58,13 +62,18 @@ if "MASKED_OPS_TEST_FAKE_CUDA" in os.environ:
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """The test runs once on each kind of device that is there: torch's factories make their tensors on it.
 
-    What is about a capability of the CPU, or forces one of its paths, runs there alone.
+    What is about a capability of the CPU, or forces one of its paths, runs there alone, and so does what is marked
+    with cpu_only and the reason.
     """
     if request.param == "cpu":
         yield "cpu"
         return
+    if marker := request.node.get_closest_marker("cpu_only"):
+        pytest.skip(*marker.args)
+    from generators import CAPABILITIES
+
     chosen = request.node.callspec.params
-    if chosen.get("path") not in (None, "copy") or "capability" in chosen:
+    if chosen.get("path") not in (None, "copy") or chosen.get("capability") not in (None, CAPABILITIES[0]):
         pytest.skip("about the CPU's kernels")
     with torch.device("cuda"):
         yield "cuda"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -89,6 +90,11 @@ every_path_and_float = pytest.mark.parametrize(
         if serves_linear(path, dtype)
     ],
 )
+
+
+def past_function_modes() -> contextlib.AbstractContextManager[None]:
+    """Call as users do: without the mode by which the device fixture has torch's factories make tensors on a device."""
+    return torch._C.DisableTorchFunction()
 
 
 # --- shapes ----------------------------------------------------------------------------------------------------------
@@ -312,6 +318,19 @@ def poison_scratch() -> None:
         op(dirty, dirty, torch.ones(256, 256))
 
 
+# --- cases ---------------------------------------------------------------------------------------------------------
+
+
+def on_each_device(cases: Callable[[torch.dtype], list]) -> Callable[[torch.dtype], list]:
+    """Remembers the cases of a dtype on the device where torch's factories make them."""
+
+    @functools.cache
+    def remembered(_: torch.device, dtype: torch.dtype) -> list:
+        return cases(dtype)
+
+    return lambda dtype: remembered(torch.empty(0).device, dtype)
+
+
 # --- comparison ------------------------------------------------------------------------------------------------------
 
 
@@ -322,6 +341,16 @@ def assert_exact(actual: Tensor, expected: Tensor, *context: object) -> None:
         return
     wrong = (actual.to(expected.dtype) != expected).nonzero()
     raise AssertionError(f"{context}: {len(wrong)} of {actual.numel()} elements are wrong, first {wrong[:8].tolist()}")
+
+
+def assert_exact_sums(actual: Tensor, expected: Tensor, *context: object) -> None:
+    """assert_exact for convolutions of integers. On a CUDA device each result has to be nearest to the right integer:
+    cuDNN may transform what it multiplies (Winograd, Fourier) and rounds then, but a term too much or too few is 1 off.
+    """
+    if actual.is_cuda:
+        near = (actual.to(expected.dtype) - expected).abs() < 0.25  # false for NaN
+        actual = torch.where(near, expected, actual.to(expected.dtype))
+    assert_exact(actual, expected, *context)
 
 
 def assert_accurate(actual: Tensor, torchs: Tensor, exact: Tensor, *context: object, factor: float = 8) -> None:
@@ -377,11 +406,13 @@ def run_each_in_a_process(
     """Each snippet's exit status (negative: the signal that ended it) and output.
 
     Each has a process of its own, in which torch and masked_ops are imported and nothing was built, loaded or run:
-    forked from one such process, since importing torch is most of a small test's time.
+    forked from one such process, since importing torch is most of a small test's time. GPUs are hidden from them: a
+    forked process can have none that the process before it may have asked for.
     """
     (folder / "snippets.json").write_text(json.dumps(snippets))
     arguments = folder / "snippets.json", folder / "output"
-    done = run_python(_FORK, *arguments, timeout=600, **{"OMP_NUM_THREADS": 1, **environment})
+    variables = {"OMP_NUM_THREADS": 1, "CUDA_VISIBLE_DEVICES": "", **environment}
+    done = run_python(_FORK, *arguments, timeout=600, **variables)
     assert done.returncode == 0, done.stderr
     results: dict[str, tuple[int, str]] = json.loads(done.stdout)
     assert results.keys() == snippets.keys()

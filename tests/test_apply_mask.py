@@ -93,6 +93,11 @@ def test_mask_of_rare_dtypes(mask_dtype: torch.dtype) -> None:
     weight, mask = integers(5, 70), mask_of("half", 5, 70).float()
     assert_exact(masked_ops.apply_mask(weight, mask.to(mask_dtype)), weight * mask)
     assert_exact(masked_ops.apply_mask(weight, (mask * 2).to(mask_dtype)), weight * mask * 2)
+    for of_weight, of_mask in itertools.product(LAYOUTS, LAYOUTS):
+        w, m = LAYOUTS[of_weight](weight), LAYOUTS[of_mask](mask)
+        result = masked_ops.apply_mask(w, m.to(mask_dtype))
+        assert_exact(result, w * m, of_weight, of_mask)
+        assert result.stride() == torch.empty_like(w).stride(), (of_weight, of_mask)
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=name_of)

@@ -235,10 +235,17 @@ def test_no_graph_without_need() -> None:
 
 
 @compiled_only
-def test_backward_keeps_no_masked_weight() -> None:
-    """What is saved is the input, the weight and the mask themselves: no copy of the weight's size."""
-    x, w = torch.randn(2, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
-    mask = mask_of("half", 4, 3)
+@pytest.mark.parametrize("of_input", [True, False])
+@pytest.mark.parametrize("name", ["linear", "conv2d"])
+def test_backward_keeps_no_masked_weight(name: str, of_input: bool, device: str) -> None:
+    """What is saved is the input, the weight and the mask themselves: no copy of the weight's size.
+
+    But for a linear layer's on a CUDA device, as README says: the masked weight that was made there saves the gradient
+    of the input from making another, if it is needed.
+    """
+    shape = (4, 3) if name == "linear" else (4, 3, 1, 1)
+    x, w = torch.randn(2, 3, *shape[2:], requires_grad=of_input), torch.randn(shape, requires_grad=True)
+    mask = mask_of("half", *shape)
     saved: list[Tensor] = []
 
     def pack(t: Tensor) -> Tensor:
@@ -246,8 +253,13 @@ def test_backward_keeps_no_masked_weight() -> None:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = masked_ops.masked_linear(x, w, mask, torch.randn(4))
-    assert sorted(t.data_ptr() for t in saved) == sorted(t.data_ptr() for t in (x, w, mask))
+        y = getattr(masked_ops, f"masked_{name}")(x, w, mask, torch.randn(4))
+    known = {t.data_ptr() for t in (x, w, mask)}
+    assert known <= {t.data_ptr() for t in saved}
+    more = [t for t in saved if t.data_ptr() not in known]
+    if device == "cuda" and name == "linear" and of_input:
+        assert_exact(more.pop(), masked(w, mask))
+    assert not more and len(saved) <= 4
     y.sum().backward()
 
 
@@ -414,7 +426,7 @@ def test_forward_mode_with_duals() -> None:
 
 
 @compiled_only
-def test_transforms_leave_the_compiled_path_to_later_calls() -> None:
+def test_transforms_leave_the_compiled_path_to_later_calls(device: str) -> None:
     """The composite serves inside a transform; afterwards, calls reach the kernels as if none had been used.
 
     Seen from three sides: the graph holds this package's node, the cache of masks is asked, and a forced path that
@@ -442,9 +454,10 @@ def test_transforms_leave_the_compiled_path_to_later_calls() -> None:
     before = looked_up()
     masked_ops.masked_linear(x, w.detach(), mask)
     assert looked_up() > before
-    with running_on("fused"):
-        with pytest.raises(RuntimeError, match="path 'fused' cannot serve"):
-            masked_ops.masked_linear(x, w.detach(), mask)
+    path = "fused" if device == "cpu" else "gemm_sm90"
+    with running_on(path), pytest.raises(RuntimeError, match=f"path '{path}' cannot serve"):
+        masked_ops.masked_linear(x, w.detach(), mask)
+    with running_on("fused" if device == "cpu" else "copy"):
         assert_exact(
             masked_ops.masked_linear(x.float().round(), w.detach().float().round(), mask),
             F.linear(x.round(), w.detach().round() * mask),

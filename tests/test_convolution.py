@@ -15,7 +15,7 @@ from generators import (
     PATHS,
     PATTERNS,
     assert_accurate,
-    assert_exact,
+    assert_exact_sums,
     compiled_only,
     every_capability,
     every_float,
@@ -24,6 +24,7 @@ from generators import (
     masked,
     name_of,
     normal,
+    past_function_modes,
     poisoned,
     refuses,
     running_on,
@@ -112,13 +113,13 @@ def check_against_dense(
     dense = masked(torch.where(mask != 0, theirs[1], 0), mask)
     y = OURS[problem.function](ours[0], ours[1], mask, ours[2], **problem.options)
     expected = TORCHS[problem.function](theirs[0], dense, theirs[2], **problem.options)
-    assert_exact(y, expected, problem, *context)
+    assert_exact_sums(y, expected, problem, *context)
     grad = integers(*y.shape, dtype=y.dtype)
     grads = torch.autograd.grad(y, [t for t in ours if t is not None], grad)
     wanted = torch.autograd.grad(expected, [t for t in theirs if t is not None], grad.double())
     for name, actual, exact in zip(("input", "weight", "bias"), grads, wanted, strict=False):
         assert actual.dtype == input.dtype
-        assert_exact(actual, exact, f"grad_{name}", problem, *context)
+        assert_exact_sums(actual, exact, f"grad_{name}", problem, *context)
 
 
 @every_float
@@ -233,15 +234,16 @@ def test_options_as_numbers_and_sequences() -> None:
     expected = F.conv2d(x, masked(w, mask), None, 2, 1, 1, 1)
     for stride in (2, (2,), [2], (2, 2), torch.Size([2, 2])):
         for padding in (1, (1,), [1, 1]):
-            assert torch.equal(masked_ops.masked_conv2d(x, w, mask, None, stride, padding, 1, 1), expected)
+            assert_exact_sums(masked_ops.masked_conv2d(x, w, mask, None, stride, padding, 1, 1), expected)
 
 
 def test_arguments_stand_in_torchs_order() -> None:
     """Mask after weight, the rest by position as in torch: dilation before groups, but for transposed ones after."""
     x, w, mask, bias = integers(2, 4, 7, 7), integers(6, 2, 3, 3), mask_of("half", 6, 2, 3, 3), integers(6)
-    assert_exact(masked_ops.masked_conv2d(x, w, mask, bias, 2, 1, 2, 2), F.conv2d(x, masked(w, mask), bias, 2, 1, 2, 2))
+    y = masked_ops.masked_conv2d(x, w, mask, bias, 2, 1, 2, 2)
+    assert_exact_sums(y, F.conv2d(x, masked(w, mask), bias, 2, 1, 2, 2))
     w, mask = integers(4, 3, 3, 3), mask_of("half", 4, 3, 3, 3)
-    assert_exact(
+    assert_exact_sums(
         masked_ops.masked_conv_transpose2d(x, w, mask, bias, 2, 1, 1, 2, 3),
         F.conv_transpose2d(x, masked(w, mask), bias, 2, 1, 1, 2, 3),
     )
@@ -305,7 +307,7 @@ def test_family(problem: Problem, implementation: Any) -> None:
     calls, *exact = family_arguments(problem)
     with poisoned():
         for (op, arguments), expected in zip(calls.items(), exact, strict=True):
-            assert_exact(getattr(implementation, op)(*arguments), expected, op)
+            assert_exact_sums(getattr(implementation, op)(*arguments), expected, op)
 
 
 @st.composite
@@ -338,11 +340,14 @@ def test_any_geometry(problem: Problem, dtype: torch.dtype, seed: int, pattern: 
     mask = mask_of(pattern, *problem.weight)
     input, weight = integers(*problem.input, dtype=dtype), spoiled(integers(*problem.weight, dtype=dtype), mask)
     bias = integers(problem.out_channels, dtype=dtype)
-    try:
-        TORCHS[problem.function](input.double(), torch.zeros(problem.weight).double(), **problem.options)
-    except RuntimeError:
-        assume(False)
     with poisoned():
+        for convert in (torch.Tensor.double, torch.Tensor.clone):
+            x, w = convert(input).requires_grad_(), convert(torch.zeros_like(weight)).requires_grad_()
+            try:
+                y = TORCHS[problem.function](x, w, **problem.options)
+                torch.autograd.grad(y, (x, w), torch.ones_like(y))  # cuDNN goes forward to no output, but not back
+            except RuntimeError:
+                assume(False)
         check_against_dense(problem, input, weight, mask, bias)
 
 
@@ -373,8 +378,8 @@ def test_threads_share_no_scratch() -> None:
                 x, w, mask, expected, expected_grad = layers[(first + i) % len(layers)]
                 weight = w.clone().requires_grad_()
                 y = masked_ops.masked_conv2d(x, weight, mask)
-                assert_exact(y, expected)
-                assert_exact(torch.autograd.grad(y, weight, torch.ones_like(y))[0], expected_grad)
+                assert_exact_sums(y, expected)
+                assert_exact_sums(torch.autograd.grad(y, weight, torch.ones_like(y))[0], expected_grad)
         except BaseException as error:
             failures.append(error)
 
@@ -428,20 +433,28 @@ def test_unusual_arguments_take_the_way_of_torch_ops(name: str, value: Any) -> N
     arguments = dict(
         zip((*names, "output_padding"), (2, torch.ones(2, 3, 5, 5), ones, ones, None, *PLAIN), strict=True)
     )
-    masked_ops.is_available()
-    assert _ops.direct.convolution(*arguments.values()) is not None
-    assert _ops.direct.convolution(*(arguments | {name: value}).values()) is None
-    assert _ops.direct.convolution(*list(arguments.values())[1:]) is None
-
     bits = torch.full((4, 4), 255, dtype=torch.uint8)
     bits[:, 3] = 7
     whole = {"weight_values": torch.ones(108), "weight_bits": bits, "weight_size": ones.shape}
     packed = {"n": 2, "input": arguments["input"], **whole, **dict(list(arguments.items())[4:])}
-    assert _ops.direct.packed_convolution(*packed.values()) is not None
-    if name not in ("weight", "mask"):
-        assert _ops.direct.packed_convolution(*(packed | {name: value}).values()) is None
-    for size in (4, (4, 3, 3), (4, 3, 3, 3.0), torch.tensor([4, 3, 3, 3])):
-        assert _ops.direct.packed_convolution(*(packed | {"weight_size": size}).values()) is None
+    masked_ops.is_available()
+    with past_function_modes():
+        assert _ops.direct.convolution(*arguments.values()) is not None
+        assert _ops.direct.convolution(*(arguments | {name: value}).values()) is None
+        assert _ops.direct.convolution(*list(arguments.values())[1:]) is None
+        assert _ops.direct.packed_convolution(*packed.values()) is not None
+        if name not in ("weight", "mask"):
+            assert _ops.direct.packed_convolution(*(packed | {name: value}).values()) is None
+        for size in (4, (4, 3, 3), (4, 3, 3, 3.0), torch.tensor([4, 3, 3, 3])):
+            assert _ops.direct.packed_convolution(*(packed | {"weight_size": size}).values()) is None
+
+
+@compiled_only
+def test_function_modes_take_the_way_of_torch_ops() -> None:
+    ones = torch.ones(4, 3, 3, 3)
+    masked_ops.is_available()
+    with torch.device(ones.device):
+        assert _ops.direct.convolution(2, torch.ones(2, 3, 5, 5), ones, ones, None, *PLAIN) is None
 
 
 @compiled_only
@@ -449,9 +462,10 @@ def test_unusual_arguments_take_the_way_of_torch_ops(name: str, value: Any) -> N
 def test_numbers_past_torch_ops(stride: Any) -> None:
     x, w, mask, bias = integers(2, 3, 9, 8), integers(4, 3, 3, 2), integers(4, 3, 3, 2) > 0, integers(4)
     masked_ops.is_available()
-    out = _ops.direct.convolution(2, x, w, mask, bias, stride, (1, 0), [1, 2], 1, False, 0)
-    assert out is not None
-    assert_exact(out, F.conv2d(x, w * mask, bias, 2, (1, 0), (1, 2)))
-    y = _ops.direct.convolution(2, out, w, mask, None, stride, (1, 0), 1, 1, True, (1, 0))
-    assert y is not None
-    assert_exact(y, F.conv_transpose2d(out, w * mask, None, 2, (1, 0), (1, 0)))
+    with past_function_modes():
+        out = _ops.direct.convolution(2, x, w, mask, bias, stride, (1, 0), [1, 2], 1, False, 0)
+        assert out is not None
+        y = _ops.direct.convolution(2, out, w, mask, None, stride, (1, 0), 1, 1, True, (1, 0))
+        assert y is not None
+    assert_exact_sums(out, F.conv2d(x, w * mask, bias, 2, (1, 0), (1, 2)))
+    assert_exact_sums(y, F.conv_transpose2d(out, w * mask, None, 2, (1, 0), (1, 0)))

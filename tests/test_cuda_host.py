@@ -12,9 +12,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from generators import compiled_only
 
 import masked_ops
+
+pytestmark = [
+    compiled_only,
+    pytest.mark.skipif(torch.backends.cuda.is_built(), reason="the fake device is for a torch without CUDA"),
+]
 
 HERE = Path(__file__).resolve().parent / "fake_cuda"
 sys.path[:0] = [str(HERE), str(HERE.parent / "cuda")]
@@ -29,28 +35,38 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(device: Path, tests: str, **variables: str) -> None:
+def run(device: Path, *tests: Path | str, **variables: str) -> None:
     package = Path(masked_ops.__file__).parent.parent
     variables |= {"MASKED_OPS_TEST_FAKE_CUDA": str(device), "PYTHONPATH": f"{HERE}{os.pathsep}{package}"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "fake_device", "-p", "no:cacheprovider", str(HERE / tests)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "fake_device", "-p", "no:cacheprovider", *map(str, tests)]
     done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-4000:]}"
 
 
-@compiled_only
 @pytest.mark.parametrize(
     ("tests", "switch"),
     [("test_kernels.py", "1"), ("test_default.py", ""), ("test_off.py", "0")],
     ids=["on", "default", "off"],
 )
 def test_on_a_fake_device(device: Path, tests: str, switch: str) -> None:
-    run(device, tests, MASKED_OPS_CUDA=switch)
+    run(device, HERE / tests, MASKED_OPS_CUDA=switch)
 
 
-@compiled_only
-@pytest.mark.skipif(
+slow = pytest.mark.skipif(
     not {"CI", "MASKED_OPS_CUDA_CHECK"} & os.environ.keys(), reason="takes half a minute: make cuda-check"
 )
+
+
+@slow
 def test_with_emulated_kernels(device: Path, tmp_path: Path) -> None:
     library = cuda_library.build_emulated(tmp_path)
-    run(device, "test_emulated.py", MASKED_OPS_CUDA="1", MASKED_OPS_TEST_EMULATED=str(library))
+    run(device, HERE / "test_emulated.py", MASKED_OPS_CUDA="1", MASKED_OPS_TEST_EMULATED=str(library))
+
+
+@slow
+def test_what_a_gpu_would_run(device: Path) -> None:
+    """The tests of the operations that run on each kind of device that is there."""
+    files = [
+        HERE.parent / f"test_{name}.py" for name in ("apply_mask", "autograd", "convolution", "linear", "packed_linear")
+    ]
+    run(device, "-k", "cuda", *files, MASKED_OPS_CUDA="1")

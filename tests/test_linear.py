@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import itertools
 import math
+import os
 from typing import NamedTuple
 
 import pytest
@@ -32,6 +32,7 @@ from generators import (
     masked,
     name_of,
     normal,
+    on_each_device,
     poison_scratch,
     poisoned,
     refuses,
@@ -106,7 +107,7 @@ def make_case(shape: tuple[int, int, int], n: int, values, dtype: torch.dtype) -
     )
 
 
-@functools.cache
+@on_each_device
 def integer_cases(dtype: torch.dtype) -> list[tuple[Case, dict[str, Tensor]]]:
     torch.manual_seed(1)
     shapes = [*SHAPES, *LARGE_SHAPES, *(DEEP_SHAPES if dtype.itemsize >= 4 else ())]
@@ -114,7 +115,7 @@ def integer_cases(dtype: torch.dtype) -> list[tuple[Case, dict[str, Tensor]]]:
     return [(case, case.exact()) for case in cases]
 
 
-@functools.cache
+@on_each_device
 def normal_cases(dtype: torch.dtype) -> list[tuple[Case, dict[str, Tensor], dict[str, Tensor]]]:
     torch.manual_seed(2)
     cases = [make_case(shape, n, normal, dtype) for n, shape in enumerate([*SHAPES[::11], *LARGE_SHAPES])]
@@ -202,6 +203,7 @@ def test_every_number_of_16_bits(path: str, dtype: torch.dtype, capability: str)
 
 
 @compiled_only
+@pytest.mark.cpu_only("about the CPU's kernels")
 @every_capability
 def test_what_each_path_serves(capability: str) -> None:
     """Nothing above is left out that should be there: copy takes all, the kernels what they have an element for."""
@@ -215,6 +217,11 @@ def test_what_each_path_serves(capability: str) -> None:
 
 
 @compiled_only
+@pytest.mark.cpu_only("about the CPU's kernels")
+@pytest.mark.skipif(
+    os.environ.get("MASKED_OPS_BUILD_CAPABILITIES") != "all",
+    reason="MASKED_OPS_BUILD_CAPABILITIES is not all",
+)
 def test_every_capability_of_this_cpu_is_built() -> None:
     """The parametrisation by capability means nothing if the library holds one only."""
     usable = [name.upper() for name in _recipe.usable_capabilities()]
@@ -445,6 +452,7 @@ print(len(os.listdir("/proc/self/task")) - before)
 
 
 @compiled_only
+@pytest.mark.cpu_only("about the CPU's threads")
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_number_of_threads_is_respected(threads: int, run_python) -> None:
     """The calling thread works too: n threads are n - 1 more than there were."""
@@ -454,6 +462,7 @@ def test_number_of_threads_is_respected(threads: int, run_python) -> None:
 
 
 @compiled_only
+@pytest.mark.cpu_only("about the CPU's threads")
 def test_inside_a_parallel_region_of_somebody_else() -> None:
     """Called by each thread of an OpenMP team, an operation runs on that thread alone, and is right."""
     runtime = _recipe.openmp_runtime()
@@ -477,6 +486,7 @@ def test_inside_a_parallel_region_of_somebody_else() -> None:
 
 
 @compiled_only
+@pytest.mark.cpu_only("about memory that the CPU's kernels keep")
 def test_results_do_not_depend_on_what_scratch_memory_held() -> None:
     """A small problem after a large one of NaN, on the same threads and memory."""
     case = make_case((7, 9, 11), 0, integers, torch.float32)

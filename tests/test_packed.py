@@ -1352,10 +1352,11 @@ def check_fsdp(model: Any, x: Tensor) -> None:
 
     options = StateDictOptions(full_state_dict=True)
     reference, source = copy.deepcopy(model), copy.deepcopy(model.state_dict())
-    masked = fully_shard(copy.deepcopy(masked_ops.unpack(copy.deepcopy(model)))[0])
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    masked = fully_shard(copy.deepcopy(masked_ops.unpack(copy.deepcopy(model)))[0], mesh=mesh)
     for layer in model:
-        fully_shard(layer)
-    fully_shard(model)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     _train(model, share(x))
     _train(reference, x)
     full = get_model_state_dict(model, options=options)

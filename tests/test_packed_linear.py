@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import pytest
 import torch
 from generators import (
+    CUDA_PATHS,
     FLOATS,
     LARGE_SHAPES,
     LAYOUTS,
@@ -20,6 +20,7 @@ from generators import (
     every_float,
     integers,
     mask_of,
+    on_each_device,
     poisoned,
     refuses,
     running_on,
@@ -30,6 +31,8 @@ from torch.nn import functional as F
 
 import masked_ops
 from masked_ops import _ops, reference
+
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def bits_of(mask: Tensor) -> Tensor:
@@ -73,7 +76,7 @@ class Case(NamedTuple):
         }
 
 
-@functools.cache
+@on_each_device
 def cases(dtype: torch.dtype) -> list[Case]:
     torch.manual_seed(4)
     result = []
@@ -115,9 +118,9 @@ def test_family_is_exact_on_integers(path: str | None, dtype: torch.dtype, capab
     assert served or path not in (None, "copy")
 
 
-def test_paths_that_read_a_dense_weight_are_refused() -> None:
+def test_paths_that_read_a_dense_weight_are_refused(device: str) -> None:
     case = next(case for case in cases(torch.float32) if case.mask.any())
-    for path in set(PATHS) - set(PACKED_PATHS):
+    for path in set(PATHS) - set(PACKED_PATHS) if device == "cpu" else set(CUDA_PATHS) - {"decode"}:
         with masked_ops.use_path(path), pytest.raises(RuntimeError, match="a packed layer has no dense weight"):
             _ops.packed_linear(*case.calls()["packed_linear"])
 
@@ -167,6 +170,7 @@ def test_gradients(dtype: torch.dtype) -> None:
             assert_exact(actual, wanted, lead)
 
 
+@pytest.mark.cpu_only("about a path of the CPU's")
 @every_capability
 @pytest.mark.parametrize("density", [0.01, 0.05, 0.15, 0.5])  # tiles of grad_output of 8, 2, 4 and 8 vectors
 @pytest.mark.parametrize("packed", [False, True])
@@ -227,7 +231,9 @@ ERRORS: dict[str, tuple[dict, str]] = {
 @pytest.mark.parametrize("name", ERRORS)
 def test_bad_input(name: str) -> None:
     bad, message = ERRORS[name]
-    arguments = {"input": ONES(2, 9), "weight_values": ONES(8), "weight_bits": BITS, "in_features": 9, "bias": ONES(4)}
+    bits = BITS.to(ONES(0).device)
+    arguments = {"input": ONES(2, 9), "weight_values": ONES(8), "weight_bits": bits, "in_features": 9, "bias": ONES(4)}
+    bad = {key: value.to(bits.device) if isinstance(value, Tensor) else value for key, value in bad.items()}
     masked_ops.packed_linear(**arguments)
     with pytest.raises(RuntimeError, match=message):
         masked_ops.packed_linear(**arguments | bad)

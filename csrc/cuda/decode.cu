@@ -1,175 +1,238 @@
-// A linear layer on few rows of input, out of the remaining weights: M <= 8 here, more rows in decode_mma.cu.
+// A linear layer on few rows of input, out of the remaining weights; more rows are in decode_mma.cu.
 //
-// Eight lanes take a row of the weight, four remaining weights a lane and step, and look the input up in shared memory,
-// where the M values of a column lie together. A warp takes four rows and every kSplits-th segment of them; what the
-// warps of a block have of the same rows is summed at the end, always in the same order.
+// Eight lanes take a row of the weight, eight remaining weights a lane and step, and look the input up in shared
+// memory, where the M values of a column lie together. A warp takes four rows, or some neighbouring segments of them;
+// what the warps of a block have of the same rows is summed at the end, always in the same order.
 #include "decode.h"
 
 #include "ptx.h"
 #include "remaining.h"
 #include "tuning.h"
 
+#include <type_traits>
+
 namespace masked_ops::cuda {
 namespace {
 
 __global__ void __launch_bounds__(tuning::kPassThreads, tuning::kPassBlocks)
-    decode_index_kernel(Pieces pieces, int64_t segments, uint32_t* __restrict__ begins, uint8_t* __restrict__ columns) {
+    decode_index_kernel(Pieces pieces, int64_t segments, uint32_t* __restrict__ begins,
+                        uint16_t* __restrict__ columns) {
   for_columns(pieces, [&](int64_t row, int64_t col, bool set, int64_t position) {
     if (col % kSegment == 0) begins[row * segments + col / kSegment] = uint32_t(position);
-    if (set) columns[position] = uint8_t(col % kSegment);
-    if (row + 1 == pieces.rows && col + 1 == pieces.cols) begins[pieces.rows * segments] = uint32_t(position + set);
+    if (set) columns[position] = uint16_t(col);
+    if (row + 1 == pieces.rows && col + 1 == pieces.cols) {
+      position += set;
+      begins[pieces.rows * segments] = uint32_t(position);
+      for (; position % 8 != 0; ++position) columns[position] = 0;
+    }
   });
 }
 
-constexpr int kWarps = tuning::kGatherThreads / kWarp;
-constexpr int64_t kMaxNnz = UINT32_MAX - 64;       // a position may run ahead of the last
-constexpr int kLanes = 8, kRows = kWarp / kLanes;  // lanes of a row, rows of a warp
+constexpr int64_t kMaxNnz = UINT32_MAX - 4096;  // a position may run ahead of the last
 
-template <typename Storage, int kM>
-struct alignas(kM * sizeof(Storage)) Column {
-  Storage of[kM];
+// How kM rows of input are taken.
+template <int kDtype, int kM>
+struct Way {
+  using V = Value<kDtype>;
+  using Storage = typename V::Storage;
+  // One row alone is staged as the floats that it is used as.
+  using Staged = std::conditional_t<kM == 1, float, Storage>;
+  // A column of more than 16 bytes, what one load from shared memory takes, is shared by two neighbouring lanes.
+  static constexpr int kParts = kM * sizeof(Staged) > 16 ? 2 : 1, kPart = kM / kParts;
+  // Lanes of a row, of which each kParts have the same values; rows of a warp.
+  static constexpr int kLanes = 8 * kParts, kRows = kWarp / kLanes;
+  // Two blocks a multiprocessor; large inputs only one, which then stages twice as much.
+  static constexpr int kBlocks = kM * sizeof(Staged) <= 4 ? 2 : 1, kThreads = 1024 / kBlocks, kWarps = kThreads / kWarp;
+  static constexpr int kStagedBytes = (192 << 10) / kBlocks;
+  static constexpr int kStaged = kStagedBytes / (kM * sizeof(Staged)) / kSegment;  // segments
+  // Groups of values that a lane has under way, as many as registers are left for.
+  static constexpr int kAhead = kDtype == kFloat || kM > 2 ? 1 : kM == 2 ? 2 : tuning::kGatherAhead;
+
+  struct alignas(kPart * sizeof(Staged)) Part {
+    Staged of[kPart];
+
+    MASKED_OPS_DEVICE void set(int m, Storage x) {
+      if constexpr (kM == 1) {
+        of[m] = V::widen(x);
+      } else {
+        of[m] = x;
+      }
+    }
+    MASKED_OPS_DEVICE void add_to(float (&sums)[kPart], float factor) const {
+#pragma unroll
+      for (int m = 0; m < kPart; ++m) {
+        if constexpr (kM == 1) {
+          sums[m] += factor * of[m];
+        } else {
+          sums[m] += factor * V::widen(of[m]);
+        }
+      }
+    }
+  };
 };
 
-// input[m][k] to column[k], zeros beyond M and K.
-template <typename Storage, int kM>
-MASKED_OPS_DEVICE void stage_input(Column<Storage, kM>* to, const Storage* input, int64_t rows, int64_t K,
+// input[m][k] to parts[k][m / kPart], zeros beyond M. Two neighbours in a row are loaded at once where they lie in one
+// word.
+template <int kDtype, int kM>
+MASKED_OPS_DEVICE void stage_input(typename Way<kDtype, kM>::Part* to, const Decode& decode, int64_t first_m,
                                    int64_t first, int64_t last) {
-  for (int64_t k = first + threadIdx.x; k < last; k += tuning::kGatherThreads) {
-    Column<Storage, kM> column;
+  using W = Way<kDtype, kM>;
+  using Storage = typename W::Storage;
+  const Storage* const input = static_cast<const Storage*>(decode.input) + first_m * decode.K;
+  const int rows = decode.M - first_m < kM ? int(decode.M - first_m) : kM;
+  const bool pairs = sizeof(Storage) == 2 && decode.K % 2 == 0;
+  const int step = pairs ? 2 : 1;
+#pragma unroll(kM < 4 ? 4 : 1)
+  for (int64_t k = first + step * threadIdx.x; k < last; k += step * W::kThreads) {
 #pragma unroll
-    for (int m = 0; m < kM; ++m) column.of[m] = k < K && m < rows ? input[m * K + k] : Storage{};
-    to[k - first] = column;
+    for (int part = 0; part < W::kParts; ++part) {
+      typename W::Part columns[2];
+#pragma unroll
+      for (int i = 0; i < W::kPart; ++i) {
+        const int m = part * W::kPart + i;
+        const Storage* const from = input + m * decode.K + k;
+        if (pairs) {
+          const uint32_t pair = m < rows ? *reinterpret_cast<const uint32_t*>(from) : 0;
+          columns[0].set(i, W::V::of_bits(pair));
+          columns[1].set(i, W::V::of_bits(pair >> 16));
+        } else {
+          columns[0].set(i, m < rows ? *from : Storage{});
+        }
+      }
+      to[(k - first) * W::kParts + part] = columns[0];
+      if (pairs) to[(k - first + 1) * W::kParts + part] = columns[1];
+    }
   }
 }
 
+// What a lane has of its row: the remaining weights of some neighbouring segments, a group at a time, of which the next
+// kAhead are on their way.
 template <int kDtype, int kM>
 struct Gather {
-  using V = Value<kDtype>;
-  using Storage = typename V::Storage;
-  static constexpr int64_t kStaged = tuning::kGatherInputBytes / (kM * sizeof(Storage)) / kSegment;  // segments
+  using W = Way<kDtype, kM>;
+  static constexpr int kGroup = Group<kDtype>::kSize, kStep = kGroup * W::kLanes / W::kParts;
 
   const Decode& decode;
-  const Storage* values;
-  int64_t segments, row;
-  int lane;  // of the row
-  float sums[kM];
+  int64_t row;
+  int lane, part;  // of the row; of the columns
+  float sums[W::kPart] = {};
+  uint32_t from = 0, to = 0;
+  Group<kDtype> groups[W::kAhead];
 
-  // Where segment s of this row begins; past the end, where the last one ends.
-  MASKED_OPS_DEVICE uint32_t begin(int64_t s) const {
-    return row < decode.N ? decode.index.begins[row * segments + s] : 0;
+  MASKED_OPS_DEVICE Gather(const Decode& of, int64_t row, int lane)
+      : decode(of), row(row), lane(lane / W::kParts), part(lane % W::kParts) {}
+  MASKED_OPS_DEVICE uint32_t first_position() const { return from / kGroup * kGroup + lane * kGroup; }
+  MASKED_OPS_DEVICE void load(Group<kDtype>& group, uint32_t position) const {
+    if (position < to) group.load(decode.values, decode.index, position, decode.nnz);
   }
-  MASKED_OPS_DEVICE void load(Group<Storage>& group, uint32_t position, uint32_t end) const {
-    if (position < end) group.load(values, decode.index, position, decode.nnz);
-  }
-  MASKED_OPS_DEVICE void add(const Group<Storage>& group, const Column<Storage, kM>* input, uint32_t position,
-                             uint32_t first, uint32_t end) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (position + i - first < end - first) {  // unsigned: not before first either
-        const Column<Storage, kM> column = input[group.column(i)];
-        const float value = V::widen(group.values.of[i]);
-#pragma unroll
-        for (int m = 0; m < kM; ++m) sums[m] += value * V::widen(column.of[m]);
-      }
+  // Segments first to last - 1.
+  MASKED_OPS_DEVICE void begin(int64_t first, int64_t last) {
+    from = to = 0;
+    if (row < decode.N) {
+      const uint32_t* const begins = decode.index.begins + row * DecodeIndex::segments(decode.K);
+      from = begins[first], to = begins[last];
     }
+#pragma unroll
+    for (int i = 0; i < W::kAhead; ++i) load(groups[i], first_position() + i * kStep);
   }
-  // Segments first, first + step, ... below last; the next one's load is under way while one is added.
-  MASKED_OPS_DEVICE void take(const Column<Storage, kM>* staged, int64_t stage, int64_t first, int64_t last, int step) {
-    if (first >= last) return;
-    uint32_t from = begin(first), to = begin(first + 1);
-    uint32_t position = from / 4 * 4 + 4 * lane;
-    Group<Storage> group;
-    load(group, position, to);
-    for (int64_t s = first; s < last; s += step) {
-      uint32_t next_from = 0, next_to = 0;
-      if (s + step < last) next_from = begin(s + step), next_to = begin(s + step + 1);
-      const uint32_t next_position = next_from / 4 * 4 + 4 * lane;
-      Group<Storage> next;
-      load(next, next_position, next_to);
-      const Column<Storage, kM>* input = staged + (s - stage) * kSegment;
-      while (position < to) {
-        add(group, input, position, from, to);
-        position += 4 * kLanes;
-        load(group, position, to);
+  // parts: of the whole row, of which only those of the segments are there.
+  MASKED_OPS_DEVICE void add(const typename W::Part* parts) {
+    parts += part;
+    for (uint32_t position = first_position(); position < to;) {
+#pragma unroll
+      for (int i = 0; i < W::kAhead; ++i) {
+        const Group<kDtype>& group = groups[i];
+        if (position >= from && position + kGroup <= to) {
+#pragma unroll
+          for (int e = 0; e < kGroup; ++e) {
+            parts[group.column(e) * W::kParts].add_to(sums, W::V::widen(group.value(e)));
+            // Else wide columns are loaded too far ahead for the registers that there are.
+            if (W::kPart >= 4 && e % 2 == 1) asm volatile("" ::: "memory");
+          }
+        } else {
+#pragma unroll
+          for (int e = 0; e < kGroup; ++e) {
+            if (position + e - from < to - from) {  // unsigned: not before from either
+              parts[group.column(e) * W::kParts].add_to(sums, W::V::widen(group.value(e)));
+            }
+          }
+        }
+        load(groups[i], position + W::kAhead * kStep);
+        position += kStep;
       }
-      group = next;
-      from = next_from, to = next_to, position = next_position;
     }
   }
 };
 
 template <int kDtype, int kM>
-__global__ void __launch_bounds__(tuning::kGatherThreads, tuning::kGatherBlocks)
+__global__ void __launch_bounds__(Way<kDtype, kM>::kThreads, Way<kDtype, kM>::kBlocks)
     decode_gather_kernel(const __grid_constant__ Decode decode, int splits) {
-  using G = Gather<kDtype, kM>;
-  using Storage = typename G::Storage;
-  auto* staged = reinterpret_cast<Column<Storage, kM>*>(dynamic_shared);
-  __shared__ float partial[kWarps][kRows * kM];
-  const int groups = kWarps / splits, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int group = warp % groups, split = warp / groups;
-  const int64_t first_row = int64_t(blockIdx.x) * groups * kRows, first_m = int64_t(blockIdx.y) * kM;
-  const Storage* input = static_cast<const Storage*>(decode.input) + first_m * decode.K;
-  G gather{decode,
-           static_cast<const Storage*>(decode.values),
-           DecodeIndex::segments(decode.K),
-           first_row + group * kRows + lane / kLanes,
-           lane % kLanes,
-           {}};
-  for (int64_t stage = 0; stage < gather.segments; stage += G::kStaged) {
-    const int64_t last = stage + G::kStaged < gather.segments ? stage + G::kStaged : gather.segments;
+  using W = Way<kDtype, kM>;
+  using Storage = typename W::Storage;
+  auto* const staged = reinterpret_cast<typename W::Part*>(dynamic_shared);
+  __shared__ float partial[W::kWarps][W::kRows * kM];
+  const int groups = W::kWarps / splits, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int group = warp % groups, split = warp / groups, row_in_warp = lane / W::kLanes;
+  const int64_t first_row = int64_t(blockIdx.x) * groups * W::kRows, first_m = int64_t(blockIdx.y) * kM;
+  const int64_t segments = DecodeIndex::segments(decode.K);
+  Gather<kDtype, kM> gather(decode, first_row + group * W::kRows + row_in_warp, lane % W::kLanes);
+  for (int64_t stage = 0; stage < segments; stage += W::kStaged) {
+    const int64_t count = segments - stage < W::kStaged ? segments - stage : W::kStaged;
+    gather.begin(stage + count * split / splits, stage + count * (split + 1) / splits);
+    const int64_t first = stage * kSegment, last = first + count * kSegment;
+    if (stage > 0) __syncthreads();  // nobody reads the columns any more
+    stage_input<kDtype, kM>(staged, decode, first_m, first, last < decode.K ? last : decode.K);
     __syncthreads();
-    stage_input<Storage, kM>(staged, input, decode.M - first_m, decode.K, stage * kSegment, last * kSegment);
-    __syncthreads();
-    gather.take(staged, stage, stage + split, last, splits);
+    gather.add(staged - first * W::kParts);
   }
 #pragma unroll
-  for (int m = 0; m < kM; ++m) {
+  for (int i = 0; i < W::kPart; ++i) {
 #pragma unroll
-    for (int step = kLanes / 2; step > 0; step /= 2) {
-      gather.sums[m] += __shfl_xor_sync(kAllLanes, gather.sums[m], step);
+    for (int step = W::kLanes / 2; step >= W::kParts; step /= 2) {
+      gather.sums[i] += __shfl_xor_sync(kAllLanes, gather.sums[i], step);
     }
-    if (lane % kLanes == 0) partial[warp][m * kRows + lane / kLanes] = gather.sums[m];
+    const int m = gather.part * W::kPart + i;
+    if (gather.lane == 0) partial[warp][m * W::kRows + row_in_warp] = gather.sums[i];
   }
   __syncthreads();
-  const int rows = groups * kRows;
-  for (int i = threadIdx.x; i < rows * kM; i += tuning::kGatherThreads) {
+  const int rows = groups * W::kRows;
+  for (int i = threadIdx.x; i < rows * kM; i += W::kThreads) {
     const int m = i / rows, r = i % rows;
     const int64_t row = first_row + r;
     if (row >= decode.N || first_m + m >= decode.M) continue;
-    float sum = decode.bias ? G::V::widen(static_cast<const Storage*>(decode.bias)[row]) : 0.f;
-    for (int s = 0; s < splits; ++s) sum += partial[s * groups + r / kRows][m * kRows + r % kRows];
-    static_cast<Storage*>(decode.output)[(first_m + m) * decode.N + row] = G::V::round(sum);
+    float sum = decode.bias ? W::V::widen(static_cast<const Storage*>(decode.bias)[row]) : 0.f;
+    for (int s = 0; s < splits; ++s) sum += partial[s * groups + r / W::kRows][m * W::kRows + r % W::kRows];
+    static_cast<Storage*>(decode.output)[(first_m + m) * decode.N + row] = W::V::round(sum);
   }
 }
 
 template <int kDtype, int kM>
 int gather(const Decode& decode) {
-  using G = Gather<kDtype, kM>;
-  const int64_t segments = DecodeIndex::segments(decode.K), warps = ceil_div<int64_t>(decode.N, kRows);
+  using W = Way<kDtype, kM>;
+  constexpr int kBlocks = tuning::kDecodeMultiprocessors * W::kBlocks;
+  const int64_t segments = DecodeIndex::segments(decode.K), warps = ceil_div<int64_t>(decode.N, W::kRows);
   int splits = 1;
-  while (splits < kWarps && splits < segments && ceil_div<int64_t>(warps * splits, kWarps) < tuning::kDecodeBlocks) {
-    splits *= 2;
-  }
+  while (splits < W::kWarps && splits < segments && ceil_div<int64_t>(warps * splits, W::kWarps) < kBlocks) splits *= 2;
   // One step back from where there would be more blocks than run at once.
-  if (splits > 1 && ceil_div<int64_t>(warps * splits, kWarps) > tuning::kDecodeBlocks) splits /= 2;
-  const int64_t blocks = ceil_div<int64_t>(warps * splits, kWarps);
+  if (splits > 1 && ceil_div<int64_t>(warps * splits, W::kWarps) > kBlocks) splits /= 2;
+  const int64_t blocks = ceil_div<int64_t>(warps * splits, W::kWarps);
   if (blocks > INT32_MAX) return kUnsupported;
-  const int64_t staged = G::kStaged < segments ? G::kStaged : segments;
+  const int64_t staged = W::kStaged < segments ? W::kStaged : segments;
   return launch(decode_gather_kernel<kDtype, kM>, dim3(uint32_t(blocks), uint32_t(ceil_div<int64_t>(decode.M, kM))),
-                tuning::kGatherThreads, size_t(staged) * kSegment * sizeof(Column<typename G::Storage, kM>),
-                decode.stream, decode, splits);
+                W::kThreads, size_t(staged) * kSegment * kM * sizeof(typename W::Staged), decode.stream, decode,
+                splits);
 }
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-bool takes_mma(int dtype, int64_t M) { return M > 8 && dtype != kFloat; }
+bool takes_mma(int dtype, int64_t M) { return M > tuning::kMostGatherRows && dtype != kFloat; }
 
 template <int kDtype>
 int gather_some(const Decode& decode) {
   if (decode.M == 1) return gather<kDtype, 1>(decode);
   if (decode.M == 2) return gather<kDtype, 2>(decode);
-  // 16 bytes a column at most: what one load from shared memory takes.
-  return decode.M <= 4 ? gather<kDtype, 4>(decode) : gather<kDtype, kDtype == kFloat ? 4 : 8>(decode);
+  if (decode.M <= 4) return gather<kDtype, 4>(decode);
+  return decode.M <= 8 || kDtype == kFloat ? gather<kDtype, 8>(decode) : gather<kDtype, 16>(decode);
 }
 
 }  // namespace
@@ -177,19 +240,19 @@ int gather_some(const Decode& decode) {
 
 size_t masked_ops_cuda_decode_index_bytes(int64_t N, int64_t K, int64_t nnz) {
   using namespace masked_ops::cuda;
-  return nnz > kMaxNnz ? 0 : DecodeIndex::bytes(N, K, nnz);
+  return nnz > kMaxNnz || K > kMostDecodeColumns ? 0 : DecodeIndex::bytes(N, K, nnz);
 }
 
 int masked_ops_cuda_decode_index(const uint64_t* words, int64_t N, int64_t K, int64_t nnz, const int64_t* offsets,
                                  void* index, void* stream) {
   using namespace masked_ops::cuda;
-  if (nnz > kMaxNnz) return kUnsupported;
+  if (nnz > kMaxNnz || K > kMostDecodeColumns) return kUnsupported;
   if (N == 0 || K == 0) return 0;
   const DecodeIndex to = DecodeIndex::of(index, N, K);
   const Pieces pieces = Pieces::of(words, offsets, N, K);
   if (pieces.blocks() > INT32_MAX) return kUnsupported;
   return launch(decode_index_kernel, uint32_t(pieces.blocks()), tuning::kPassThreads, 0, stream, pieces,
-                DecodeIndex::segments(K), const_cast<uint32_t*>(to.begins), const_cast<uint8_t*>(to.columns));
+                DecodeIndex::segments(K), const_cast<uint32_t*>(to.begins), const_cast<uint16_t*>(to.columns));
 }
 
 size_t masked_ops_cuda_decode_workspace(int dtype, int64_t M, int64_t N, int64_t K) {
@@ -202,7 +265,8 @@ int masked_ops_cuda_decode(int dtype, int64_t M, int64_t N, int64_t K, int64_t n
                            void* stream) {
   using namespace masked_ops::cuda;
   if (dtype != kFloat && dtype != kBFloat16 && dtype != kHalf) return kUnsupported;
-  if (M > 64 || nnz > kMaxNnz || !aligned(input) || !aligned(values) || !aligned(index)) return kUnsupported;
+  if (M > 64 || nnz > kMaxNnz || K > kMostDecodeColumns || !aligned(input) || !aligned(values) || !aligned(index))
+    return kUnsupported;
   if (M == 0 || N == 0) return 0;
   const Decode decode{M, N, K, nnz, input, values, DecodeIndex::of(index, N, K), bias, output, workspace, stream};
   if (takes_mma(dtype, M)) return decode_mma(dtype, decode);

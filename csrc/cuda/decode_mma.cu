@@ -1,9 +1,9 @@
-// A linear layer on 9 to 64 rows of input, out of the remaining weights in 16 bits.
+// A linear layer on 17 to 64 rows of input, out of the remaining weights in 16 bits.
 //
 // A warp has 16 rows of the weight. Segment by segment it clears a dense tile of 16 x 256 in shared memory, writes the
 // remaining weights to their places, and multiplies it on the tensor cores with the segment of the input that the block
-// has brought in meanwhile: output^T = weight * input^T. The segments are dealt out to gridDim.y blocks, whose sums a
-// second kernel adds up, always in the same order.
+// has brought in meanwhile: output^T = weight * input^T. What the next segment begins with is on its way all the time.
+// The segments are dealt out to gridDim.y blocks, whose sums a second kernel adds up, always in the same order.
 #include "decode.h"
 #include "ptx.h"
 #include "split_sum.h"
@@ -14,60 +14,71 @@ namespace masked_ops::cuda {
 namespace {
 
 constexpr int kWarps = 8, kThreads = kWarps * kWarp;
+constexpr int kGroup = Group<kHalf>::kSize;
 constexpr int kLanes = 8, kRows = 16;              // lanes of a row, rows of a warp
 constexpr int kPasses = kRows / (kWarp / kLanes);  // over the rows
 constexpr int kRowBytes = kSegment * 2;            // of a tile, and of the input
 constexpr int kTileBytes = kRows * kRowBytes;
 
-// The first group of each of this lane's rows, in one segment.
-struct Segment {
-  uint32_t from[kPasses], to[kPasses];
-  Group<uint16_t> groups[kPasses];
-};
-
+// What this lane has of four rows: the groups at hand of one segment, and where that of the next begins and ends.
 struct Rows {
   const Decode& decode;
-  int64_t first, segments;
+  int64_t segments;
   int lane;
+  const uint32_t* begins[kPasses];  // of the segment after the next; null: there is no such row
+  uint32_t from[kPasses], to[kPasses], next_to[kPasses], at[kPasses];
+  Group<kHalf> groups[kPasses];
 
-  MASKED_OPS_DEVICE uint32_t position(uint32_t from) const { return from / 4 * 4 + 4 * (lane % kLanes); }
-  MASKED_OPS_DEVICE const uint16_t* values() const { return static_cast<const uint16_t*>(decode.values); }
-
-  MASKED_OPS_DEVICE void load(Segment& segment, int64_t s) const {
+  MASKED_OPS_DEVICE Rows(const Decode& of, int64_t first_row, int64_t first, int lane)
+      : decode(of), segments(DecodeIndex::segments(of.K)), lane(lane) {
 #pragma unroll
     for (int p = 0; p < kPasses; ++p) {
-      const int64_t row = first + p * (kWarp / kLanes) + lane / kLanes;
-      const uint32_t* begins = decode.index.begins + row * segments + s;
-      segment.from[p] = row < decode.N ? begins[0] : 0;
-      segment.to[p] = row < decode.N ? begins[1] : 0;
+      const int64_t row = first_row + p * (kWarp / kLanes) + lane / kLanes;
+      const bool there = row < decode.N && first < segments;
+      begins[p] = there ? decode.index.begins + row * segments + first + 2 : nullptr;
+      to[p] = there ? begins[p][-2] : 0;
+      next_to[p] = there ? begins[p][-1] : 0;
+    }
+    next(first);
+  }
+  // On to the segment that begins where the last one ended; s is its number.
+  MASKED_OPS_DEVICE void next(int64_t s) {
+#pragma unroll
+    for (int p = 0; p < kPasses; ++p) {
+      from[p] = to[p], to[p] = next_to[p];
+      at[p] = from[p] / kGroup * kGroup + kGroup * (lane % kLanes);
+      if (at[p] < to[p]) groups[p].load(decode.values, decode.index, at[p], decode.nnz);
     }
 #pragma unroll
     for (int p = 0; p < kPasses; ++p) {
-      const uint32_t at = position(segment.from[p]);
-      if (at < segment.to[p]) segment.groups[p].load(values(), decode.index, at, decode.nnz);
+      if (begins[p] && s + 1 < segments) next_to[p] = *begins[p]++;
     }
   }
-  MASKED_OPS_DEVICE void scatter(Segment& segment, uint8_t* tile) const {
+  MASKED_OPS_DEVICE void scatter(uint8_t* tile) {
+    for (bool more = true; more;) {
+      more = false;
 #pragma unroll
-    for (int p = 0; p < kPasses; ++p) {
-      const int row = p * (kWarp / kLanes) + lane / kLanes;
-      const uint32_t from = segment.from[p], to = segment.to[p];
-      Group<uint16_t>& group = segment.groups[p];
-      for (uint32_t at = position(from); at < to;) {
+      for (int p = 0; p < kPasses; ++p) {
+        if (at[p] >= to[p]) continue;
+        const int row = p * (kWarp / kLanes) + lane / kLanes;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (at + i - from < to - from) {  // unsigned: not before from either
-            *reinterpret_cast<uint16_t*>(tile + swizzled<kRowBytes>(row, group.column(i) * 2)) = group.values.of[i];
+        for (int i = 0; i < kGroup; ++i) {
+          if (at[p] + i - from[p] < to[p] - from[p]) {  // unsigned: not before from either
+            const uint32_t byte = groups[p].column(i) % kSegment * 2;
+            *reinterpret_cast<uint16_t*>(tile + swizzled<kRowBytes>(row, byte)) = groups[p].value(i);
           }
         }
-        at += 4 * kLanes;
-        if (at < to) group.load(values(), decode.index, at, decode.nnz);
+        at[p] += kGroup * kLanes;
+        if (at[p] < to[p]) {
+          groups[p].load(decode.values, decode.index, at[p], decode.nnz);
+          more = true;
+        }
       }
     }
   }
 };
 
-// input[m][first .. first + 256), zeros beyond M and K.
+// input[m][first .. first + 256), zeros beyond M and K; it is there after cp_async_wait and a barrier.
 template <int kM>
 MASKED_OPS_DEVICE void stage_input(uint8_t* to, const Decode& decode, int64_t first) {
   const uint16_t* input = static_cast<const uint16_t*>(decode.input);
@@ -77,21 +88,20 @@ MASKED_OPS_DEVICE void stage_input(uint8_t* to, const Decode& decode, int64_t fi
     const int m = i / (kSegment / 8), chunk = i % (kSegment / 8);
     const int64_t k = first + chunk * 8;
     const uint16_t* from = input + m * decode.K + k;
-    uint4 v = make_uint4(0, 0, 0, 0);
-    if (m < decode.M && k < decode.K) {
-      if (vector) {
-        v = *reinterpret_cast<const uint4*>(from);
-      } else {
-        uint32_t pairs[4] = {};
+    uint8_t* const place = to + swizzled<kRowBytes>(m, chunk * 16);
+    const bool there = m < decode.M && k < decode.K;
+    if (vector) {
+      cp_async16(shared_address(place), there ? from : input, there);
+    } else {
+      uint32_t pairs[4] = {};
 #pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          if (k + e < decode.K) pairs[e / 2] |= uint32_t(from[e]) << (16 * (e % 2));
-        }
-        v = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+      for (int e = 0; e < 8; ++e) {
+        if (there && k + e < decode.K) pairs[e / 2] |= uint32_t(from[e]) << (16 * (e % 2));
       }
+      *reinterpret_cast<uint4*>(place) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
     }
-    *reinterpret_cast<uint4*>(to + swizzled<kRowBytes>(m, chunk * 16)) = v;
   }
+  cp_async_commit();
 }
 
 template <bool kBFloat, int kM>
@@ -111,35 +121,49 @@ MASKED_OPS_DEVICE void multiply(float (&sums)[kM / 8][4], uint32_t tile, uint32_
   }
 }
 
+template <int kM>
+struct Staging {  // of the input: twice where two blocks still fit a multiprocessor
+  static constexpr int kBuffers = kM <= 32 ? 2 : 1;
+  static constexpr int kBytes = kM * kRowBytes;
+};
+
 template <bool kBFloat, int kM>
-__global__ void __launch_bounds__(kThreads, 1) decode_mma_kernel(const __grid_constant__ Decode decode) {
+__global__ void __launch_bounds__(kThreads, 2) decode_mma_kernel(const __grid_constant__ Decode decode) {
+  using S = Staging<kM>;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   uint8_t* const tile = dynamic_shared + warp * kTileBytes;
   uint8_t* const input = dynamic_shared + kWarps * kTileBytes;
-  const Rows rows{decode, (int64_t(blockIdx.x) * kWarps + warp) * kRows, DecodeIndex::segments(decode.K), lane};
-  const int64_t first = rows.segments * blockIdx.y / gridDim.y, last = rows.segments * (blockIdx.y + 1) / gridDim.y;
+  const int64_t segments = DecodeIndex::segments(decode.K), first_row = (int64_t(blockIdx.x) * kWarps + warp) * kRows;
+  const int64_t first = segments * blockIdx.y / gridDim.y, last = segments * (blockIdx.y + 1) / gridDim.y;
   float sums[kM / 8][4] = {};
-  Segment segment;
-  if (first < last) rows.load(segment, first);
+  Rows rows(decode, first_row, first, lane);
+  if (first < last) stage_input<kM>(input, decode, first * kSegment);
+  int buffer = 0;
   for (int64_t s = first; s < last; ++s) {
-    __syncthreads();  // nobody reads the input any more
-    stage_input<kM>(input, decode, s * kSegment);
 #pragma unroll
     for (int i = 0; i < kTileBytes / 16 / kWarp; ++i) {
       *reinterpret_cast<uint4*>(tile + (i * kWarp + lane) * 16) = make_uint4(0, 0, 0, 0);
     }
     __syncwarp();
-    rows.scatter(segment, tile);
-    if (s + 1 < last) rows.load(segment, s + 1);
-    __syncthreads();
-    multiply<kBFloat, kM>(sums, shared_address(tile), shared_address(input), lane);
+    rows.scatter(tile);
+    rows.next(s + 1);
+    cp_async_wait<0>();
+    __syncthreads();  // the segment of the input is there, and nobody reads the one before
+    const int next = (buffer + 1) % S::kBuffers;
+    if (S::kBuffers == 2 && s + 1 < last) stage_input<kM>(input + next * S::kBytes, decode, (s + 1) * kSegment);
+    multiply<kBFloat, kM>(sums, shared_address(tile), shared_address(input + buffer * S::kBytes), lane);
+    if (S::kBuffers == 1) {
+      __syncthreads();
+      if (s + 1 < last) stage_input<kM>(input, decode, (s + 1) * kSegment);
+    }
+    buffer = next;
   }
   float* partial = static_cast<float*>(decode.workspace) + blockIdx.y * decode.M * decode.N;
 #pragma unroll
   for (int n = 0; n < kM / 8; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int64_t m = n * 8 + lane % 4 * 2 + i % 2, row = rows.first + lane / 4 + i / 2 * 8;
+      const int64_t m = n * 8 + lane % 4 * 2 + i % 2, row = first_row + lane / 4 + i / 2 * 8;
       if (m < decode.M && row < decode.N) partial[m * decode.N + row] = sums[n][i];
     }
   }
@@ -148,19 +172,20 @@ __global__ void __launch_bounds__(kThreads, 1) decode_mma_kernel(const __grid_co
 int64_t row_blocks(int64_t N) { return ceil_div<int64_t>(N, kWarps * kRows); }
 
 int splits_of(int64_t N, int64_t K) {
-  const int64_t wanted = ceil_div<int64_t>(tuning::kDecodeBlocks, row_blocks(N)), segments = DecodeIndex::segments(K);
-  return int(wanted < segments ? wanted : segments > 1 ? segments : 1);
+  const int64_t wanted = 2 * tuning::kDecodeMultiprocessors / row_blocks(N), segments = DecodeIndex::segments(K);
+  return int(wanted < 1 || segments < 1 ? 1 : wanted < segments ? wanted : segments);
 }
 
 template <bool kBFloat>
 int run(const Decode& decode) {
   const int splits = splits_of(decode.N, decode.K);
   const int M = decode.M <= 16 ? 16 : decode.M <= 32 ? 32 : 64;
+  const int shared = kWarps * kTileBytes + (M <= 32 ? 2 : 1) * M * kRowBytes;
   const auto kernel = M == 16   ? decode_mma_kernel<kBFloat, 16>
                       : M == 32 ? decode_mma_kernel<kBFloat, 32>
                                 : decode_mma_kernel<kBFloat, 64>;
-  const int error = launch(kernel, dim3(uint32_t(row_blocks(decode.N)), splits), kThreads,
-                           kWarps * kTileBytes + M * kRowBytes, decode.stream, decode);
+  const int error =
+      launch(kernel, dim3(uint32_t(row_blocks(decode.N)), splits), kThreads, shared, decode.stream, decode);
   if (error) return error;
   return split_sum<kBFloat>(decode.workspace, splits, decode.M, decode.N, decode.bias, decode.output, decode.stream);
 }

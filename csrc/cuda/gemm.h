@@ -1,5 +1,7 @@
-// What gemm_sm80 and gemm_sm90 share. Both compute output[m][r] = sum over c of input[m][c] * operand[r][c], where the
-// operand is the masked weight (forward: r = n, c = k) or its transpose (grad_input: r = k, c = n).
+// What gemm_sm80 and gemm_sm90 share. All modes compute output[m][r] = sum over c of input[m][c] * operand[r][c]:
+//   forward      input is the input,          operand the masked weight:   m = m, r = n, c = k
+//   grad_input   input is grad_output,        operand its transpose:       m = m, r = k, c = n
+//   grad_weight  input is grad_output^T,      operand the input^T:         m = n, r = k, c = m; the output is masked
 #pragma once
 
 #include "device.h"
@@ -10,10 +12,10 @@ namespace masked_ops::cuda {
 
 struct GemmShape {
   int M, R, C;
-  int weight_cols;  // K, in both directions
 
   static GemmShape of(const Gemm& g) {
-    return {int(g.M), int(g.grad_input ? g.K : g.N), int(g.grad_input ? g.N : g.K), int(g.K)};
+    if (g.mode == kGradWeight) return {int(g.N), int(g.K), int(g.M)};
+    return g.mode == kGradInput ? GemmShape{int(g.M), int(g.K), int(g.N)} : GemmShape{int(g.M), int(g.N), int(g.K)};
   }
 };
 
@@ -23,12 +25,18 @@ inline bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(
 inline bool serves(const Gemm& g) {
   constexpr int64_t kMaxSide = int64_t{1} << 31;
   if (g.dtype != kHalf && g.dtype != kBFloat16) return false;
+  if (g.output_dtype != g.dtype && !(g.mode == kGradWeight && g.output_dtype == kFloat)) return false;
   if (g.M >= kMaxSide - 256 || g.N >= kMaxSide - 256 || g.K >= kMaxSide - 256) return false;
-  if (!aligned16(g.input) || !aligned16(g.weight) || !aligned16(g.fragments) || !aligned16(g.output)) return false;
-  return g.K % 8 == 0 && !(g.grad_input && (g.N % 8 != 0 || g.bias));
+  if (g.K % 8 != 0 || (g.mode != kForward && g.N % 8 != 0)) return false;
+  if (g.mode != kGradInput && !aligned16(g.input)) return false;
+  if (g.mode != kForward && !aligned16(g.grad_output)) return false;
+  return aligned16(g.output) && (g.mode == kGradWeight || (aligned16(g.weight) && aligned16(g.fragments)));
 }
 
-inline bool nothing_to_do(const Gemm& g) { return g.M == 0 || (g.grad_input ? g.K : g.N) == 0; }
+inline bool nothing_to_do(const Gemm& g) {
+  const GemmShape shape = GemmShape::of(g);
+  return shape.M == 0 || shape.R == 0;
+}
 
 // Of the current device; 0 if it is not known.
 inline int multiprocessor_count() {

@@ -192,11 +192,16 @@ int run(const Operands& of, void* stream) {
 
 int masked_ops_cuda_gemm_sm80(const masked_ops::cuda::Gemm* gemm, void* stream) {
   using namespace masked_ops::cuda;
-  if (!serves(*gemm) || compute_capability() < 80) return kUnsupported;
-  if (nothing_to_do(*gemm)) return 0;
-  const Operands of{
-      GemmShape::of(*gemm), static_cast<const uint16_t*>(gemm->input), static_cast<const uint16_t*>(gemm->weight),
-      gemm->fragments,      static_cast<const uint16_t*>(gemm->bias),  static_cast<uint16_t*>(gemm->output)};
-  if (gemm->dtype == kBFloat16) return gemm->grad_input ? run<true, true>(of, stream) : run<true, false>(of, stream);
-  return gemm->grad_input ? run<false, true>(of, stream) : run<false, false>(of, stream);
+  const Gemm& g = *gemm;
+  if (g.mode == kGradWeight || !serves(g) || compute_capability() < 80) return kUnsupported;
+  if (nothing_to_do(g)) return 0;
+  const bool grad_input = g.mode == kGradInput;
+  const Operands of{GemmShape::of(g),
+                    static_cast<const uint16_t*>(grad_input ? g.grad_output : g.input),
+                    static_cast<const uint16_t*>(g.weight),
+                    g.fragments,
+                    static_cast<const uint16_t*>(grad_input ? nullptr : g.bias),
+                    static_cast<uint16_t*>(g.output)};
+  if (g.dtype == kBFloat16) return grad_input ? run<true, true>(of, stream) : run<true, false>(of, stream);
+  return grad_input ? run<false, true>(of, stream) : run<false, false>(of, stream);
 }

@@ -9,41 +9,39 @@ namespace masked_ops::cuda {
 inline constexpr int kSm90R = 128, kSm90C = 64;  // operand rows of a tile; the contraction of a step
 
 struct Sm90Plan {
-  int rows;    // of input in a tile: 64, 128 or 256
-  int splits;  // of the contraction, whose sums are added up by a second kernel
-  int steps;   // over the contraction in each split but the last; even, and none is empty
+  int rows;    // of input in a tile: 64, 128, 192 or 256
+  int splits;  // of the contraction, each a block of a cluster; none is without a pair of steps
 };
 
-// The plan with which all multiprocessors are done first. A step takes the tensor cores 4 cycles per row, and the
-// masking, which every tile does again, at least kSm90StepCycles.
-inline Sm90Plan sm90_plan(int64_t M, int64_t R, int64_t C, int multiprocessors, bool may_split) {
-  const int64_t all_steps = ceil_div<int64_t>(C, 2 * kSm90C) * 2;
+// Clusters that run at once. Those of 2 always find room; larger ones need multiprocessors of one group of 16 to 18.
+inline int64_t sm90_clusters(int multiprocessors, int blocks) {
+  return blocks <= 2 ? multiprocessors / blocks : multiprocessors / 16 * 16 / blocks;
+}
+
+// The plan with which all multiprocessors are done first.
+inline Sm90Plan sm90_plan(int64_t M, int64_t R, int64_t C, int multiprocessors) {
+  const int64_t pairs = ceil_div<int64_t>(C, 2 * kSm90C);
   Sm90Plan best = {};
   double best_cycles = 0;
-  for (const int rows : {256, 128, 64}) {
-    constexpr int kCluster = tuning::kSm90Cluster;
-    const int64_t tiles = ceil_div<int64_t>(M, rows) * ceil_div<int64_t>(R, kSm90R * kCluster) * kCluster;
-    const double step = 4.0 * rows > tuning::kSm90StepCycles ? 4.0 * rows : tuning::kSm90StepCycles;
-    for (int wanted = 1; wanted <= tuning::kSm90Splits; ++wanted) {
-      // More splits than there are idle multiprocessors only cost memory.
-      if (wanted > 1 && (!may_split || tiles * wanted > multiprocessors)) break;
-      const int64_t steps = ceil_div<int64_t>(ceil_div<int64_t>(all_steps, wanted), 2) * 2;
-      const int64_t splits = ceil_div<int64_t>(all_steps, steps);
-      double cycles = double(ceil_div<int64_t>(tiles * splits, multiprocessors)) * double(steps) * step;
-      if (splits > 1) {
-        cycles += tuning::kSm90SplitCycles + tuning::kSm90SplitCyclesPerSum * double(splits) * double(M) * double(R);
-      }
+  for (int rows = 256; rows > 0; rows -= 64) {
+    const int64_t tiles = ceil_div<int64_t>(M, rows) * ceil_div<int64_t>(R, kSm90R);
+    const double products = 4.0 * rows, loads = (kSm90R + rows) * kSm90C * 2 / tuning::kSm90BytesPerCycle;
+    double step = products > loads ? products : loads;
+    if (step < tuning::kSm90StepCycles) step = tuning::kSm90StepCycles;
+    for (int splits = 1; splits <= tuning::kSm90Splits; splits *= 2) {
+      // A cluster takes one tile: its blocks leave their sums where the next tile would come.
+      if (splits > 1 && (splits > pairs || tiles > sm90_clusters(multiprocessors, splits))) break;
+      const int64_t at_once = multiprocessors < splits ? 1 : multiprocessors / splits;
+      double cycles = double(ceil_div<int64_t>(pairs, splits)) * 2 * step + tuning::kSm90TileCycles;
+      cycles *= double(ceil_div<int64_t>(tiles, at_once));
+      if (splits > 1) cycles += tuning::kSm90SumCycles + rows * kSm90R * 4 / tuning::kSm90SumBytesPerCycle;
       if (best.rows == 0 || cycles < best_cycles) {
-        best = {rows, int(splits), int(steps)};
+        best = {rows, splits};
         best_cycles = cycles;
       }
     }
   }
   return best;
-}
-
-inline size_t sm90_workspace(int64_t M, int64_t R, const Sm90Plan& plan) {
-  return plan.splits == 1 ? 0 : size_t(plan.splits) * M * R * sizeof(float);
 }
 
 }  // namespace masked_ops::cuda

@@ -35,21 +35,23 @@ struct Chunk {
   uint32_t words[(kBytes + 3) / 4];
 };
 
+// Plain loads: with the hint that the weight is read once (ld.global.cs) the pass took 0.90 of a plain copy's rate on
+// an H200, without it 0.94 to 0.97.
 template <int kBytes>
 MASKED_OPS_DEVICE Chunk<kBytes> load(const void* from) {
   Chunk<kBytes> chunk;
   if constexpr (kBytes == 16) {
-    const uint4 v = __ldcs(static_cast<const uint4*>(from));
+    const uint4 v = *static_cast<const uint4*>(from);
     chunk.words[0] = v.x, chunk.words[1] = v.y, chunk.words[2] = v.z, chunk.words[3] = v.w;
   } else if constexpr (kBytes == 8) {
-    const uint2 v = __ldcs(static_cast<const uint2*>(from));
+    const uint2 v = *static_cast<const uint2*>(from);
     chunk.words[0] = v.x, chunk.words[1] = v.y;
   } else if constexpr (kBytes == 4) {
-    chunk.words[0] = __ldcs(static_cast<const uint32_t*>(from));
+    chunk.words[0] = *static_cast<const uint32_t*>(from);
   } else if constexpr (kBytes == 2) {
-    chunk.words[0] = __ldcs(static_cast<const uint16_t*>(from));
+    chunk.words[0] = *static_cast<const uint16_t*>(from);
   } else {
-    chunk.words[0] = __ldcs(static_cast<const uint8_t*>(from));
+    chunk.words[0] = *static_cast<const uint8_t*>(from);
   }
   return chunk;
 }

@@ -79,28 +79,32 @@ MASKED_OPS_DEVICE void mbarrier_expect(uint32_t barrier, uint32_t bytes) {
 MASKED_OPS_DEVICE void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// Arrives at the barrier in the same place of another block of the cluster. Says only that what was read before has
-// been read: a release for the whole cluster, which nobody needs here, would wait for memory (MEMBAR.ALL.GPU) each
-// time.
-MASKED_OPS_DEVICE void mbarrier_arrive_at(uint32_t barrier, uint32_t block) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 there;\n"
-      "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
-      "}" ::"r"(barrier),
-      "r"(block)
-      : "memory");
-}
 // Of the calling block in its cluster.
 MASKED_OPS_DEVICE uint32_t cluster_rank() {
   uint32_t rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
-// All threads of all blocks of the cluster come here.
+// All threads of all blocks of the cluster come here; what each has written is seen by all.
 MASKED_OPS_DEVICE void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+// The same for those that have only read of each other, and so need not wait for what they have under way to memory.
+MASKED_OPS_DEVICE void cluster_barrier_after_reading() {
+  asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+// 16 bytes from this place in the shared memory of another block of the cluster, or of the block itself.
+MASKED_OPS_DEVICE float4 load_shared_of(uint32_t block, uint32_t address) {
+  float4 x;
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n"
+      "}"
+      : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+      : "r"(address), "r"(block));
+  return x;
 }
 // Returns once the phase of this parity is over.
 MASKED_OPS_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {

@@ -44,14 +44,9 @@ MASKED_OPS_DEVICE void tma_load(uint32_t to, const TensorMap* map, uint32_t barr
       : "memory");
 }
 
-// The same to this place in the shared memory of every block of the cluster whose bit is set, and to its barrier.
-MASKED_OPS_DEVICE void tma_load_shared(uint32_t to, const TensorMap* map, uint32_t barrier, int col, int row,
-                                       uint16_t blocks) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-      "[%1, {%3, %4}], [%2], %5;" ::"r"(to),
-      "l"(map), "r"(barrier), "r"(col), "r"(row), "h"(blocks)
-      : "memory");
+// Lets the description be there before the first copy asks for it.
+MASKED_OPS_DEVICE void prefetch_tensor_map(const TensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 }  // namespace masked_ops::cuda

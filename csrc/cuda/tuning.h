@@ -21,26 +21,27 @@ constexpr int kPackUnroll = 4;
 // 8,192 warps for a weight of 4096x4096.
 constexpr int kCompressWords = 32;
 
-// decode by gathering: 16 warps of a block share the input, of which they keep so many bytes at once; two such blocks a
-// multiprocessor. Rows are split among fewer warps, and columns among more, as long as there are fewer blocks than
-// that.
-constexpr int kGatherThreads = 512;
-constexpr int kGatherBlocks = 2;
-constexpr int kGatherInputBytes = 48 << 10;
-// decode by mma: columns are split until there are as many blocks as this, two for each of an H200's multiprocessors.
-// A constant, so that the same call needs the same memory and gives the same bits on every device.
-constexpr int kDecodeBlocks = 264;
+// decode: the kernels fill so many multiprocessors, an H200's. A constant, so that the same call needs the same memory
+// and gives the same bits on every device.
+constexpr int kDecodeMultiprocessors = 132;
+// By gathering: groups of eight values that a lane has under way on one row of input, and the rows from which on
+// tensor cores take over.
+constexpr int kGatherAhead = 3;
+constexpr int64_t kMostGatherRows = 16;
 
-// gemm_sm90: cycles in which a multiprocessor issues what one step of a tile takes beside the tensor cores: 96
-// instructions of each of eight warps, on four schedulers.
+// gemm_sm90, fitted to what an H200 took with two older ways of splitting (16 bits, 64 to 4,096 rows, four shapes). A
+// step takes the tensor cores 4 cycles for each row of input. Loading takes longer where tiles are small: a
+// multiprocessor had 48 bytes a cycle out of the L2, with which 128 + 256 rows are loaded as fast as they are
+// multiplied.
+constexpr double kSm90BytesPerCycle = 48;
+// What it issues in a step beside the tensor cores: 96 instructions of each of eight warps, on four schedulers.
 constexpr double kSm90StepCycles = 200;
-// Blocks that load the input's tiles together, 1 or 2: a step of 128 x 256 then takes 32 KB out of the L2 in its 1,024
-// cycles and not 48 KB, where about 40 bytes a cycle and multiprocessor are to be had.
-constexpr int kSm90Cluster = 2;
-// Splits of its contraction, at most; what a second kernel costs, and each sum that it reads: 8 bytes through the L2,
-// at about 3 KB a cycle.
+// Of each tile: the first copies on their way in, the sums on their way out. An estimate.
+constexpr double kSm90TileCycles = 2500;
+// Splits of the contraction, at most: a cluster of 8 blocks runs on every device. Adding up their sums costs two
+// barriers, and reading each other's shared memory. Both are estimates.
 constexpr int kSm90Splits = 8;
-constexpr double kSm90SplitCycles = 3500;
-constexpr double kSm90SplitCyclesPerSum = 8.0 / 3000;
+constexpr double kSm90SumCycles = 1500;
+constexpr double kSm90SumBytesPerCycle = 40;
 
 }  // namespace masked_ops::cuda::tuning

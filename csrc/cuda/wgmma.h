@@ -1,5 +1,5 @@
-// wgmma with operand A in registers: D[64][kN] += A[64][16] B[kN][16]^T, one function for kN of 64, 128 and 256. Its
-// lists of operands have to be spelled out; the macros below do it eight at a time.
+// wgmma with operand A in registers: D[64][kN] += A[64][16] B[kN][16]^T, one function for kN of 64, 128, 192 and 256.
+// Its lists of operands have to be spelled out; the macros below do it eight at a time.
 #pragma once
 
 #include "device.h"
@@ -26,40 +26,49 @@ namespace masked_ops::cuda {
 #define MASKED_OPS_SUMS32(i) \
   MASKED_OPS_SUMS8(i), MASKED_OPS_SUMS8(i + 8), MASKED_OPS_SUMS8(i + 16), MASKED_OPS_SUMS8(i + 24)
 #define MASKED_OPS_LIST(...) __VA_ARGS__
-#define MASKED_OPS_WGMMA(shape, types, names, a0, a1, a2, a3, b, sums)                                         \
+#define MASKED_OPS_WGMMA(shape, types, names, a0, a1, a2, a3, b, transposed, sums)                             \
   asm volatile(                                                                                                \
       "{\n.reg .pred add;\nsetp.eq.b32 add, 0, 0;\n"                                                           \
       "wgmma.mma_async.sync.aligned." shape ".f32." types " {" names "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " b \
-      ", add, 1, 1, 0;\n}"                                                                                     \
+      ", add, 1, 1, " transposed ";\n}"                                                                        \
       : sums                                                                                                   \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_matrix))
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_matrix), "n"(int(kTransposedB)))
 
-template <bool kBFloat, int kAccumulators>
+// In shared memory B is [kN][16], or, transposed, [16][kN]: the contraction along its rows.
+template <bool kBFloat, bool kTransposedB, int kAccumulators>
 MASKED_OPS_DEVICE void wgmma(float (&d)[kAccumulators], const uint32_t* a, uint64_t b_matrix) {
-  static_assert(kAccumulators == 32 || kAccumulators == 64 || kAccumulators == 128);
+  static_assert(kAccumulators == 32 || kAccumulators == 64 || kAccumulators == 96 || kAccumulators == 128);
   if constexpr (kAccumulators == 32 && kBFloat) {
-    MASKED_OPS_WGMMA("m64n64k16", "bf16.bf16", MASKED_OPS_NAMES_0, "%32", "%33", "%34", "%35", "%36",
+    MASKED_OPS_WGMMA("m64n64k16", "bf16.bf16", MASKED_OPS_NAMES_0, "%32", "%33", "%34", "%35", "%36", "%37",
                      MASKED_OPS_LIST(MASKED_OPS_SUMS32(0)));
   } else if constexpr (kAccumulators == 32 && !kBFloat) {
-    MASKED_OPS_WGMMA("m64n64k16", "f16.f16", MASKED_OPS_NAMES_0, "%32", "%33", "%34", "%35", "%36",
+    MASKED_OPS_WGMMA("m64n64k16", "f16.f16", MASKED_OPS_NAMES_0, "%32", "%33", "%34", "%35", "%36", "%37",
                      MASKED_OPS_LIST(MASKED_OPS_SUMS32(0)));
   } else if constexpr (kAccumulators == 64 && kBFloat) {
     MASKED_OPS_WGMMA("m64n128k16", "bf16.bf16", MASKED_OPS_NAMES_0 ", " MASKED_OPS_NAMES_32, "%64", "%65", "%66", "%67",
-                     "%68", MASKED_OPS_LIST(MASKED_OPS_SUMS32(0), MASKED_OPS_SUMS32(32)));
+                     "%68", "%69", MASKED_OPS_LIST(MASKED_OPS_SUMS32(0), MASKED_OPS_SUMS32(32)));
   } else if constexpr (kAccumulators == 64 && !kBFloat) {
     MASKED_OPS_WGMMA("m64n128k16", "f16.f16", MASKED_OPS_NAMES_0 ", " MASKED_OPS_NAMES_32, "%64", "%65", "%66", "%67",
-                     "%68", MASKED_OPS_LIST(MASKED_OPS_SUMS32(0), MASKED_OPS_SUMS32(32)));
+                     "%68", "%69", MASKED_OPS_LIST(MASKED_OPS_SUMS32(0), MASKED_OPS_SUMS32(32)));
+  } else if constexpr (kAccumulators == 96 && kBFloat) {
+    MASKED_OPS_WGMMA("m64n192k16", "bf16.bf16", MASKED_OPS_NAMES_0 ", " MASKED_OPS_NAMES_32 ", " MASKED_OPS_NAMES_64,
+                     "%96", "%97", "%98", "%99", "%100", "%101",
+                     MASKED_OPS_LIST(MASKED_OPS_SUMS32(0), MASKED_OPS_SUMS32(32), MASKED_OPS_SUMS32(64)));
+  } else if constexpr (kAccumulators == 96 && !kBFloat) {
+    MASKED_OPS_WGMMA("m64n192k16", "f16.f16", MASKED_OPS_NAMES_0 ", " MASKED_OPS_NAMES_32 ", " MASKED_OPS_NAMES_64,
+                     "%96", "%97", "%98", "%99", "%100", "%101",
+                     MASKED_OPS_LIST(MASKED_OPS_SUMS32(0), MASKED_OPS_SUMS32(32), MASKED_OPS_SUMS32(64)));
   } else if constexpr (kAccumulators == 128 && kBFloat) {
     MASKED_OPS_WGMMA(
         "m64n256k16", "bf16.bf16",
         MASKED_OPS_NAMES_0 ", " MASKED_OPS_NAMES_32 ", " MASKED_OPS_NAMES_64 ", " MASKED_OPS_NAMES_96, "%128", "%129",
-        "%130", "%131", "%132",
+        "%130", "%131", "%132", "%133",
         MASKED_OPS_LIST(MASKED_OPS_SUMS32(0), MASKED_OPS_SUMS32(32), MASKED_OPS_SUMS32(64), MASKED_OPS_SUMS32(96)));
   } else if constexpr (kAccumulators == 128 && !kBFloat) {
     MASKED_OPS_WGMMA(
         "m64n256k16", "f16.f16",
         MASKED_OPS_NAMES_0 ", " MASKED_OPS_NAMES_32 ", " MASKED_OPS_NAMES_64 ", " MASKED_OPS_NAMES_96, "%128", "%129",
-        "%130", "%131", "%132",
+        "%130", "%131", "%132", "%133",
         MASKED_OPS_LIST(MASKED_OPS_SUMS32(0), MASKED_OPS_SUMS32(32), MASKED_OPS_SUMS32(64), MASKED_OPS_SUMS32(96)));
   }
 }

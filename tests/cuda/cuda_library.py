@@ -110,6 +110,10 @@ class Library:
         self._library.emulator_bank_conflicts.restype = ctypes.c_int64
         return int(self._library.emulator_bank_conflicts())
 
+    def cluster(self) -> int:
+        """Blocks of a cluster in the last launch; on a GPU that is not known."""
+        return int(self._library.emulator_cluster()) if self.emulated else 0
+
     def empty(self, shape: tuple[int, ...] | int, dtype: torch.dtype, offset: int = 0) -> Tensor:
         """Poisoned memory, on the CPU with its end against a page that must not be touched.
 

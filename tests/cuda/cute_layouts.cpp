@@ -47,13 +47,22 @@ void mma_operand() {
   }
 }
 
-// The 128-byte swizzle of tiles that are K-major, in 16-bit elements.
+// The 128-byte swizzle of tiles in 16-bit elements: K-major, and MN-major with one box of 64 x 64 after the other.
 void swizzle() {
   const auto layout = cute::as_position_independent_swizzle_layout(cute::tile_to_shape(
       cute::SM90::GMMA::Layout_K_SW128_Atom<cute::half_t>{}, cute::make_shape(cute::Int<64>{}, cute::Int<64>{})));
   for (int row = 0; row < 64; ++row) {
     for (int col = 0; col < 64; ++col) {
       same("swizzle", int(masked_ops::cuda::swizzled<128>(row, col * 2)), int(layout(row, col)) * 2);
+    }
+  }
+  const auto transposed = cute::as_position_independent_swizzle_layout(
+      cute::tile_to_shape(cute::SM90::GMMA::Layout_MN_SW128_Atom<cute::half_t>{},
+                          cute::make_shape(cute::Int<256>{}, cute::Int<64>{}), cute::Step<cute::_2, cute::_1>{}));
+  for (int row = 0; row < 256; ++row) {
+    for (int k = 0; k < 64; ++k) {
+      const int byte = row / 64 * 8192 + int(masked_ops::cuda::swizzled<128>(k, row % 64 * 2));
+      same("transposed swizzle", byte, int(transposed(row, k)) * 2);
     }
   }
 }

@@ -15,13 +15,13 @@ dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
 
-uint8_t exchanged[2][64][32 * 64];
-int exchange_turn[64];
+uint8_t exchanged[2][kMaxCluster * 32][32 * 64];
+int exchange_turn[kMaxCluster * 32];
 
 namespace {
 
 constexpr size_t kStack = 256 << 10, kShared = 228 << 10;
-constexpr int kMaxThreads = 1024, kMaxCluster = 2, kGroups = 256;
+constexpr int kMaxThreads = 1024, kGroups = 256;
 
 struct Fibre {
   ucontext_t context;
@@ -47,7 +47,7 @@ struct AsyncCopy {
 };
 struct Wgmma {
   int N;
-  bool bfloat;
+  bool bfloat, transposed_b;
   float* d;
   const uint32_t* a;
   uint32_t at_issue[4];
@@ -108,7 +108,7 @@ bool run_block() {
   std::iota(order.begin(), order.end(), 0);
   if (order_mode == 1) std::reverse(order.begin(), order.end());
   static std::mt19937 random(1);
-  std::memset(shared, 0xff, sizeof shared);
+  std::memset(shared, 0xff, size_t(cluster_blocks) * kShared);
   std::memset(meetings, 0, sizeof meetings);
   std::memset(exchange_turn, 0, sizeof exchange_turn);
   transfers.clear();
@@ -126,7 +126,7 @@ bool run_block() {
     for (int i : order) {
       if (fibres[i].finished) continue;
       all = false;
-      if (!(running >> (i / 32) & 1)) continue;
+      if (!(running >> (i / 32 % 64) & 1)) continue;
       run(i);
       if (!error.empty()) return false;
     }
@@ -308,13 +308,16 @@ void arrive(int block, uint32_t address, uint32_t bytes) {
 }  // namespace
 void mbarrier_expect(uint32_t address, uint32_t bytes) { arrive(rank(), address, bytes); }
 void mbarrier_arrive(uint32_t address) { arrive(rank(), address, 0); }
-void mbarrier_arrive_at(uint32_t address, uint32_t block) {
-  must_live(int(block));
-  arrive(int(block), address, 0);
-}
 bool mbarrier_done(uint32_t address, uint32_t parity) { return mbarrier(rank(), address).parity != parity; }
 void cluster_barrier() {
   meet(kCluster, int(blockDim.x) * cluster_blocks, [] {});
+}
+float4 load_shared_of(uint32_t block, uint32_t address) {
+  if (int(block) >= cluster_blocks) fail("a load from a block beyond the cluster");
+  must_live(int(block));
+  float4 x;
+  std::memcpy(&x, shared_pointer(int(block), address, 16, 16), 16);
+  return x;
 }
 
 }  // namespace masked_ops::cuda
@@ -352,11 +355,6 @@ void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) 
 }
 
 void tma_load(uint32_t to, const TensorMap* map, uint32_t barrier, int col, int row) {
-  tma_load_shared(to, map, barrier, col, row, uint16_t(1 << rank()));
-}
-
-void tma_load_shared(uint32_t to, const TensorMap* map, uint32_t barrier, int col, int row, uint16_t blocks) {
-  if (blocks >> cluster_blocks) fail("a tensor copy to blocks beyond the cluster");
   if (to % 1024 || map->box_cols != 64 || map->box_rows > 256) fail("a tensor copy that does not fit its swizzle");
   std::vector<uint8_t> bytes(size_t(map->box_rows) * 128, 0);
   for (int r = 0; r < map->box_rows; ++r) {
@@ -367,18 +365,24 @@ void tma_load_shared(uint32_t to, const TensorMap* map, uint32_t barrier, int co
       }
     }
   }
-  for (int block = 0; block < cluster_blocks; ++block) {
-    if (blocks >> block & 1) transfer({block, to, bytes, true, barrier});
-  }
+  transfer({rank(), to, std::move(bytes), true, barrier});
 }
 
-// --- wgmma: D[64][N] += A[64][16] B[N][16]^T, A in registers, B in shared memory, K-major, swizzled by 128 bytes ---
+// --- wgmma: D[64][N] += A[64][16] B[N][16]^T, A in registers, B in shared memory, swizzled by 128 bytes ---
 
 namespace {
 
-float b_element(const Wgmma& op, int n, int k) {
-  const uint32_t start = uint32_t(op.b & 0x3fff) << 4, stride = uint32_t(op.b >> 32 & 0x3fff) << 4;
-  uint32_t address = start + uint32_t(n / 8) * stride + uint32_t(n % 8) * 128 + uint32_t(k) * 2;
+// By the canonical layouts of the PTX manual. K-major: rows n of 128 bytes, eight and eight of them a stride apart.
+// MN-major (transposed): rows k of 64 n, eight and eight of them a stride apart, and the next 64 n a leading offset.
+float b_element(const Wgmma& op, uint32_t n, uint32_t k) {
+  const auto field = [&](int bit) { return uint32_t(op.b >> bit & 0x3fff) << 4; };
+  const uint32_t start = field(0), leading = field(16), stride = field(32);
+  uint32_t address = start;
+  if (op.transposed_b) {
+    address += n / 64 * leading + n % 64 * 2 + k / 8 * stride + k % 8 * 128;
+  } else {
+    address += n / 8 * stride + n % 8 * 128 + k * 2;
+  }
   address ^= (address >> 7 & 7) << 4;
   uint16_t bits;
   std::memcpy(&bits, shared_pointer(address, 2, 2), 2);
@@ -401,10 +405,11 @@ void perform(const std::vector<const Wgmma*>& ops) {
   }
   std::vector<float> b(size_t(N) * 16);
   for (int n = 0; n < N; ++n) {
-    for (int k = 0; k < 16; ++k) b[size_t(n) * 16 + k] = b_element(*ops[0], n, k);
+    for (int k = 0; k < 16; ++k) b[size_t(n) * 16 + k] = b_element(*ops[0], uint32_t(n), uint32_t(k));
   }
   for (int t = 0; t < 128; ++t) {
-    if (ops[t]->b != ops[0]->b || ops[t]->N != N) fail("threads of a warpgroup differ in their wgmma");
+    if (ops[t]->b != ops[0]->b || ops[t]->N != N || ops[t]->transposed_b != ops[0]->transposed_b)
+      fail("threads of a warpgroup differ in their wgmma");
     for (int i = 0; i < N / 2; ++i) {
       const int row = t / 32 * 16 + t % 32 / 4 + 8 * (i / 2 % 2), n = i / 4 * 8 + t % 4 * 2 + i % 2;
       float sum = ops[t]->d[i];
@@ -435,10 +440,11 @@ void perform_all_but(int groups) {
 }  // namespace
 
 void wgmma_fence() { fenced[current] = 1; }
-void wgmma_issue(int N, bool bfloat, float* d, const uint32_t* a, uint64_t b) {
+void wgmma_issue(int N, bool bfloat, bool transposed_b, float* d, const uint32_t* a, uint64_t b) {
   if (!fenced[current]) fail("a wgmma without a fence before it");
-  if (b >> 62 != 1 || (b & 0x3fff) % 2) fail("a descriptor that is not swizzled by 128 bytes");
-  products[current].back().push_back({N, bfloat, d, a, {a[0], a[1], a[2], a[3]}, b});
+  if (b >> 46 != 1 << 16 || b >> 30 & 3 || b >> 14 & 3) fail("a descriptor that is not swizzled by 128 bytes");
+  if ((b & 0x3f) >= (transposed_b ? 1 : 8)) fail("a descriptor that begins within a row, or in the middle of eight");
+  products[current].back().push_back({N, bfloat, transposed_b, d, a, {a[0], a[1], a[2], a[3]}, b});
 }
 void wgmma_commit() {
   fenced[current] = 0;
@@ -474,5 +480,6 @@ void emulator_set_mode(int lazy, int order) {
   emulator::is_lazy = lazy != 0;
   emulator::order_mode = order;
 }
+int emulator_cluster() { return emulator::cluster_blocks; }
 int64_t emulator_bank_conflicts() { return std::exchange(emulator::bank_conflicts, 0); }
 const char* emulator_error() { return emulator::error.c_str(); }

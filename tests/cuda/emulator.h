@@ -61,6 +61,7 @@ void wait_until(const Ready& ready) {
 void meet(int group, int threads, const std::function<void()>& action);
 enum : int { kBlock = 0, kNamed = 1, kWarps = 64, kWarpgroups = 128, kCluster = 255 };
 
+constexpr int kMaxCluster = 8;
 int rank();  // of the block in its cluster
 inline int lane() { return int(threadIdx.x % 32); }
 inline int warp() { return int(threadIdx.x / 32); }
@@ -69,8 +70,8 @@ inline int warp() { return int(threadIdx.x / 32); }
 template <typename T>
 const T* exchange(const T& mine) {
   static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= 64);
-  extern uint8_t exchanged[2][64][32 * 64];
-  extern int exchange_turn[64];
+  extern uint8_t exchanged[2][kMaxCluster * 32][32 * 64];
+  extern int exchange_turn[kMaxCluster * 32];
   const int w = rank() * 32 + warp();
   T* all = reinterpret_cast<T*>(exchanged[exchange_turn[w] & 1][w]);
   std::memcpy(static_cast<void*>(all + lane()), &mine, sizeof(T));
@@ -282,9 +283,10 @@ uint32_t permute(uint32_t from) {
 void mbarrier_init(uint32_t barrier, int arrivals);
 void mbarrier_expect(uint32_t barrier, uint32_t bytes);  // and arrives
 void mbarrier_arrive(uint32_t barrier);
-void mbarrier_arrive_at(uint32_t barrier, uint32_t block);
 inline uint32_t cluster_rank() { return uint32_t(emulator::rank()); }
 void cluster_barrier();
+inline void cluster_barrier_after_reading() { cluster_barrier(); }
+float4 load_shared_of(uint32_t block, uint32_t address);
 bool mbarrier_done(uint32_t barrier, uint32_t parity);
 inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   emulator::wait_until([&] { return mbarrier_done(barrier, parity); });
@@ -303,19 +305,19 @@ inline int encode_tensor_map(TensorMap* map, const void* base, int64_t rows, int
 }
 void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier);
 void tma_load(uint32_t to, const TensorMap* map, uint32_t barrier, int col, int row);
-void tma_load_shared(uint32_t to, const TensorMap* map, uint32_t barrier, int col, int row, uint16_t blocks);
+inline void prefetch_tensor_map(const TensorMap*) {}
 
 void wgmma_fence();
 void wgmma_commit();
 void wgmma_wait_all_but(int groups);
-void wgmma_issue(int N, bool bfloat, float* d, const uint32_t* a, uint64_t b);
+void wgmma_issue(int N, bool bfloat, bool transposed_b, float* d, const uint32_t* a, uint64_t b);
 template <int kGroups>
 void wgmma_wait() {
   wgmma_wait_all_but(kGroups);
 }
-template <bool kBFloat, int kAccumulators>
+template <bool kBFloat, bool kTransposedB, int kAccumulators>
 void wgmma(float (&d)[kAccumulators], const uint32_t* a, uint64_t b) {
-  wgmma_issue(kAccumulators * 2, kBFloat, d, a, b);
+  wgmma_issue(kAccumulators * 2, kBFloat, kTransposedB, d, a, b);
 }
 template <int kAccumulators>
 void wgmma_results(float (&)[kAccumulators]) {}
@@ -334,6 +336,8 @@ extern "C" {
 void emulator_set_mode(int lazy, int order);
 void emulator_set_device(int capability, int multiprocessors);
 const char* emulator_error();
+// Blocks of a cluster in the last launch.
+int emulator_cluster();
 // Of ldmatrix and stmatrix since it was last asked.
 int64_t emulator_bank_conflicts();
 }

@@ -69,7 +69,7 @@ def _names(mangled: list[str]) -> dict[str, str]:
     names = {}
     for symbol, name in zip(mangled, done.stdout.splitlines(), strict=True):
         name = name.replace("(anonymous namespace)::", "").replace("masked_ops::cuda::", "").removeprefix("void ")
-        name = re.sub(r"\((?:bool|int|unsigned short|CopyKind)\)", "", name)
+        name = re.sub(r"\((?:bool|int|unsigned short|CopyKind|GemmMode)\)", "", name)
         names[symbol] = name.partition("(")[0]
     return names
 
@@ -123,20 +123,38 @@ RULES = (
     Rule(
         r"gemm_sm80_kernel", 255, {r"HMMA\.16816\.F32": 32, r"LDGSTS\.E\S*\.128": 12, r"LDSM\.16\.M": 16, r"PRMT": 32}
     ),
-    # Operand A in a register and B in shared memory; two steps of four products, in a loop.
+    # Operand A in a register and B in shared memory; two steps of four products, in a loop. The sums of a split
+    # contraction are read 16 bytes at a time. One fence for each role's barrier of the cluster, and none in the loop.
     Rule(
-        r"gemm_sm90_kernel",
+        r"gemm_sm90_kernel<\w+, [01], \d+>$",
         168,
         {
-            r"HGMMA\.64x\d+x16\.F32\S* R\d+, R\d+, gdesc": 8,
+            r"HGMMA\.64x\d+x16\.F32\S* R\d+, R\d+, gdesc\[UR\d+\],": 8,
             r"LDSM": 12,
+            r"PRMT": 32,
             r"UTMALDG": 3,
             r"UBLKCP": 1,
             r"STSM|MATRIX": 1,
+            r"\bLD\.E\.128": 8,
             r"USETMAXREG": 2,
         },
-        # A fence for each of the two barriers of the cluster, and none in the loop.
         {r"MEMBAR\.\w+\.GPU": 2},
+        architecture="90a",
+    ),
+    # grad_weight: no mask on the way in, operand B stored along the contraction.
+    Rule(
+        r"gemm_sm90_kernel<\w+, 2, \d+>$",
+        168,
+        {
+            r"HGMMA\.64x\d+x16\.F32\S* R\d+, R\d+, gdesc\[UR\d+\]\.tnspB": 8,
+            r"LDSM\.16\.MT88": 12,
+            r"UTMALDG": 3,
+            r"STSM|MATRIX": 1,
+            r"\bLD\.E\.128": 8,
+            r"STG\.E\S*\.128": 8,
+            r"USETMAXREG": 2,
+        },
+        {r"MEMBAR\.\w+\.GPU": 2, r"UBLKCP": 0},
         architecture="90a",
     ),
     Rule(r"gemm_sm90_kernel", 32, architecture="80"),  # empty

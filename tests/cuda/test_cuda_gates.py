@@ -106,7 +106,7 @@ def test_local_memory_is_found(tmp_path: Path) -> None:
     [
         (
             "mask_copy",
-            "const uint4 v = __ldcs(static_cast<const uint4*>(from));",
+            "const uint4 v = *static_cast<const uint4*>(from);",
             "const uint32_t* p = static_cast<const uint32_t*>(from);"
             "const uint4 v = make_uint4(__ldcs(p), __ldcs(p + 1), __ldcs(p + 2), __ldcs(p + 3));",
             "LDG",

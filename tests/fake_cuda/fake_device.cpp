@@ -199,7 +199,7 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     c10::IValue& result = (*stack)[first + i];
     const auto* alias = schema.returns()[i].alias_info();
     bool is_argument = false;
-    for (size_t a = 0; alias && a < count && !is_argument; ++a) {
+    for (size_t a = 0; alias && alias->isWrite() && a < count && !is_argument; ++a) {  // else it is a view
       const auto* argument = schema.arguments()[a].alias_info();
       if (argument && *argument == *alias) result = originals[a], is_argument = true;
     }
@@ -233,6 +233,13 @@ at::Tensor empty_strided(c10::SymIntArrayRef size, c10::SymIntArrayRef stride, s
   return at::detail::empty_strided_generic(C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride), &allocator,
                                            c10::DispatchKeySet(c10::DispatchKey::CUDA),
                                            dtype.value_or(at::get_default_dtype_as_scalartype()));
+}
+
+// torch's own has no memory.
+at::Tensor efficient_zeros(c10::SymIntArrayRef size, std::optional<at::ScalarType> dtype,
+                           std::optional<at::Layout> layout, std::optional<at::Device> device,
+                           std::optional<bool> pin_memory) {
+  return empty(size, dtype, layout, device, pin_memory, std::nullopt).zero_();
 }
 
 at::Tensor& copy_(at::Tensor& self, const at::Tensor& from, bool non_blocking) {
@@ -301,6 +308,7 @@ TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(torch::CppFunction::makeFromBoxedFun
 TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("empty.memory_format", &empty);
   m.impl("empty_strided", &empty_strided);
+  m.impl("_efficientzerotensor", &efficient_zeros);
   m.impl("copy_", &copy_);
   m.impl("resize_", &resize_);
   m.impl("as_strided", &as_strided);

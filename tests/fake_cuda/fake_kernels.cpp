@@ -104,24 +104,37 @@ void pack(int64_t rows, int64_t cols, uint64_t* words, uint64_t* live_cols, Mask
 
 bool unaligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 != 0; }
 
-size_t workspace_of(const Gemm& g) { return size_t(g.M) * 16; }
-
 int gemm(const char* name, const Gemm& g) {
   ENTER(name);
   if (g.dtype != kHalf && g.dtype != kBFloat16) return kUnsupported;
-  if (g.K % 8 || (g.grad_input && g.N % 8)) return kUnsupported;
-  if (unaligned(g.input) || unaligned(g.weight) || unaligned(g.fragments)) return kUnsupported;
+  if (g.K % 8 || (g.mode != kForward && g.N % 8)) return kUnsupported;
+  const bool of_weight = g.mode == kGradWeight, of_input = g.mode == kGradInput;
+  const void* const input = of_input ? g.grad_output : g.input;
+  if (unaligned(input) || unaligned(of_weight ? g.grad_output : g.weight) || unaligned(g.output)) return kUnsupported;
+  if (g.output_dtype != g.dtype && !(of_weight && g.output_dtype == kFloat)) return kUnsupported;
+  if (of_weight) {
+    for (int64_t n = 0; n < g.N; ++n) {
+      for (int64_t k = 0; k < g.K; ++k) {
+        float sum = wrong(name);
+        for (int64_t m = 0; m < g.M; ++m) {
+          sum += float(load(g.dtype, g.grad_output, m * g.N + n)) * float(load(g.dtype, g.input, m * g.K + k));
+        }
+        store(g.output_dtype, g.output, n * g.K + k, bit(g.words, g.K, n, k) ? sum : 0);
+      }
+    }
+    return 0;
+  }
+  if (unaligned(g.fragments)) return kUnsupported;
   const auto* words = reinterpret_cast<const uint64_t*>(g.fragments + 2);
-  if (int(g.fragments[0]) != g.grad_input) return 1;  // fragments of the other orientation
-  if (g.workspace) std::memset(g.workspace, 0, workspace_of(g));
-  const int64_t cols = g.grad_input ? g.K : g.N, depth = g.grad_input ? g.N : g.K;
+  if (int(g.fragments[0]) != of_input) return 1;  // fragments of the other orientation
+  const int64_t cols = of_input ? g.K : g.N, depth = of_input ? g.N : g.K;
   for (int64_t m = 0; m < g.M; ++m) {
     for (int64_t j = 0; j < cols; ++j) {
       float sum = g.bias ? float(load(g.dtype, g.bias, j)) : 0.0f;
       for (int64_t k = 0; k < depth; ++k) {
-        const int64_t row = g.grad_input ? k : j, col = g.grad_input ? j : k;
+        const int64_t row = of_input ? k : j, col = of_input ? j : k;
         if (!bit(words, g.K, row, col)) continue;
-        sum += float(load(g.dtype, g.input, m * depth + k)) * float(load(g.dtype, g.weight, row * g.K + col));
+        sum += float(load(g.dtype, input, m * depth + k)) * float(load(g.dtype, g.weight, row * g.K + col));
       }
       store(g.dtype, g.output, m * cols + j, sum + wrong(name));
     }
@@ -277,8 +290,9 @@ int masked_ops_cuda_pack_fragments(const uint64_t* words, int64_t N, int64_t K, 
   std::memcpy(fragments + 2, words, size_t(N * words_per_row(K)) * 8);
   return 0;
 }
-size_t masked_ops_cuda_gemm_workspace(const Gemm* g) { return workspace_of(*g); }
-int masked_ops_cuda_gemm_sm80(const Gemm* g, void*) { return gemm("gemm_sm80", *g); }
+int masked_ops_cuda_gemm_sm80(const Gemm* g, void*) {
+  return g->mode == kGradWeight ? kUnsupported : gemm("gemm_sm80", *g);
+}
 int masked_ops_cuda_gemm_sm90(const Gemm* g, void*) { return gemm("gemm_sm90", *g); }
 
 }  // extern "C"

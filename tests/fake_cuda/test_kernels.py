@@ -90,7 +90,7 @@ def test_fused_gemm(cuda: FakeCuda, path: str, dtype: torch.dtype) -> None:
         y = masked_ops.masked_linear(three, weight, mask, bias)
         assert torch.equal(y.cpu().double(), F.linear(*(t.cpu().double() for t in (three, weight * mask, bias))))
         assert masked_ops.masked_linear(whole(0, 64, dtype=dtype), weight, mask).shape == (0, 64)
-    assert cuda.calls(path) - before == 2 * 3 + 1
+    assert cuda.calls(path) - before == (3 if path == "gemm_sm90" else 2) * 3 + 1
 
 
 def test_the_fused_gemm_is_chosen(cuda: FakeCuda) -> None:
@@ -99,7 +99,7 @@ def test_the_fused_gemm_is_chosen(cuda: FakeCuda) -> None:
     before = {name: cuda.calls(name) for name in ("gemm_sm90", "gemm_sm80", "mask_copy")}
     assert same(step(x, weight, mask, bias, dy), expected_step(x, weight, mask, bias, dy))
     calls = {name: cuda.calls(name) - count for name, count in before.items()}
-    assert calls == {"gemm_sm90": 2, "gemm_sm80": 0, "mask_copy": 1}  # the last for the gradient of the weight
+    assert calls == {"gemm_sm90": 3, "gemm_sm80": 0, "mask_copy": 0}
     assert _ops.explain_linear(weight, mask, 128)[0] == "gemm_sm90"
     assert _ops.explain_linear(weight, mask, 16)[0] == "mask_copy"
     assert _ops.explain_linear(weight, mask, 1 << 20)[0] == "mask_copy"
@@ -170,6 +170,17 @@ def test_layouts(cuda: FakeCuda) -> None:
                         result = step(of_mask(x), weight, mask, bias, of_mask(dy))
                         expected = expected_step(of_mask(x), weight, mask, bias, of_mask(dy))
                         assert same(result, expected), (path, name, other)
+
+
+def test_the_masked_weight_lies_as_the_weight_does(cuda: FakeCuda) -> None:
+    """Whether the mask is new, known or soft, and whatever its own layout; also an expanded weight, which has none."""
+    for of_weight in (lambda t: t[:1].expand(t.shape), lambda t: t[:, :1].expand(t.shape), lambda t: t.t()):
+        for soft in (1, 2):
+            weight, mask = of_weight(whole(6, 6)), (binary(6, 6) * soft).t()
+            for _ in range(4):
+                result = masked_ops.apply_mask(weight, mask)
+                assert result.stride() == torch.empty_like(weight).stride()
+                assert torch.equal(result.cpu(), (weight * mask).cpu())
 
 
 # --- convolution -----------------------------------------------------------------------------------------------------
@@ -267,7 +278,7 @@ def test_packed_bits_are_checked(cuda: FakeCuda) -> None:
         masked_ops.packed_linear(x, values[1:], bits, 11)
     stray = bits.clone()
     stray[3, 1] |= 128
-    with pytest.raises(RuntimeError, match="zero bits beyond in_features = 11"):
+    with pytest.raises(RuntimeError, match="zero bits beyond the 11 columns"):
         masked_ops.packed_linear(x, values, stray, 11)
     with pytest.raises(RuntimeError, match=r"weight_bits must be on the device of weight_values, cuda:0, got cpu"):
         masked_ops.packed_linear(x, values, bits.cpu(), 11)
@@ -310,6 +321,16 @@ def test_a_mask_is_read_itself_until_its_bits_are_there(cuda: FakeCuda) -> None:
         assert (cuda.calls("mask_copy"), cuda.calls("pack_mask")) == (before[0], before[1] + 1)
     assert same(step(x, weight, mask, bias, dy), expected)
     assert cuda.calls("mask_copy") == before[0] + 2  # forward keeps its masked weight for the gradient of the input
+
+
+def test_a_bool_mask_takes_one_pass_from_the_first_use_on(cuda: FakeCuda) -> None:
+    """Which keeps the bits of a NaN that a product would not."""
+    weight = torch.full((5, 8), 0x7F81, dtype=torch.int16).view(torch.bfloat16).cuda()
+    mask = binary(5, 8).bool()
+    allocated = cuda.allocated
+    result = masked_ops.apply_mask(weight, mask)
+    assert cuda.allocated - allocated <= 2, "the result, and a zero"
+    assert torch.equal(result.cpu().view(torch.int16), torch.where(mask.cpu(), 0x7F81, 0).short())
 
 
 def test_a_mask_that_is_always_rewritten_is_not_packed_in_vain(cuda: FakeCuda) -> None:
@@ -522,12 +543,42 @@ def test_autocast(cuda: FakeCuda) -> None:
         torch.set_autocast_enabled("cuda", False)
         torch.clear_autocast_cache()
     assert y.dtype == image.dtype == torch.bfloat16
-    before = cuda.calls("mask_copy")
+    before = cuda.calls("mask_copy"), cuda.calls("gemm_sm90")
     (grad,) = torch.autograd.grad(y, weight, dy.bfloat16())
     assert grad.dtype == torch.float32
-    assert cuda.calls("mask_copy") == before + 1
+    assert (cuda.calls("mask_copy"), cuda.calls("gemm_sm90")) == (before[0], before[1] + 1), "in float at once"
     assert torch.equal(y.detach().cpu().double(), expected_step(x, weight, mask, bias, dy)[0])
     assert torch.equal(grad.cpu().double(), expected_step(x, weight, mask, bias, dy)[2])
+
+
+def test_autocast_gradients(cuda: FakeCuda) -> None:
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    try:
+        for path, (M, N, K) in (
+            (None, (4, 16, 64)),
+            ("mask_copy", (4, 16, 64)),
+            (None, (70, 9, 64)),
+            (None, (0, 8, 8)),
+        ):
+            x, weight, mask, bias, dy = case(M, N, K, torch.float32)
+            settle(mask, weight)
+            leaves = [t.requires_grad_() for t in (x, weight, bias)]
+            with masked_ops.use_path(path):
+                y = masked_ops.masked_linear(x, weight, mask, bias)
+                fused = cuda.calls("gemm_sm90")
+                grads = torch.autograd.grad(y, leaves, dy.bfloat16(), retain_graph=True)
+                assert cuda.calls("gemm_sm90") - fused == (path is None and N % 8 == 0 and M > 0)
+                recorded = torch.autograd.grad(y, leaves, dy.bfloat16(), create_graph=True)
+            for some in (grads, recorded):
+                assert same([y.detach(), *some], expected_step(x, weight, mask, bias, dy)), (path, M, N, K)
+                assert all(g.dtype == torch.float32 for g in some)
+            twice = torch.autograd.grad(recorded[1].sum(), x, allow_unused=True)[0]
+            rows = (dy.cpu() @ mask.cpu()) if M else torch.zeros(M, K)
+            assert torch.equal(twice.cpu(), rows)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.clear_autocast_cache()
 
 
 def test_double_backward_and_transforms(cuda: FakeCuda) -> None:
