@@ -133,9 +133,9 @@ constexpr int64_t kFewProducts = 16;
 // results (ms): batch 8 (26 MB) 0.80 to 0.60 (1.50 to 1.37), batch 16 1.66 to 1.22 (3.1 to 2.7); batch 4 0.42 to 0.31
 // (0.67 to 0.71).
 constexpr int64_t kStreamedBytes = int64_t{24} << 20;
-// The same for strips, whose sums wait in L2. With a pass over the results, at 90% (ms): 64 -> 64 channels of 128 x 128,
-// batch 8 (34 MB), 3 x 3, 10.3 to 8.6 contiguous, 8.4 to 8.2 channels last; 3 -> 64 of 224 x 224, 7 x 7, stride 2 (26
-// MB) 2.1 to 2.4 and 1.9 to 2.0.
+// The same for strips, whose sums wait in L2. With a pass over the results, at 90% (ms): 64 -> 64 channels of 128 x
+// 128, batch 8 (34 MB), 3 x 3, 10.3 to 8.6 contiguous, 8.4 to 8.2 channels last; 3 -> 64 of 224 x 224, 7 x 7, stride 2
+// (26 MB) 2.1 to 2.4 and 1.9 to 2.0.
 constexpr int64_t kStreamedStripBytes = int64_t{32} << 20;
 // The tasks a thread that strips are made into.
 constexpr int64_t kStripTasks = 8;
