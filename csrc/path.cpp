@@ -374,9 +374,11 @@ Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool chan
       }
     }
     if (!no_sparse) {
-      const char* const reason = "sparse convolution: few weights remain";
+      const bool most = pattern->density() > cpu::kMostDensity;
+      const char* const reason = most ? "sparse convolution: torch is slower even with most weights"
+                                      : "sparse convolution: few weights remain";
       const bool pixels = channels_last && taps(*geometry) == 1 && pattern->density() >= cpu::kFullDensity;
-      const double margin = pattern->density() > cpu::kMostDensity ? cpu::kMostMargin : pixels ? cpu::kPixelMargin : 1;
+      const double margin = most ? cpu::kMostMargin : pixels ? cpu::kPixelMargin : 1;
       if (choice.path == Path::kFused && !channels_last && beats_fused_planes(*geometry, pattern->density())) {
         choice = {Path::kSparse, reason};
       } else {
