@@ -117,7 +117,14 @@ def facts(dry: bool) -> Iterator[Row]:
 
 
 SIZES = ((1, 1, 1), (3, 7, 9), (64, 64, 64), (65, 127, 129), (17, 200, 136), (130, 257, 264), (300, 1024, 520))
-LARGE_SIZES = ((2048, 4096, 4096), (4096, 1024, 3072), (1, 8192, 8192), (511, 4104, 1032))
+LARGE_SIZES = (
+    (2048, 4096, 4096),
+    (4096, 1024, 3072),
+    (1, 8192, 8192),
+    (511, 4104, 1032),
+    (64, 4096, 4096),
+    (512, 4096, 4096),
+)
 
 
 def linear_is_right(path: str, dtype: torch.dtype) -> Callable[[bool], Iterator[Row]]:
@@ -398,7 +405,7 @@ def linear_timings(N: int, K: int, density: float) -> Callable[[bool], Iterator[
         weights = [torch.randn(n, k, device=DEVICE, dtype=dtype) for _ in range(count)]
         masks = [uniform_mask((n, k), density, dtype) for _ in range(count)]
         stored = [packed(w, m) for w, m in zip(weights, masks, strict=True)]
-        for M in (1, 16) if dry else (1, 4, 16, 64, 512, 2048, 8192):
+        for M in (1, 16) if dry else (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192):
             x, dy = torch.randn(M, k, device=DEVICE, dtype=dtype), torch.randn(M, n, device=DEVICE, dtype=dtype)
             about = {"M": M, "N": n, "K": k, "density": density}
             sets = range(count)
@@ -626,6 +633,11 @@ def training_step(kind: str) -> Callable[[bool], Iterator[Row]]:
     return run
 
 
+def one_after_another(*runs: Callable[[bool], Iterator[Row]]) -> Callable[[bool], Iterator[Row]]:
+    """In one process, which takes longer to start than most of them to run."""
+    return lambda dry: (row for run in runs for row in run(dry))
+
+
 # --- the suite -------------------------------------------------------------------------------------------------------
 
 
@@ -643,11 +655,11 @@ def all_cases() -> list[Case]:
     cases.append(Case("out-of-memory", "correctness", 60, out_of_memory))
     cases += [Case(f"sanitizer-{tool}", "correctness", 150, sanitizer(tool)) for tool in ("memcheck", "racecheck")]
 
-    cases += [Case("ceilings", "timing", 60, ceilings), Case("mask-copies", "timing", 60, mask_copies)]
-    for N, K in ((4096, 4096), (8192, 8192), (3072, 768)):
-        for density in (0.1, 0.5, 0.25):
-            cases.append(Case(f"linear-{N}x{K}-{density}", "timing", 90, linear_timings(N, K, density)))
-    cases += [Case(f"decode-{density}", "timing", 60, decode_timings(density)) for density in (0.1, 0.25, 0.5)]
+    cases.append(Case("copies", "timing", 60, one_after_another(ceilings, mask_copies)))
+    shapes = ((4096, 4096, 0.1), (4096, 4096, 0.5), (8192, 8192, 0.1), (3072, 768, 0.1))
+    cases.append(Case("linear", "timing", 150, one_after_another(*(linear_timings(*shape) for shape in shapes))))
+    decodes = [decode_timings(density) for density in (0.1, 0.25, 0.5)]
+    cases.append(Case("decode", "timing", 60, one_after_another(*decodes)))
     cases.append(Case("amp-steps", "timing", 60, amp_steps))
     cases.append(Case("convolution-steps", "timing", 60, convolution_steps))
 

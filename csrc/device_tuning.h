@@ -1,21 +1,27 @@
-// The numbers that steer the choice of path on a device. None is measured yet: they follow from the bytes that a path
-// moves (see bench/results/gpu-predictions.md), and the first run on a GPU replaces them.
+// The numbers that steer the choice of path on a device, from what an H200 took (bench/results/gpu-timing.json).
 #pragma once
 
 #include <cstdint>
 
 namespace masked_ops::cuda {
 
-// Below, a GEMM is bound by reading the weight, and masking it on the way is worth the most; but tensor cores want 16
-// rows, and the fused kernels tiles of 64.
-inline constexpr int64_t kLeastFusedRows = 64;
+// Up to so many rows the fused GEMM of Hopper is quicker than a masked copy and torch's GEMM. bf16, us, forward:
+// 4096x4096 18 and 28 for 1 row, 29 and 41 for 512, 86 and 101 for 2,048, 345 and 332 for 8,192; 8192x8192 1,360 and
+// 1,397 for 8,192. (The gradient of the weight: torch's GEMM and 16 us for masking it in place are 107 for 2,048 rows,
+// fused 97.) Small weights are masked in 3 us, and their gradients took fused 5 to 20% longer than torch's: a step of
+// 3072x768 took 27 us where the hook took 30 for 256 rows, 34 and 34 for 512, 187 and 175 for 8,192.
+inline constexpr int64_t kSmallWeight = 8 << 20;
+inline constexpr int64_t kMostRowsOfSmall = 256;
+inline constexpr double kMostRowsPerWeight = 3.6e-4;
 
-// Above, a fused GEMM at 0.95 (Hopper) or 0.90 (Ampere) of cuBLAS's rate loses more than a masked copy costs, which is
-// 379 rows' worth of a bf16 GEMM. The gradient of the weight has no least number of rows: with few it is bound by
-// writing the gradient, which to mask in place is to read and write it once more (16 us beside torch's 91 of an H200,
-// 4096x4096 and 2,048 rows).
-inline constexpr int64_t kMostFusedRowsSm90 = 7200;
-inline constexpr int64_t kMostFusedRowsSm80 = 3400;
+inline bool prefers_gemm_sm90(int64_t rows, int64_t weights) {
+  if (weights < kSmallWeight) return rows <= kMostRowsOfSmall;
+  return double(rows) <= kMostRowsPerWeight * double(weights);
+}
+
+// The one for Ampere and Ada (mma.sync) is not chosen. It took 71 us where a masked copy and cuBLAS took 41, 512 rows
+// on the H200; on the devices that it was written for it has not been measured.
+inline constexpr int64_t kMostFusedRowsSm80 = -1;
 
 // Rows that decode takes; see cuda/api.h.
 inline constexpr int64_t kMostDecodeRows = 64;

@@ -320,7 +320,7 @@ Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool chan
                           const Pattern* pattern, bool have_values, bool packed) {
   if (weight.is_cuda()) {  // whose weight is masked first; how, is decided there
     const char* unfused = "it has no convolution kernel";
-    choose_device("convolution", pass, 0, {nullptr, unfused, unfused, unfused}, unfused);
+    choose_device("convolution", pass, 0, 0, {nullptr, unfused, unfused, unfused}, unfused);
     return {Path::kCopy, "torch's convolution over the masked weight"};
   }
   const char* const obstacle = kernel_obstacle(geometry, weight, pattern);
@@ -389,7 +389,7 @@ Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool chan
   return obey(packed ? "packed convolution" : "convolution", {nullptr, no_fused, no_compact, no_sparse}, choice);
 }
 
-Choice choose_device(const char* operation, Pass pass, int64_t rows, const DeviceObstacles& obstacles,
+Choice choose_device(const char* operation, Pass pass, int64_t rows, int64_t weights, const DeviceObstacles& obstacles,
                      const char* copy_reason) {
   const auto obstacle = [&](Path path) { return obstacles[static_cast<size_t>(path) - kCpuPaths]; };
   if (const std::optional<Path> path = forced_path()) {
@@ -400,16 +400,12 @@ Choice choose_device(const char* operation, Pass pass, int64_t rows, const Devic
     return {*path, "forced by use_path"};
   }
   if (!obstacle(Path::kDecode)) return {Path::kDecode, "few rows: the remaining weights are read once"};
-  const bool of_weight = pass == Pass::kGradWeight, fuse = !of_weight && rows >= cuda::kLeastFusedRows;
-  if (of_weight && !obstacle(Path::kGemmSm90) && rows <= cuda::kMostFusedRowsSm90) {
-    return {Path::kGemmSm90, "masked GEMM: the mask rides in the store of the gradient"};
+  const bool of_weight = pass == Pass::kGradWeight;
+  const char* const in_load = "masked GEMM: the mask rides in the load of the weight";
+  if (!obstacle(Path::kGemmSm90) && cuda::prefers_gemm_sm90(rows, weights)) {
+    return {Path::kGemmSm90, of_weight ? "masked GEMM: the mask rides in the store of the gradient" : in_load};
   }
-  if (fuse && !obstacle(Path::kGemmSm90) && rows <= cuda::kMostFusedRowsSm90) {
-    return {Path::kGemmSm90, "masked GEMM: the mask rides in the load of the weight"};
-  }
-  if (fuse && !obstacle(Path::kGemmSm80) && rows <= cuda::kMostFusedRowsSm80) {
-    return {Path::kGemmSm80, "masked GEMM: the mask rides in the load of the weight"};
-  }
+  if (!of_weight && !obstacle(Path::kGemmSm80) && rows <= cuda::kMostFusedRowsSm80) return {Path::kGemmSm80, in_load};
   if (!obstacle(Path::kMaskCopy)) return {Path::kMaskCopy, "masked in one pass, then torch's own operation"};
   return {Path::kCopy, copy_reason};
 }

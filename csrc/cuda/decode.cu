@@ -37,16 +37,18 @@ struct Way {
   using Storage = typename V::Storage;
   // One row alone is staged as the floats that it is used as.
   using Staged = std::conditional_t<kM == 1, float, Storage>;
-  // A column of more than 16 bytes, what one load from shared memory takes, is shared by two neighbouring lanes.
-  static constexpr int kParts = kM * sizeof(Staged) > 16 ? 2 : 1, kPart = kM / kParts;
+  // A column is 16 bytes, what one load from shared memory takes, or is shared by two neighbouring lanes, which then
+  // also have registers for two groups under way.
+  static constexpr int kParts = kM >= 8 ? 2 : 1, kPart = kM / kParts;
   // Lanes of a row, of which each kParts have the same values; rows of a warp.
   static constexpr int kLanes = 8 * kParts, kRows = kWarp / kLanes;
   // Two blocks a multiprocessor; large inputs only one, which then stages twice as much.
   static constexpr int kBlocks = kM * sizeof(Staged) <= 4 ? 2 : 1, kThreads = 1024 / kBlocks, kWarps = kThreads / kWarp;
   static constexpr int kStagedBytes = (192 << 10) / kBlocks;
   static constexpr int kStaged = kStagedBytes / (kM * sizeof(Staged)) / kSegment;  // segments
-  // Groups of values that a lane has under way, as many as registers are left for.
-  static constexpr int kAhead = kDtype == kFloat || kM > 2 ? 1 : kM == 2 ? 2 : tuning::kGatherAhead;
+  // Groups of values that a lane has under way, as many as registers are left for. (Three and four for one row of input
+  // were no faster than two.)
+  static constexpr int kAhead = kDtype == kFloat ? 1 : 2;
 
   struct alignas(kPart * sizeof(Staged)) Part {
     Staged of[kPart];
@@ -225,7 +227,13 @@ int gather(const Decode& decode) {
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-bool takes_mma(int dtype, int64_t M) { return M > tuning::kMostGatherRows && dtype != kFloat; }
+bool takes_mma(int dtype, int64_t M) { return M > tuning::kLeastMmaRows && dtype != kFloat; }
+
+// Up to kMostGatherRows, few values are still gathered faster.
+bool takes_mma(int dtype, const Decode& d) {
+  const bool few = double(d.nnz) < tuning::kGatherDensity * double(d.N) * double(d.K);
+  return takes_mma(dtype, d.M) && (d.M > tuning::kMostGatherRows || !few);
+}
 
 template <int kDtype>
 int gather_some(const Decode& decode) {
@@ -269,7 +277,7 @@ int masked_ops_cuda_decode(int dtype, int64_t M, int64_t N, int64_t K, int64_t n
     return kUnsupported;
   if (M == 0 || N == 0) return 0;
   const Decode decode{M, N, K, nnz, input, values, DecodeIndex::of(index, N, K), bias, output, workspace, stream};
-  if (takes_mma(dtype, M)) return decode_mma(dtype, decode);
+  if (takes_mma(dtype, decode)) return decode_mma(dtype, decode);
   if (dtype == kFloat) return gather_some<kFloat>(decode);
   return dtype == kHalf ? gather_some<kHalf>(decode) : gather_some<kBFloat16>(decode);
 }

@@ -196,8 +196,8 @@ struct Epilogue {
 #pragma unroll
       for (int e = 0; e < 4; ++e) more[e] = r + e < to.shape.R ? to_float<kBFloat>(to.bias[r + e]) : 0.f;
     }
-    const int left = to.shape.M - first_m, last = (rank + 1) * (kM / kSplits), end = left < last ? left : last;
-    int m = rank * (kM / kSplits) + group() * (kGroup / kWarp) + warp();
+    const int left = to.shape.M - first_m, last = (rank + 1) * kM / kSplits, end = left < last ? left : last;
+    int m = rank * kM / kSplits + group() * (kGroup / kWarp) + warp();
 #pragma unroll 1
     for (; m + (kAtOnce - 1) * kWarps < end; m += kAtOnce * kWarps) add_up<kSplits, kAtOnce, kWarps>(m, col, more);
 #pragma unroll 1
@@ -229,6 +229,7 @@ struct Epilogue {
   }
   MASKED_OPS_DEVICE void store_shared(int rank) const {
     if (to.splits == 2) store_shared<2>(rank);
+    if (to.splits == 3) store_shared<3>(rank);
     if (to.splits == 4) store_shared<4>(rank);
     if (to.splits == 8) store_shared<8>(rank);
   }

@@ -24,24 +24,25 @@ constexpr int kCompressWords = 32;
 // decode: the kernels fill so many multiprocessors, an H200's. A constant, so that the same call needs the same memory
 // and gives the same bits on every device.
 constexpr int kDecodeMultiprocessors = 132;
-// By gathering: groups of eight values that a lane has under way on one row of input, and the rows from which on
-// tensor cores take over.
-constexpr int kGatherAhead = 3;
+// More rows than kLeastMmaRows go to the tensor cores; up to kMostGatherRows only from kGatherDensity on. (8192 x 8192,
+// 16 rows, gathered and not: 42 and 45 us at density .1, 67 and 59 at .25, 108 and 74 at .5.)
+constexpr int64_t kLeastMmaRows = 8;
+constexpr double kGatherDensity = 0.18;
 constexpr int64_t kMostGatherRows = 16;
 
 // gemm_sm90, fitted to what an H200 took with two older ways of splitting (16 bits, 64 to 4,096 rows, four shapes). A
 // step takes the tensor cores 4 cycles for each row of input. Loading takes longer where tiles are small: a
 // multiprocessor had 48 bytes a cycle out of the L2, with which 128 + 256 rows are loaded as fast as they are
 // multiplied.
-constexpr double kSm90BytesPerCycle = 48;
+constexpr double kSm90BytesPerCycle = 49;
 // What it issues in a step beside the tensor cores: 96 instructions of each of eight warps, on four schedulers.
 constexpr double kSm90StepCycles = 200;
-// Of each tile: the first copies on their way in, the sums on their way out. An estimate.
-constexpr double kSm90TileCycles = 2500;
+// Of each tile: the first copies on their way in, the sums on their way out.
+constexpr double kSm90TileCycles = 2650;
 // Splits of the contraction, at most: a cluster of 8 blocks runs on every device. Adding up their sums costs two
-// barriers, and reading each other's shared memory. Both are estimates.
+// barriers, and reading each other's shared memory.
 constexpr int kSm90Splits = 8;
-constexpr double kSm90SumCycles = 1500;
-constexpr double kSm90SumBytesPerCycle = 40;
+constexpr double kSm90SumCycles = 550;
+constexpr double kSm90SumBytesPerCycle = 42;
 
 }  // namespace masked_ops::cuda::tuning

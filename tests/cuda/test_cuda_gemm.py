@@ -181,11 +181,15 @@ def test_gemm_splits_a_long_contraction(cuda: Library, mode: str) -> None:
     skip_unless_served(cuda, "gemm_sm90")
     for order, multiprocessors, splits, (rows, R, C) in [
         (2, 2, 2, (8, 8, 776)),  # tiles of 64 rows of input
-        (0, 16, 4, (16, 72, 520)),
-        (2, 16, 8, (64, 120, 1032)),
-        (1, 16, 8, (136, 8, 1544)),  # of 128
-        (2, 2, 2, (136, 128, 1288)),  # of 192
+        (0, 3, 3, (64, 72, 520)),
+        (0, 4, 4, (16, 72, 392)),
+        (2, 8, 8, (64, 120, 1032)),
+        (1, 8, 8, (136, 8, 1544)),  # of 192
+        (1, 3, 3, (136, 128, 1032)),
+        (2, 2, 2, (136, 128, 1288)),
+        (2, 4, 2, (200, 8, 1032)),  # of 128
         (1, 2, 2, (248, 64, 2056)),  # of 256
+        (2, 3, 3, (200, 64, 1032)),
     ]:
         cuda.set_mode(lazy=True, order=order)
         cuda.set_device(90, multiprocessors)
@@ -193,7 +197,7 @@ def test_gemm_splits_a_long_contraction(cuda: Library, mode: str) -> None:
         check_exactly(cuda, "gemm_sm90", mode, torch.float16, sides)
         assert cuda.cluster() in (splits, 0), (mode, sides)
     if mode == "forward":  # N may be anything
-        cuda.set_device(90, 16)
+        cuda.set_device(90, 28)
         check_exactly(cuda, "gemm_sm90", mode, torch.bfloat16, (50, 131, 1032))
         assert cuda.cluster() in (8, 0)
 

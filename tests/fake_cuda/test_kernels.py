@@ -101,7 +101,7 @@ def test_the_fused_gemm_is_chosen(cuda: FakeCuda) -> None:
     calls = {name: cuda.calls(name) - count for name, count in before.items()}
     assert calls == {"gemm_sm90": 3, "gemm_sm80": 0, "mask_copy": 0}
     assert _ops.explain_linear(weight, mask, 128)[0] == "gemm_sm90"
-    assert _ops.explain_linear(weight, mask, 16)[0] == "mask_copy"
+    assert _ops.explain_linear(weight, mask, 1)[0] == "gemm_sm90"
     assert _ops.explain_linear(weight, mask, 1 << 20)[0] == "mask_copy"
     assert _ops.explain_linear(weight.float(), mask, 128)[0] == "mask_copy"
     assert _ops.explain_linear(weight[:, :63], mask[:, :63], 128)[0] == "mask_copy"
@@ -437,7 +437,7 @@ def test_several_devices(cuda: FakeCuda) -> None:
         results = step(x, weight, mask, bias, dy)
     assert same(results, expected_step(x, weight, mask, bias, dy))
     assert all(result.device == torch.device("cuda:1") for result in results)
-    assert _ops.explain_linear(weight, mask, 128)[0] == "gemm_sm80"
+    assert _ops.explain_linear(weight, mask, 128)[0] == "mask_copy"
     with masked_ops.use_path("gemm_sm90"), pytest.raises(RuntimeError, match=r"needs compute capability 9\.0"):
         masked_ops.masked_linear(x, weight, mask)
     with pytest.raises(RuntimeError, match="mask must be on the device of weight, cuda:1, got cuda:0"):
