@@ -128,6 +128,10 @@ constexpr int64_t kVectorsAhead = 128;
 // Columns of a block where taps share what is packed: on one thread, 512 channels of 7 x 7 take 1.42 ms at 90% with
 // 126, 1.37 with 189 and with 252; 0.98, 0.91 and 0.86 at 95%.
 constexpr int64_t banded_block_cols(int64_t block_cols) { return block_cols == 64 ? 128 : 256; }
+// Columns of a block beyond which strips are narrow, if their vectors are no rows: at 95%, 1024 -> 256 channels of 14 x
+// 14 take 0.35 ms, wide 0.39, contiguous 0.43 and 0.45; 512 -> 2048 of 7 x 7, batch 32, 1.27 and 1.36. And with few
+// products: at 90%, channels last, 256 -> 64 of 56 x 56 0.84 and 1.03, 512 -> 128 of 28 x 28 0.52 and 0.56.
+constexpr int64_t kMostWideColumns = 128, kFewWideColumns = 64;
 // Rows of a panel of a convolution that are not split for the sake of more tasks: 512 channels of 7 x 7, from 64 rows
 // to 512, take 0.87 of the time.
 constexpr int64_t kConvPanelRows = 128;
@@ -140,6 +144,10 @@ constexpr int64_t kFewProducts = 16;
 // results (ms): batch 8 (26 MB) 0.80 to 0.60 (1.50 to 1.37), batch 16 1.66 to 1.22 (3.1 to 2.7); batch 4 0.42 to 0.31
 // (0.67 to 0.71).
 constexpr int64_t kStreamedBytes = int64_t{24} << 20;
+// The same for strips, whose sums wait in L2. With a pass over the results, at 90% (ms): 64 -> 64 channels of 128 x
+// 128, batch 8 (34 MB), 3 x 3, 10.3 to 8.6 contiguous, 8.4 to 8.2 channels last; 3 -> 64 of 224 x 224, 7 x 7, stride 2
+// (26 MB) 2.1 to 2.4 and 1.9 to 2.0.
+constexpr int64_t kStreamedStripBytes = int64_t{32} << 20;
 // The tasks a thread that strips are made into.
 constexpr int64_t kStripTasks = 8;
 // The most that partial results of grad_weight take, all threads together.
