@@ -42,11 +42,13 @@ PATH_TERMS = {
     "sparse": ("call", "mac", "weight", "value", "packed", "images", "fresh"),
 }
 MOST_FULL = 0.75  # sparsity: as the blocks of a sparse index (sparse_index.h)
+FULL, FULL_MARGIN, PIXEL_MARGIN = 0.4, 0.75, 0.88  # kMostDensity, kMostMargin, kPixelMargin
 USUAL_ERROR = 0.15
 FRESH_FLOATS = 8 << 20
 FUSED_WEIGHTS = 0.3  # kFusedWeights
+PACKED_ROWS = 8.0  # kPackedRows
 PATHS = (*PATH_TERMS, "compact")
-KINDS = ("one tap", "more taps", "grouped")
+KINDS = ("one tap", "more taps", "depthwise")
 
 Cell = tuple[Shape, int, float, bool]  # shape, batch, sparsity, channels_last
 Samples = dict[Cell, dict[str, dict[str, float]]]
@@ -111,22 +113,25 @@ def measure(cell: Cell, seconds: float) -> dict[str, dict[str, float]]:
 def features(cell: Cell, name: str, path: str, threads: int) -> list[float]:
     (C, O, kernel, size, stride, groups), batch, sparsity, last = cell  # noqa: E741
     out = (size + 2 * (kernel // 2) - kernel) // stride + 1
-    positions, taps, weights = batch * out * out, kernel**2, O * (C // groups) * kernel**2
+    positions, weights = batch * out * out, O * (C // groups) * kernel**2
     packed = O if name == "grad_input" else C  # channels that im2col reads, see path.cpp
     if last:
         packed = groups * -(-packed // groups // 16) * 16
     elif stride > 1 and name != "grad_input":
         packed *= 2
     result = {"forward": positions * O, "grad_input": batch * size**2 * C, "grad_weight": 0}[name]
-    # Of one tap and contiguous, the masked GEMM computes whole vectors of a plane.
-    computed = batch * -(-(out**2) // 16) * 16 if path == "fused" and not last else positions
+    computed = positions * weights
+    if path == "copy" and groups < C and name != "grad_weight":  # torch's kernels fill blocks of the result's channels
+        computed *= in_blocks((O if name == "forward" else C) // groups, 16)
+    if path == "fused" and name == "grad_weight" and not last:  # whole vectors of a plane
+        computed *= in_blocks(out**2, 16)
     value = {
         "call": 1.0,
         "mac": positions * weights * (1 - sparsity) / threads,
-        "dense": computed * weights / threads,
+        "dense": computed / threads,
         "weight": weights / threads,
         "value": weights * (1 - sparsity) / threads,
-        "packed": positions * taps * packed / threads,
+        "packed": positions * packed_taps(cell, name) * packed / threads,
         "images": (positions * O + batch * size * size * C) / threads,
         # A large result is fresh memory, whose page faults all paths have in common: not among the constants.
         "fresh": result if result >= FRESH_FLOATS else 0,
@@ -134,15 +139,34 @@ def features(cell: Cell, name: str, path: str, threads: int) -> list[float]:
     return [value[term] for term in PATH_TERMS[path]]
 
 
+def in_blocks(n: int, block: int) -> float:
+    """What is computed of n for one of it, in whole blocks."""
+    return -(-n // block) * block / n
+
+
+def packed_taps(cell: Cell, name: str) -> float:
+    """Taps of a position for which im2col reads, see path.cpp."""
+    kernel, stride = cell[0][2], cell[0][4]
+    if (name == "grad_input" and stride > 1) or kernel <= stride:
+        return kernel**2
+    return kernel * min(kernel, stride * (1 + (kernel - 1) // stride / PACKED_ROWS))
+
+
+def layout_of(cell: Cell) -> int:
+    """Contiguous images that are packed, channels last, contiguous ones that the sparse kernels take as they lie."""
+    (_, _, kernel, size, stride, _), _, _, last = cell
+    return 1 if last else 2 if kernel == stride == 1 and (size**2 % 112 == 0 or size**2 % 128 == 0) else 0
+
+
 def kind_of(cell: Cell) -> int:
-    return 2 if cell[0][5] > 1 else int(cell[0][2] > 1)
+    return 2 if cell[0][5] == cell[0][0] else int(cell[0][2] > 1)
 
 
 def key_of(path: str, cell: Cell, name: str) -> tuple[Any, ...]:
     """Of the constants that a cell shares with others."""
     if path == "copy":
         return path, kind_of(cell), cell[3], name
-    return (path, cell[2] > MOST_FULL, cell[3], name) if path == "sparse" else (path, cell[3], name)
+    return (path, cell[2] > MOST_FULL, layout_of(cell), name) if path == "sparse" else (path, cell[3], name)
 
 
 def may_fuse(cell: Cell) -> bool:
@@ -192,11 +216,15 @@ def predict(costs: Costs, cell: Cell, results: dict[str, float], name: str, thre
     if kind_of(cell) == 2:
         return "auto"
     serve = {path for path in PATH_TERMS if path in results}
-    if cell[2] == 0:
-        serve -= {"sparse"}
     if not may_fuse(cell):
         serve -= {"fused"}
-    return min(serve, key=lambda path: expected(costs, path, cell, name, threads))
+    pixels = cell[3] and cell[0][2] == 1 and cell[2] <= MOST_FULL
+    margin = FULL_MARGIN if cell[2] < FULL else PIXEL_MARGIN if pixels else 1.0
+
+    def nanoseconds(path: str) -> float:
+        return expected(costs, path, cell, name, threads) / (margin if path == "sparse" else 1.0)
+
+    return min(serve, key=nanoseconds)
 
 
 def assess(samples: Samples, chosen: Callable[[Cell, dict[str, float], str], str]) -> None:
@@ -240,8 +268,8 @@ def write(costs: Costs) -> None:
         fused += "    {\n" + row(("fused", last), "    ") + "    },\n"
     for few in (False, True):
         sparse += "    {\n"
-        for last in (False, True):
-            sparse += "        {\n" + row(("sparse", few, last), "        ") + "        },\n"
+        for layout in range(3):
+            sparse += "        {\n" + row(("sparse", few, layout), "        ") + "        },\n"
         sparse += "    },\n"
     source = COSTS_H.read_text()
     for which, body in (("dense", dense), ("fused", fused), ("sparse", sparse)):

@@ -2,6 +2,8 @@
 
     python bench/fit_cost_model.py --minutes 6              # measure, fit, say how well the constants choose
     python bench/fit_cost_model.py --minutes 6 --write      # the same, and rewrite csrc/cpu/costs.h
+    python bench/fit_cost_model.py --json FILE              # in parts: each run adds its cells to the file's
+    python bench/fit_cost_model.py --samples FILE --write   # fit the cells of a file
     python bench/fit_cost_model.py --check --minutes 6      # only check the constants that are built in
     python bench/fit_cost_model.py --dtype bfloat16         # one dtype only
     MASKED_OPS_CAPABILITY=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python bench/fit_cost_model.py \
@@ -30,6 +32,8 @@ import json
 import math
 import random
 import re
+import shutil
+import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -218,6 +222,8 @@ def write(dtype: str, costs: Costs) -> None:
         lines.append("    },")
     body = "\n".join(lines) + "\n"
     COSTS_H.write_text(re.sub(f"{begin}.*{end}", begin + body + end, source, flags=re.DOTALL))
+    if formatter := shutil.which("clang-format"):
+        subprocess.run([formatter, "-i", str(COSTS_H)], check=True)
     print(f"wrote {COSTS_H}, {section}")
 
 
@@ -227,18 +233,18 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=6)
     parser.add_argument("--write", action="store_true", help="rewrite csrc/cpu/costs.h")
     parser.add_argument("--check", action="store_true", help="assess the constants that are built in, fit nothing")
-    parser.add_argument("--json", type=Path, help="keep the measurements")
+    parser.add_argument("--json", type=Path, help="keep the measurements, and add to those that are there")
     parser.add_argument("--samples", type=Path, help="fit measurements that were kept, measure nothing")
     args = parser.parse_args()
     if not masked_ops.is_available():
         sys.exit("the compiled kernels are not available; python -m masked_ops says why")
 
-    kept = json.loads(args.samples.read_text()) if args.samples else {}
+    before = args.samples or (args.json if args.json and args.json.exists() else None)
+    kept = json.loads(before.read_text()) if before else {}
     for dtype in args.dtype:
-        if args.samples:
-            samples = {tuple(cell): results for cell, results in kept[dtype]}
-        else:
-            samples = sample(dtype, 60 * args.minutes / len(args.dtype), seed=1 if args.check else 0)
+        samples = {tuple(cell): results for cell, results in kept.get(dtype, [])}
+        if not args.samples:
+            sample(samples, dtype, 60 * args.minutes / len(args.dtype), seed=1 if args.check else 0)
             kept[dtype] = [[cell, results] for cell, results in samples.items()]
             if args.json:
                 args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -252,8 +258,8 @@ def main() -> None:
             write(dtype, costs)
 
 
-def sample(dtype: str, seconds: float, seed: int) -> Samples:
-    samples: Samples = {}
+def sample(samples: Samples, dtype: str, seconds: float, seed: int) -> None:
+    """Add cells that are not there yet, until the time is up."""
     most = torch.get_num_threads()
     deadline = time.perf_counter() + seconds
     with tqdm(desc=dtype, total=round(seconds), unit="s", disable=not sys.stderr.isatty()) as bar:
@@ -261,11 +267,12 @@ def sample(dtype: str, seconds: float, seed: int) -> Samples:
             started = time.perf_counter()
             if started > deadline:
                 break
+            if cell in samples:
+                continue
             samples[cell] = measure(dtype, cell, seconds=0.15)
             bar.set_postfix(cells=len(samples))
             bar.update(round(time.perf_counter() - started, 2))
     torch.set_num_threads(most)
-    return samples
 
 
 def fit_and_assess(samples: Samples) -> Costs:

@@ -115,7 +115,7 @@ class Bits {
 
 Choice choose(const Bits& bits, const at::Tensor& values, int64_t rows) {
   const char* dense = "a packed layer has no dense weight";
-  return choose_device("packed linear layer", Pass::kForward, rows,
+  return choose_device("packed linear layer", Pass::kForward, rows, values.numel(),
                        {dense, bits.decode_obstacle(values, rows), dense, dense},
                        "torch's GEMM over the unpacked weight");
 }

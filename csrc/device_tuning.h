@@ -5,11 +5,19 @@
 
 namespace masked_ops::cuda {
 
-// Up to so many rows the fused GEMM of Hopper is quicker than a masked copy and torch's GEMM: 4096x4096, bf16, us:
-// 15 and 27 for 1 row, 27 and 41 for 512, 84 and 99 for 2,048, 370 and 375 for 8,192. Beyond, it would have to run at
-// 0.98 of cuBLAS. The gradient of the weight is bound by writing it where rows are few, which to mask in place is to
-// read and write it once more: 16 us, whatever the rows.
-inline constexpr int64_t kMostFusedRowsSm90 = 12288;
+// Up to so many rows the fused GEMM of Hopper is quicker than a masked copy and torch's GEMM. bf16, us, forward:
+// 4096x4096 18 and 28 for 1 row, 29 and 41 for 512, 86 and 101 for 2,048, 345 and 332 for 8,192; 8192x8192 1,360 and
+// 1,397 for 8,192. (The gradient of the weight: torch's GEMM and 16 us for masking it in place are 107 for 2,048 rows,
+// fused 97.) Small weights are masked in 3 us, and their gradients took fused 5 to 20% longer than torch's: a step of
+// 3072x768 took 27 us where the hook took 30 for 256 rows, 34 and 34 for 512, 187 and 175 for 8,192.
+inline constexpr int64_t kSmallWeight = 8 << 20;
+inline constexpr int64_t kMostRowsOfSmall = 256;
+inline constexpr double kMostRowsPerWeight = 3.6e-4;
+
+inline bool prefers_gemm_sm90(int64_t rows, int64_t weights) {
+  if (weights < kSmallWeight) return rows <= kMostRowsOfSmall;
+  return double(rows) <= kMostRowsPerWeight * double(weights);
+}
 
 // The one for Ampere and Ada (mma.sync) is not chosen. It took 71 us where a masked copy and cuBLAS took 41, 512 rows
 // on the H200; on the devices that it was written for it has not been measured.

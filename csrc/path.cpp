@@ -10,6 +10,7 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "channels.h"
 #include "cpu/costs.h"
@@ -65,17 +66,18 @@ struct Costs {
     return path == Path::kCopy ? cpu::kFloatCosts : cpu::kHalfCosts;
   }
 
-  double of(Path path, int64_t N, int64_t K, int64_t nnz, bool reads_dense_weight = true) const {
+  double of(Path path, int64_t N, int64_t K, int64_t nnz, bool reads_dense_weight = true, double blocked = 0) const {
     const int row = path == Path::kSparse ? 2 : path == Path::kFused ? 1 : 0;
     cpu::Cost c = table(path)[row][2 * static_cast<int>(pass) + (M > cpu::kSmallM)];
     if (!reads_dense_weight) c.weight = c.memory = 0;
+    c.mac *= float(1 - cpu::kRowBlockGain[static_cast<int>(pass)] * blocked);
     const int64_t bytes = N * K * int64_t(c10::elementSize(dtype));
     const double fresh = path == Path::kCopy && bytes >= cpu::kFreshBytes ? cpu::kFreshCost * double(bytes) : 0;
     return c(M, N, K, nnz, threads) + fresh;
   }
 
   double of(Path path, const Pattern& pattern, bool reads_dense_weight = true) const {
-    return of(path, pattern.rows(), pattern.cols(), pattern.nnz(), reads_dense_weight);
+    return of(path, pattern.rows(), pattern.cols(), pattern.nnz(), reads_dense_weight, pattern.blocked());
   }
 
   double of_compact(const Pattern& pattern) const {
@@ -181,9 +183,18 @@ double dense_speedup(at::ScalarType dtype) {
   return 1;
 }
 
+// Whether the sparse kernels take contiguous images as they lie, without packing (conv_planes.cpp).
+bool in_planes(const cpu::Convolution& c) {
+  const int64_t plane = c.output[0] * c.output[1] * c.output[2], lanes = cpu::kernels().lanes;
+  const bool whole = plane % (7 * lanes) == 0 || plane % (8 * lanes) == 0;
+  return whole && taps(c) == 1 && plane == c.input[0] * c.input[1] * c.input[2];
+}
+
+bool is_depthwise(const cpu::Convolution& c) { return c.groups > 1 && c.groups == c.in_channels; }
+
 // What the passes of a convolution cost, dense and sparse.
 struct ConvolutionCosts {
-  double macs, fused_macs, packed, images, weights, speedup;
+  double macs, dense_macs, fused_macs, packed, images, weights, speedup;
   bool converts;
   const cpu::ConvCost &dense, &fused;  // fused: of one tap in float32
   cpu::ConvCost sparse;
@@ -191,20 +202,27 @@ struct ConvolutionCosts {
   ConvolutionCosts(Pass pass, const cpu::Convolution& c, bool channels_last, at::ScalarType dtype, double density)
       : speedup(dense_speedup(dtype)),
         converts(dtype != at::kFloat),
-        dense(cpu::kDenseConvCosts[c.groups > 1  ? 2
-                                   : taps(c) > 1 ? 1
-                                                 : 0][channels_last][static_cast<int>(pass)]),
+        dense(cpu::kDenseConvCosts[is_depthwise(c) ? 2
+                                   : taps(c) > 1   ? 1
+                                                   : 0][channels_last][static_cast<int>(pass)]),
         fused(cpu::kFusedConvCosts[channels_last][static_cast<int>(pass)]),
-        sparse(cpu::kSparseConvCosts[density < cpu::kFullDensity][channels_last][static_cast<int>(pass)]) {
-    const double positions = double(c.batch) * volume(c.output), kernel = double(taps(c));
-    weights = double(c.out_channels) * double(c.in_channels / c.groups) * kernel;
+        sparse(cpu::kSparseConvCosts[density < cpu::kFullDensity][channels_last  ? 1
+                                                                  : in_planes(c) ? 2
+                                                                                 : 0][static_cast<int>(pass)]) {
+    const double positions = double(c.batch) * volume(c.output);
+    weights = double(c.out_channels) * double(c.in_channels / c.groups) * double(taps(c));
     macs = positions * weights;
-    const double in_vectors = std::ceil(volume(c.output) / cpu::kPackedVector) * cpu::kPackedVector;
-    fused_macs = channels_last ? macs : double(c.batch) * in_vectors * weights;
-    packed = positions * double(packed_channels(pass, c, channels_last)) * kernel;
+    // Torch's kernels fill blocks of the result's channels, dot products whole vectors of planes.
+    const int64_t results = (pass == Pass::kForward ? c.out_channels : c.in_channels) / c.groups;
+    const bool in_blocks_of_channels = !is_depthwise(c) && pass != Pass::kGradWeight;
+    dense_macs = in_blocks_of_channels ? macs * in_blocks(results, cpu::kChannelBlock) : macs;
+    const int64_t plane = c.output[0] * c.output[1] * c.output[2];
+    const bool by_planes = pass == Pass::kGradWeight && !channels_last;
+    fused_macs = by_planes ? macs * in_blocks(plane, cpu::kPackedVector) : macs;
+    packed = positions * double(packed_channels(pass, c, channels_last)) * packed_taps(pass, c);
     images = positions * double(c.out_channels) + double(c.batch) * volume(c.input) * double(c.in_channels);
   }
-  double of_dense(int threads) const { return dense(macs, weights, 0, packed, images, threads) / speedup; }
+  double of_dense(int threads) const { return dense(dense_macs, weights, 0, packed, images, threads) / speedup; }
   double of_fused(int threads) const {
     const double factor = cpu::kernels().lanes == 8 ? cpu::kAvx2FusedConvCost : 1;
     return factor * fused(fused_macs, weights, 0, packed, images, threads);
@@ -221,6 +239,18 @@ struct ConvolutionCosts {
     if (channels_last)
       return c.groups * ((of_group + cpu::kPackedVector - 1) / cpu::kPackedVector) * cpu::kPackedVector;
     return pass != Pass::kGradInput && c.stride[2] > 1 ? 2 * channels : channels;
+  }
+
+  // What is computed of n for one of it, in whole blocks.
+  static double in_blocks(int64_t n, int64_t block) { return double((n + block - 1) / block * block) / double(n); }
+
+  // Taps of a position for which im2col reads: several rows of the kernel share those of the images.
+  static double packed_taps(Pass pass, const cpu::Convolution& c) {
+    const int64_t shared = std::gcd(c.stride[1], c.dilation[1]), classes = c.stride[1] / shared;
+    if ((pass == Pass::kGradInput && c.stride[1] > 1) || c.kernel[1] <= classes) return double(taps(c));
+    const int64_t further = ((c.kernel[1] - 1) / classes) * (c.dilation[1] / shared);
+    const double rows = double(classes) * (1 + double(further) / cpu::kPackedRows);
+    return double(c.kernel[0] * c.kernel[2]) * std::min(rows, double(c.kernel[1]));
   }
 
   // What the dense one without the pruned channels costs besides that.
@@ -267,11 +297,9 @@ bool may_fuse(const ConvolutionCosts& costs, bool channels_last, const at::Tenso
 }
 
 // Whether the sparse kernels are faster than the masked GEMM over contiguous images of one tap: where these lie as both
-// take them without packing (conv_planes.cpp), with the vectors that it was measured with.
+// take them without packing, with the vectors that it was measured with.
 bool beats_fused_planes(const cpu::Convolution& c, double density) {
-  const int64_t plane = c.output[0] * c.output[1] * c.output[2], lanes = cpu::kernels().lanes;
-  const bool by_planes = plane % (7 * lanes) == 0 || plane % (8 * lanes) == 0;
-  return lanes == 16 && by_planes && density < cpu::kSparsePlaneDensity;
+  return cpu::kernels().lanes == 16 && in_planes(c) && density < cpu::kSparsePlaneDensity;
 }
 
 // Whether the depthwise kernels are as fast as torch's.
@@ -293,7 +321,7 @@ Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool chan
                           const Pattern* pattern, bool have_values, bool packed) {
   if (weight.is_cuda()) {  // whose weight is masked first; how, is decided there
     const char* unfused = "it has no convolution kernel";
-    choose_device("convolution", pass, 0, {nullptr, unfused, unfused, unfused}, unfused);
+    choose_device("convolution", pass, 0, 0, {nullptr, unfused, unfused, unfused}, unfused);
     return {Path::kCopy, "torch's convolution over the masked weight"};
   }
   const char* const obstacle = kernel_obstacle(geometry, weight, pattern);
@@ -346,9 +374,12 @@ Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool chan
         least = Costs{pass, positions, weight.scalar_type()}.of(Path::kFused, *pattern);
       }
     }
-    if (!no_sparse && pattern->nnz() < pattern->rows() * pattern->cols()) {
-      const char* const reason = "sparse convolution: few weights remain";
-      const double margin = pattern->density() > cpu::kMostDensity ? cpu::kMostMargin : 1;
+    if (!no_sparse) {
+      const bool most = pattern->density() > cpu::kMostDensity;
+      const char* const reason = most ? "sparse convolution: torch is slower even with most weights"
+                                      : "sparse convolution: few weights remain";
+      const bool pixels = channels_last && taps(*geometry) == 1 && pattern->density() >= cpu::kFullDensity;
+      const double margin = most ? cpu::kMostMargin : pixels ? cpu::kPixelMargin : 1;
       if (choice.path == Path::kFused && !channels_last && beats_fused_planes(*geometry, pattern->density())) {
         choice = {Path::kSparse, reason};
       } else {
@@ -359,7 +390,7 @@ Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool chan
   return obey(packed ? "packed convolution" : "convolution", {nullptr, no_fused, no_compact, no_sparse}, choice);
 }
 
-Choice choose_device(const char* operation, Pass pass, int64_t rows, const DeviceObstacles& obstacles,
+Choice choose_device(const char* operation, Pass pass, int64_t rows, int64_t weights, const DeviceObstacles& obstacles,
                      const char* copy_reason) {
   const auto obstacle = [&](Path path) { return obstacles[static_cast<size_t>(path) - kCpuPaths]; };
   if (const std::optional<Path> path = forced_path()) {
@@ -372,7 +403,7 @@ Choice choose_device(const char* operation, Pass pass, int64_t rows, const Devic
   if (!obstacle(Path::kDecode)) return {Path::kDecode, "few rows: the remaining weights are read once"};
   const bool of_weight = pass == Pass::kGradWeight;
   const char* const in_load = "masked GEMM: the mask rides in the load of the weight";
-  if (!obstacle(Path::kGemmSm90) && rows <= cuda::kMostFusedRowsSm90) {
+  if (!obstacle(Path::kGemmSm90) && cuda::prefers_gemm_sm90(rows, weights)) {
     return {Path::kGemmSm90, of_weight ? "masked GEMM: the mask rides in the store of the gradient" : in_load};
   }
   if (!of_weight && !obstacle(Path::kGemmSm80) && rows <= cuda::kMostFusedRowsSm80) return {Path::kGemmSm80, in_load};

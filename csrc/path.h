@@ -52,11 +52,11 @@ Choice choose_packed_linear(Pass pass, int64_t rows, const at::Tensor& values, c
 Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool channels_last, const at::Tensor& weight,
                           const Pattern* pattern, bool have_values = false, bool packed = false);
 
-// The same on a device. obstacles says of each path of a device (in the order of Path) why it cannot serve, null if it
-// can; copy_reason is that of the copy path.
+// The same on a device, for so many rows of input and weights. obstacles says of each path of a device (in the order of
+// Path) why it cannot serve, null if it can; copy_reason is that of the copy path.
 inline constexpr int kDevicePaths = 4;
 using DeviceObstacles = std::array<const char*, kDevicePaths>;
-Choice choose_device(const char* operation, Pass pass, int64_t rows, const DeviceObstacles& obstacles,
+Choice choose_device(const char* operation, Pass pass, int64_t rows, int64_t weights, const DeviceObstacles& obstacles,
                      const char* copy_reason);
 
 }  // namespace masked_ops

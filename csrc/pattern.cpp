@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "channels.h"
+#include "cpu/sparse_index.h"
 #include "parallel.h"
 
 namespace masked_ops {
@@ -103,6 +104,24 @@ bool Pattern::any_in_rows(int64_t first, int64_t count) const {
 void Pattern::count_live() {
   for (int64_t row = 0; row < rows_; ++row) live_rows_ += any_in_rows(row, 1);
   for (const uint64_t word : live_col_bits()) live_cols_ += __builtin_popcountll(word);
+  count_blocked();
+}
+
+// As sparse_index.cpp finds them, but for the ends of its panels.
+void Pattern::count_blocked() {
+  constexpr int64_t kRows = cpu::SparseIndex::kBlockRows;
+  const int64_t width = cpu::block_cols(density()) / 64;
+  for (int64_t first = 0; first < stride_; first += width) {
+    const int64_t words = std::min(width, stride_ - first);
+    for (int64_t row = 0; row + kRows <= rows_; ++row) {
+      const uint64_t* const block = bits().row(row) + first;
+      int64_t same = 1;
+      while (same < kRows && std::equal(block, block + words, block + same * stride_)) ++same;
+      if (same < kRows) continue;
+      for (int64_t i = 0; i < words; ++i) blocked_ += kRows * __builtin_popcountll(block[i]);
+      row += kRows - 1;
+    }
+  }
 }
 
 std::shared_ptr<const Compact> Pattern::compact() const {

@@ -68,6 +68,8 @@ class Pattern final : public Cached {
   int64_t live_rows() const { return live_rows_; }
   int64_t live_cols() const { return live_cols_; }
   std::vector<uint64_t> live_col_bits() const;
+  // The share of the remaining weights that lie in blocks of rows that an index takes together (sparse_index.h).
+  double blocked() const { return nnz_ ? double(blocked_) / double(nnz_) : 0.0; }
   bool any_in_rows(int64_t first, int64_t count) const;
 
   // Where each row begins among the remaining weights in row-major order; rows + 1 numbers.
@@ -99,9 +101,10 @@ class Pattern final : public Cached {
   static ConvKey conv_key(const cpu::Convolution& geometry);
 
   void count_live();
+  void count_blocked();
 
   int64_t rows_, cols_, stride_;
-  int64_t nnz_ = 0, live_rows_ = 0, live_cols_ = 0;
+  int64_t nnz_ = 0, live_rows_ = 0, live_cols_ = 0, blocked_ = 0;
   bool binary_ = true;
   std::vector<uint64_t> words_;
 

@@ -217,7 +217,7 @@ def test_choice() -> None:
     usual = "copy" if _ops._module.capability() == "DEFAULT" else "fused"
     assert chosen((32, 1, 3, 3), 32) == chosen((32, 1, 3, 3), 32, True) == chosen((64, 1, 3, 3), 32) == usual
     assert chosen((32, 1, 5, 5), 32, True, 112) == chosen((64, 1, 3, 3), 32, False, 7) == usual
-    assert chosen((32, 2, 3, 3), 16) == chosen((64, 1, 3, 3), 32, True) == "copy"
+    assert chosen((32, 32, 3, 3), 1) == chosen((64, 1, 3, 3), 32, True) == "copy"
     assert chosen((32, 1, 3, 3), 32, False, 7) == chosen((32, 1, 3, 3), 32, True, 112) == usual
     assert chosen((32, 1, 5, 5), 32, False, 7) == "copy"
 

@@ -160,6 +160,22 @@ def test_family_is_as_accurate_as_torch(path: str | None, dtype: torch.dtype, ca
                     assert_accurate(result, by_torch[op], exact[op], op, case.name)
 
 
+@every_capability
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=name_of)
+def test_few_rows_against_a_weight_from_memory(dtype: torch.dtype, capability: str) -> None:
+    """Beyond what the caches are taken to hold, the order is another one: see kCachedBytes in tuning.h."""
+    N, K = (16 << 20) // (dtype.itemsize * 4100) + 5, 4100
+    mask = mask_of("half", N, K)
+    weight = spoiled(integers(N, K, dtype=dtype), mask)
+    x, g = integers(16, K, dtype=dtype), integers(16, N, dtype=dtype)
+    dense = torch.where(mask, weight, 0).float()  # sums of small integers are exact
+    y, dx = x.float() @ dense.t(), g.float() @ dense
+    with running_on("fused", capability), poisoned():
+        for M in (1, 2, 7, 16):
+            assert_exact(_ops.linear(x[:M], weight, mask), y[:M].to(dtype), "linear", M)
+            assert_exact(_ops.linear_grad_input(g[:M], weight, mask), dx[:M].to(dtype), "linear_grad_input", M)
+
+
 HALVES = (torch.bfloat16, torch.float16)
 
 

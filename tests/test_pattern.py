@@ -18,6 +18,7 @@ from generators import (
     SANITIZED,
     assert_exact,
     compiled_only,
+    every_capability,
     integers,
     mask_of,
     name_of,
@@ -532,3 +533,16 @@ def test_explanation_matches_what_runs() -> None:
         integers(4, 3, 3, 3), mask_of("half", 4, 3, 3, 3), (8, 3, 5, 5), False, [1], [0], [1], False, [0], 1
     )
     assert path in _ops.paths() and reason
+
+
+@every_capability
+def test_rows_that_share_their_columns_count_in_the_choice(capability: str) -> None:
+    """Four of them are taken together, and so sparse kernels are worth it for a few more weights."""
+    weight, chosen = torch.ones(256, 320), []
+    with running_on(None, capability):
+        for percent in range(20, 90):
+            blocks = (torch.rand(64, 320) < percent / 100).float().repeat_interleave(4, 0)
+            masks = blocks, blocks.view(64, 4, 320).transpose(0, 1).reshape(256, 320).contiguous()
+            chosen.append([_ops.explain_linear(weight, mask, 128)[0] == "sparse" for mask in masks])
+    assert all(together or not apart for together, apart in chosen)
+    assert any(together and not apart for together, apart in chosen)

@@ -163,7 +163,12 @@ EDGES = [
     *(conv((16, 2, h, 14), (3, 2, 3, 3), padding=p) for h, p in [(7, 1), (8, 1), (13, 1), (15, 2), (22, 0), (29, 3)]),
     *(conv((n, 3, h, w), (4, 3, 3, 3), padding=1) for n, h, w in [(9, 7, 7), (33, 8, 5), (17, 15, 3), (5, 14, 13)]),
     *(conv((9, c, 6, 7), (o, c, 1, 1)) for c, o in [(63, 15), (64, 16), (65, 17), (127, 64), (257, 65), (130, 513)]),
-    *(conv((5, c, 5, 5), (17, c, 3, 3), padding=1) for c in (7, 14, 15, 28, 29, 57)),
+    *(conv((5, c, 5, 5), (17, c, 3, 3), padding=1) for c in (7, 14, 15, 28, 29, 57, 130)),
+    # Strides, where taps share rows by classes: kernels beyond and within a step, rows above and below the image.
+    *(conv((8, c, h, w), (4, c, k, k), stride=2, padding=k // 2) for c, k, h, w in [(3, 7, 33, 32), (5, 3, 28, 30)]),
+    *(conv((16, 2, h, 29), (3, 2, 5, 3), stride=2, padding=p) for h, p in [(14, 0), (29, 4), (31, 7)]),
+    *(conv((16, 3, 31, 27), (4, 3, 5, 2), stride=s, padding=3, dilation=d) for s, d in [(2, 2), (2, 3), (3, 1)]),
+    conv((9, 22, 15, 14), (5, 22, 3, 3), stride=2, padding=1),
     # One tap, planes of 7 and 8 vectors of 4, 8 and 16 lanes, and of nearly so many pixels: strips, blocks, panels.
     *(conv((3, 5, 4, w), (6, 5, 1, 1)) for w in (7, 8, 13, 14, 15, 16, 27, 28, 32, 56, 64)),
     *(conv((2, c, 8, 14), (o, c, 1, 1)) for c, o in [(1, 1), (127, 65), (257, 17), (130, 530)]),
@@ -376,6 +381,14 @@ def test_results_that_go_past_the_caches(capability: str, channels: tuple[int, i
     into, out = channels
     with running_on("sparse", capability), poisoned():
         check(conv((1, into, 128, 256), (out, into, 1, 1)), 0.4, layout=0, bias=True)
+
+
+@every_capability
+@pytest.mark.parametrize("layout", [0, 7], ids=["contiguous", "channels_last"])
+def test_results_of_strips_that_go_past_the_caches(capability: str, layout: int) -> None:
+    """34 MB of them, whose lines are whole in every other row."""
+    with running_on("sparse", capability), poisoned():
+        check(conv((1, 2, 150, 281), (208, 2, 1, 2)), 0.5, layout=layout, bias=True)
 
 
 def test_unusual_layouts_of_the_operands() -> None:

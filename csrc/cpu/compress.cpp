@@ -70,29 +70,36 @@ void for_each_piece(const Team& team, Bits bits, int64_t rows, const int64_t* of
 }
 
 // Where column j, (channel, tap), is in a row that has its channels last.
-const int32_t* places_of(int64_t channels, int64_t taps) {
-  int32_t* const places = static_cast<int32_t*>(scratch(Slot::kTable, size_t(channels * taps) * sizeof(int32_t)));
+const uint32_t* places_of(int64_t channels, int64_t taps) {
+  uint32_t* const places = static_cast<uint32_t*>(scratch(Slot::kTable, size_t(channels * taps) * sizeof(uint32_t)));
   for (int64_t c = 0; c < channels; ++c) {
-    for (int64_t t = 0; t < taps; ++t) places[c * taps + t] = int32_t(t * channels + c);
+    for (int64_t t = 0; t < taps; ++t) places[c * taps + t] = uint32_t(t * channels + c);
   }
   return places;
 }
 
-// body(row, place of the weight in the row, position of the value) for the remaining weights of each row, which begin
-// with one call of start(row).
+// body(row, places of some remaining weights in the row, their number, position of the first one's value) for all of
+// each row, which begins with one call of start(row). Many places at a time: loops of a few turns each end with a
+// branch that is not foreseen (a convolution of 512 x 512 x 3 x 3 at 50%, one position: 0.61 ms by the bits, 0.41 by
+// lists).
 template <typename Start, typename Body>
 void for_places(const Team& team, Bits bits, int64_t rows, int64_t cols, int64_t taps, const int64_t* offsets,
                 const Start& start, const Body& body) {
+  constexpr int64_t kWords = 16;
   const int64_t grain = max<int64_t>(tuning::kPassGrain / max<int64_t>(cols, 1), 1);
-  const int32_t* const places = places_of(cols / taps, taps);
+  const uint32_t* const places = places_of(cols / taps, taps);
   team.for_each(ceil_div(rows, grain), [&](int64_t task) {
+    uint32_t left[(kWords + 1) * 64];
     for (int64_t row = task * grain; row < min(rows, (task + 1) * grain); ++row) {
       start(row);
-      int64_t i = offsets[row];
-      for (int64_t w = 0; w < bits.stride; ++w) {
-        for (uint64_t word = bits.row(row)[w]; word; word &= word - 1) {
-          body(row, places[w * 64 + __builtin_ctzll(word)], i++);
+      int64_t position = offsets[row];
+      for (int64_t first = 0; first < bits.stride; first += kWords) {
+        uint32_t* end = left;
+        for (int64_t w = first; w < min(first + kWords, bits.stride); ++w) {
+          end = compress64<false>(bits.row(row)[w], places + w * 64, end);
         }
+        body(row, left, end - left, position);
+        position += end - left;
       }
     }
   });
@@ -101,22 +108,34 @@ void for_places(const Team& team, Bits bits, int64_t rows, int64_t cols, int64_t
 template <typename Element>
 void compress_places(const Team& team, Bits bits, int64_t rows, int64_t cols, int64_t taps, const int64_t* offsets,
                      const void* dense, void* values) {
-  const Element* const from = static_cast<const Element*>(dense);
-  Element* const to = static_cast<Element*>(values);
-  for_places(
-      team, bits, rows, cols, taps, offsets, [](int64_t) {},
-      [=](int64_t row, int64_t place, int64_t i) { to[i] = from[row * cols + place]; });
+  const auto gather = [=](int64_t row, const uint32_t* places, int64_t n, int64_t position) {
+    const Element* const from = static_cast<const Element*>(dense) + row * cols;
+    Element* const to = static_cast<Element*>(values) + position;
+    int64_t i = 0;
+    for (; i + 4 <= n; i += 4) {
+      const Element a = from[places[i]], b = from[places[i + 1]], c = from[places[i + 2]], d = from[places[i + 3]];
+      to[i] = a;
+      to[i + 1] = b;
+      to[i + 2] = c;
+      to[i + 3] = d;
+    }
+    for (; i < n; ++i) to[i] = from[places[i]];
+  };
+  for_places(team, bits, rows, cols, taps, offsets, [](int64_t) {}, gather);
 }
 
 template <typename Element>
 void expand_places(const Team& team, Bits bits, int64_t rows, int64_t cols, int64_t taps, const int64_t* offsets,
                    const void* values, void* dense) {
-  const Element* const from = static_cast<const Element*>(values);
-  Element* const to = static_cast<Element*>(dense);
-  for_places(
-      team, bits, rows, cols, taps, offsets,
-      [=](int64_t row) { std::memset(to + row * cols, 0, size_t(cols) * sizeof(Element)); },
-      [=](int64_t row, int64_t place, int64_t i) { to[row * cols + place] = from[i]; });
+  const auto clear = [=](int64_t row) {
+    std::memset(static_cast<Element*>(dense) + row * cols, 0, size_t(cols) * sizeof(Element));
+  };
+  const auto scatter = [=](int64_t row, const uint32_t* places, int64_t n, int64_t position) {
+    const Element* const from = static_cast<const Element*>(values) + position;
+    Element* const to = static_cast<Element*>(dense) + row * cols;
+    for (int64_t i = 0; i < n; ++i) to[places[i]] = from[i];
+  };
+  for_places(team, bits, rows, cols, taps, offsets, clear, scatter);
 }
 
 template <typename Element>

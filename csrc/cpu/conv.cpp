@@ -26,6 +26,7 @@ struct Columns {
         first_block(phase.first_block) {}
 
   int64_t count() const { return ceil_div(columns, blocks.columns); }
+  int64_t widest() const { return min(columns, blocks.columns); }
 
   // body(block of the index, first and last of its columns counted from the phase's first).
   template <typename Body>
@@ -66,6 +67,7 @@ struct Multiplication {
   Memory<const float> from;
   Memory<float> to;
   bool fetches_input, fetches_output;  // ahead of their use; input only if a position reads the pixel that it is
+  bool streams;                        // the output
 
   void run(const Cut& cut, const Columns& columns, const Starts& starts, Span strips, Span panels) const {
     for (int64_t s = strips.first; s < strips.last; ++s) {
@@ -73,6 +75,7 @@ struct Multiplication {
       with_packer(cut, columns.blocks, strip, from, Slot::kPlaces,
                   [&](const auto& packer) { run(strip, next, packer, columns, starts, panels); });
     }
+    if (streams) end_streams();
   }
 
  private:
@@ -112,7 +115,7 @@ struct Multiplication {
           ahead.skip(segments_of(index, block, {panel, panel + 1}));
         }
       });
-      strip.store(c, row, rows, to);
+      strip.store(c, row, rows, to, streams);
     });
   }
 };
@@ -179,11 +182,16 @@ void conv_spmm(const Team& team, const Convolution& c, const SparseIndex& index,
   const Memory<float> to(output, transposed ? c.in_channels : c.out_channels, transposed ? c.input : c.output);
   // With one tap, memory is what limits if few weights meet an element.
   const bool pointwise = is_pointwise(c), few = index.nnz < tuning::kFewProducts * max(c.in_channels, c.out_channels);
-  const Multiplication multiplication = {index, in_order(team, index, values),          from,
-                                         to,    pointwise && few && from.channels_last, few || !pointwise};
+  const bool streams = c.batch * to.image * int64_t{sizeof(float)} >= tuning::kStreamedStripBytes;
+  const Multiplication multiplication = {
+      index,   in_order(team, index, values),          from,
+      to,      pointwise && few && from.channels_last, !streams && (few || !pointwise),
+      streams,
+  };
   for_phases(c, transposed, index.block_cols, [&](const Phase& phase) {
     const Columns columns(c, index, phase);
-    const Cut cut(phase, columns.blocks, c.batch, team.threads);
+    const bool narrow = columns.widest() > (few && pointwise ? tuning::kFewWideColumns : tuning::kMostWideColumns);
+    const Cut cut(phase, columns.blocks, narrow, c.batch, team.threads);
     const Starts starts(index, {columns.first_block, columns.first_block + columns.count()}, bias);
     for_strips(team, cut.strips(), index.panels,
                [&](Span strips, Span panels) { multiplication.run(cut, columns, starts, strips, panels); });
@@ -198,7 +206,7 @@ void conv_sddmm(const Team& team, const Convolution& c, const SparseIndex& index
   const Phase output = {{identity_axis(c, 0), identity_axis(c, 1), identity_axis(c, 2)}};
   const Phase phase = {{forward_axis(c, 0), forward_axis(c, 1), forward_axis(c, 2)}};
   const Columns columns(c, index, phase);
-  const Cut cut(phase, columns.blocks, c.batch, team.threads);
+  const Cut cut(phase, columns.blocks, columns.widest() > tuning::kMostWideColumns, c.batch, team.threads);
   Cut of_output = cut;
   of_output.phase = &output;
   const TapBlocks itself = output.blocks(1);

@@ -30,46 +30,64 @@ struct Axis {
   static int64_t ceiling(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
 };
 
+MASKED_OPS_INLINE int64_t gcd(int64_t a, int64_t b) {
+  while (b) {
+    const int64_t rest = a % b;
+    a = b;
+    b = rest;
+  }
+  return a;
+}
+
 // How the columns of a phase, (channel, tap), are cut into blocks, and what number, a byte, each has in its block:
 // where its vectors lie in the packed input.
 //
 // A block is of whole channels, if one fits. For strips whose vectors are rows (see strips.h), taps of the middle axis
-// can share what is packed: then a number is (row that the tap reads, channel, taps of the other axes), so that for all
-// columns the next vector is one row, pitch numbers, further.
+// can share what is packed: those of a class, which read rows of the source that lie whole steps of positions apart.
+// Then a number is (row that the tap reads, channel, slot: tap of the first axis, class, tap of the last), so that for
+// all columns the next vector is one row, pitch numbers, further.
 struct TapBlocks {
   static constexpr int64_t kNumbers = 256;
   static constexpr int64_t kLeastShared = 64;  // columns of a block below which sharing is not worth it
 
   int64_t taps[3];
-  int64_t rows_apart;  // from a tap of the middle axis to the next, in rows of the source; may be negative
+  int64_t classes;     // of the taps of the middle axis; one if they do not share rows
+  int64_t rows_apart;  // from a tap of a class to its next, in rows of positions; may be negative
   int64_t columns;     // of a block
   int64_t pitch = 0;   // 0 if taps do not share rows
 
   // Blocks of at most most_columns, or of one channel; the same for most_columns = columns.
-  TapBlocks(int64_t of_d, int64_t of_h, int64_t of_w, int64_t rows_apart, int64_t most_columns)
-      : taps{of_d, of_h, of_w}, rows_apart(rows_apart) {
+  TapBlocks(int64_t of_d, int64_t of_h, int64_t of_w, int64_t of_classes, int64_t rows_apart, int64_t most_columns)
+      : taps{of_d, of_h, of_w}, classes(1), rows_apart(rows_apart) {
     const int64_t all = of_d * of_h * of_w;
     if (all == 0) {
       columns = 1;
       return;
     }
     int64_t channels = all <= kNumbers ? max(most_columns / all, int64_t{1}) : 0;
-    const int64_t shared = of_h > 1 && rows_apart != 0 ? kNumbers / (slots() * span()) : 0;
-    if (shared * all >= kLeastShared) {
-      channels = min(channels, shared);
-      pitch = channels * slots();
+    if (of_h > of_classes && rows_apart != 0) {
+      classes = of_classes;
+      const int64_t shared = kNumbers / (slots() * span());
+      if (shared * all >= kLeastShared) {
+        channels = min(channels, shared);
+        pitch = channels * slots();
+      } else {
+        classes = 1;
+      }
     }
     columns = channels > 0 ? channels * all : min(most_columns, kNumbers);
   }
 
-  int64_t slots() const { return taps[0] * taps[2]; }  // of a channel in a row
-  int64_t span() const { return (taps[1] - 1) * (rows_apart < 0 ? -rows_apart : rows_apart) + 1; }  // rows of all taps
+  int64_t slots() const { return taps[0] * classes * taps[2]; }  // of a channel in a row
+  int64_t of_class() const { return ceil_div(taps[1], classes); }
+  int64_t span() const { return (of_class() - 1) * (rows_apart < 0 ? -rows_apart : rows_apart) + 1; }  // rows of all
 
   // Of a column, counted from the first of its block.
   int64_t number(int64_t column) const {
     if (pitch == 0) return column;
-    const int64_t slot = column / (taps[1] * taps[2]) * taps[2] + column % taps[2], h = column / taps[2] % taps[1];
-    return (rows_apart < 0 ? h - (taps[1] - 1) : h) * rows_apart * pitch + slot;
+    const int64_t h = column / taps[2] % taps[1], tap = h / classes;
+    const int64_t slot = (column / (taps[1] * taps[2]) * classes + h % classes) * taps[2] + column % taps[2];
+    return (rows_apart < 0 ? tap - (of_class() - 1) : tap) * rows_apart * pitch + slot;
   }
   void number(uint8_t* of_columns, int64_t n) const {
     if (pitch == 0) return;
@@ -84,21 +102,13 @@ struct Phase {
   int64_t first_block = 0;
 
   TapBlocks blocks(int64_t most_columns) const {
-    const int64_t rows_apart = axes[1].step == 1 ? axes[1].shift_step : 0;
-    return {axes[0].taps, axes[1].taps, axes[2].taps, rows_apart, most_columns};
+    const Axis& h = axes[1];
+    const int64_t shared = gcd(h.step, h.shift_step < 0 ? -h.shift_step : h.shift_step);
+    return {axes[0].taps, h.taps, axes[2].taps, h.step / shared, h.shift_step / shared, most_columns};
   }
   int64_t positions() const { return axes[0].count * axes[1].count * axes[2].count; }
   int64_t taps() const { return axes[0].taps * axes[1].taps * axes[2].taps; }
 };
-
-MASKED_OPS_INLINE int64_t gcd(int64_t a, int64_t b) {
-  while (b) {
-    const int64_t rest = a % b;
-    a = b;
-    b = rest;
-  }
-  return a;
-}
 
 // One tap, that of the position itself.
 inline bool is_pointwise(const Convolution& c) {
@@ -144,7 +154,7 @@ int64_t for_tap_classes(const Convolution& c, int64_t most_columns, const Body& 
     for (int64_t h = 0; h < tap_classes(c, 1); ++h) {
       for (int64_t w = 0; w < tap_classes(c, 2); ++w) {
         const int64_t taps[3] = {taps_of_class(c, 0, d), taps_of_class(c, 1, h), taps_of_class(c, 2, w)};
-        const TapBlocks blocks(taps[0], taps[1], taps[2], rows_apart, most_columns);
+        const TapBlocks blocks(taps[0], taps[1], taps[2], 1, rows_apart, most_columns);
         body(d, h, w, blocks, block);
         block += ceil_div(c.out_channels / c.groups * taps[0] * taps[1] * taps[2], blocks.columns);
       }

@@ -28,6 +28,10 @@ struct Cost {
 // The compact path gathers and scatters: nanoseconds for an element moved, and for the calls themselves.
 inline constexpr double kGatherCost = 0.5, kCompactCall = 8e3;
 
+// By how much of its part a product with weights in blocks of rows takes less (forward, grad_input, grad_weight): 128,
+// 768 -> 3072 and 512, 3072 -> 768 at 30 to 90%: 0.86 to 0.96 of the time, 0.97 to 1.18 and 0.79 to 0.95.
+inline constexpr double kRowBlockGain[3] = {0.1, 0, 0.15};
+
 // A copy of this many bytes is fresh memory (see memory.cpp), whose page faults outlast the pass itself and do not
 // share among threads (67 MB: 3.4 ms on huge pages, of which the pass takes 1.4): nanoseconds a byte, on top of what
 // was fitted.
@@ -42,30 +46,30 @@ inline constexpr CostTable kFloatCosts = {
     // float32: begin
     {
         // copy
-        {1.92e+03, 0, 0.021, 0, 0.112, 0, 0, 0},        // forward, M <= 16
-        {2.78e+03, 0, 0.0186, 0, 0.167, 0, 0.0896, 0},  // forward, M > 16
-        {2.47e+03, 0, 0.0235, 0, 0.103, 0, 0, 0},       // grad_input, M <= 16
-        {3.22e+03, 0, 0.0187, 0, 0.221, 0, 0.0673, 0},  // grad_input, M > 16
-        {2.73e+03, 0, 0.0191, 0, 0.112, 0, 0, 0},       // grad_weight, M <= 16
-        {3.49e+03, 0, 0.0193, 0, 0.116, 0, 0.142, 0},   // grad_weight, M > 16
+        {1.83e+03, 0, 0.0216, 0, 0.111, 0, 0, 0},        // forward, M <= 16
+        {2.34e+03, 0, 0.0187, 0, 0.16, 0, 0.0267, 0},    // forward, M > 16
+        {2.34e+03, 0, 0.0247, 0, 0.102, 0, 0, 0},        // grad_input, M <= 16
+        {2.87e+03, 0, 0.0185, 0, 0.197, 0, 0.0452, 0},   // grad_input, M > 16
+        {2.71e+03, 0, 0.0193, 0.0116, 0.0976, 0, 0, 0},  // grad_weight, M <= 16
+        {2.93e+03, 0, 0.0189, 0, 0.108, 0, 0.147, 0},    // grad_weight, M > 16
     },
     {
         // fused
-        {1.69e+03, 0, 0.0109, 0, 0.0244, 0, 0.0098, 0},    // forward, M <= 16
-        {2.38e+03, 0, 0.00791, 0, 0.0719, 0, 0.093, 0},    // forward, M > 16
-        {2.03e+03, 0, 0.00881, 0.0094, 0.0253, 0, 0, 0},   // grad_input, M <= 16
-        {3.27e+03, 0, 0.00817, 0, 0.0355, 0, 0.0547, 0},   // grad_input, M > 16
-        {1.85e+03, 0, 0.00769, 0.00116, 0.0363, 0, 0, 0},  // grad_weight, M <= 16
-        {2.91e+03, 0, 0.00887, 0, 0.0275, 0, 0.0232, 0},   // grad_weight, M > 16
+        {1.77e+03, 0, 0.00896, 0, 0.0209, 0, 0.159, 0},   // forward, M <= 16
+        {2.15e+03, 0, 0.00787, 0, 0.0756, 0, 0.0537, 0},  // forward, M > 16
+        {2.27e+03, 0, 0.00909, 0, 0.0265, 0, 0, 0},       // grad_input, M <= 16
+        {3.15e+03, 0, 0.00801, 0, 0.0354, 0, 0.0526, 0},  // grad_input, M > 16
+        {1.9e+03, 0, 0.00829, 0.0077, 0.0254, 0, 0, 0},   // grad_weight, M <= 16
+        {2.64e+03, 0, 0.00852, 0, 0.0306, 0, 0.0395, 0},  // grad_weight, M > 16
     },
     {
         // sparse
-        {2.29e+03, 0, 0, 0.0571, 0.0309, 0.259, 0, 0.218},             // forward, M <= 16
-        {2.3e+03, 0.00672, 0, 0, 0.0987, 0.0512, 0.134, 0.152},        // forward, M > 16
-        {2.75e+03, 0.00108, 0, 0.0348, 0.0472, 0.547, 0.0659, 0.116},  // grad_input, M <= 16
-        {3.02e+03, 0.00926, 0, 0, 0.0992, 0.259, 0.114, 0.127},        // grad_input, M > 16
-        {2.47e+03, 0.00372, 0, 0.0029, 0.0603, 0.431, 0, 0.199},       // grad_weight, M <= 16
-        {2.66e+03, 0.00915, 0, 0, 0.0889, 0.0495, 0.109, 0.206},       // grad_weight, M > 16
+        {2.2e+03, 0, 0, 0.0579, 0.0256, 0.229, 0, 0.254},                // forward, M <= 16
+        {1.94e+03, 0.00656, 0, 0.00227, 0.0919, 0.0583, 0.0803, 0.172},  // forward, M > 16
+        {2.63e+03, 0, 0, 0.0342, 0.0431, 0.439, 0, 0.315},               // grad_input, M <= 16
+        {2.81e+03, 0.00977, 0, 0, 0.103, 0.221, 0.0876, 0.0975},         // grad_input, M > 16
+        {2.36e+03, 0, 0, 0.0179, 0.0373, 0.348, 0, 0.404},               // grad_weight, M <= 16
+        {2.5e+03, 0.0102, 0, 0, 0.091, 0, 0.0644, 0.159},                // grad_weight, M > 16
     },
     // float32: end
 };
@@ -143,30 +147,30 @@ inline constexpr CostTable kBFloat16Costs = {
     // bfloat16: begin
     {
         // copy
-        {1.35e+04, 0, 0.00379, 0.0584, 0.0344, 0, 0, 0},       // forward, M <= 16
-        {1.61e+04, 0, 0.00435, 0.0157, 0.0585, 0, 0, 0},       // forward, M > 16
-        {1.43e+04, 0, 0.00419, 0.0705, 0.0334, 0, 0, 0},       // grad_input, M <= 16
-        {1.66e+04, 0, 0.00443, 0.00309, 0.0809, 0, 0, 0},      // grad_input, M > 16
-        {1.58e+04, 0, 0.00339, 0.0376, 0.0431, 0, 0.0326, 0},  // grad_weight, M <= 16
-        {1.77e+04, 0, 0.0046, 0, 0.0615, 0, 0.0352, 0},        // grad_weight, M > 16
+        {1.29e+04, 0, 0.00385, 0.0433, 0.0371, 0, 0, 0},   // forward, M <= 16
+        {1.44e+04, 0, 0.00421, 0.00894, 0.0589, 0, 0, 0},  // forward, M > 16
+        {1.26e+04, 0, 0.00448, 0.0605, 0.032, 0, 0, 0},    // grad_input, M <= 16
+        {1.46e+04, 0, 0.00428, 0, 0.0733, 0, 0, 0},        // grad_input, M > 16
+        {1.37e+04, 0, 0.00361, 0.0305, 0.0419, 0, 0, 0},   // grad_weight, M <= 16
+        {1.54e+04, 0, 0.00439, 0, 0.0525, 0, 0.0338, 0},   // grad_weight, M > 16
     },
     {
         // fused
-        {2.19e+03, 0, 0.00533, 0.000167, 0.0147, 0, 0.104, 0},  // forward, M <= 16
-        {2.46e+03, 0, 0.00392, 0, 0.0332, 0, 0.0752, 0},        // forward, M > 16
-        {2.29e+03, 0, 0.00694, 0.0133, 0.0156, 0, 0.0113, 0},   // grad_input, M <= 16
-        {3.21e+03, 0, 0.00398, 0, 0.028, 0, 0.0707, 0},         // grad_input, M > 16
-        {2.38e+03, 0, 0.00321, 0.026, 0.0156, 0, 0, 0},         // grad_weight, M <= 16
-        {3.46e+03, 0, 0.00423, 0, 0.0337, 0, 0.0631, 0},        // grad_weight, M > 16
+        {1.92e+03, 0, 0.00426, 0.00245, 0.0111, 0, 0.302, 0},   // forward, M <= 16
+        {2.28e+03, 0, 0.00381, 0, 0.0337, 0, 0.0689, 0},        // forward, M > 16
+        {2.17e+03, 0, 0.00683, 0.00345, 0.0194, 0, 0.0304, 0},  // grad_input, M <= 16
+        {2.94e+03, 0, 0.00393, 0, 0.0257, 0, 0.0671, 0},        // grad_input, M > 16
+        {2.31e+03, 0, 0.00314, 0.0205, 0.0178, 0, 0.008, 0},    // grad_weight, M <= 16
+        {3.12e+03, 0, 0.00416, 0, 0.0338, 0, 0.0611, 0},        // grad_weight, M > 16
     },
     {
         // sparse
-        {2.56e+03, 0, 0, 0.0268, 0.028, 0.299, 0.0113, 0.219},         // forward, M <= 16
-        {2.3e+03, 0.00817, 0, 0, 0.0565, 0.146, 0.0728, 0.107},        // forward, M > 16
-        {3.03e+03, 0.00339, 0, 0.0247, 0.0312, 0.494, 0.0769, 0.148},  // grad_input, M <= 16
-        {3.1e+03, 0.00954, 0, 0, 0.0537, 0.311, 0.0819, 0.0948},       // grad_input, M > 16
-        {3.13e+03, 0.0162, 0, 0.0534, 0.0257, 0.315, 0, 0.0753},       // grad_weight, M <= 16
-        {2.99e+03, 0.0107, 0, 0, 0.0576, 0.169, 0.0688, 0.135},        // grad_weight, M > 16
+        {2.48e+03, 0, 0, 0.0195, 0.0302, 0.287, 0.0685, 0.187},        // forward, M <= 16
+        {2.15e+03, 0.00809, 0, 0, 0.0591, 0.108, 0.0695, 0.102},       // forward, M > 16
+        {2.88e+03, 0.000233, 0, 0.0202, 0.0295, 0.534, 0.133, 0.118},  // grad_input, M <= 16
+        {2.82e+03, 0.00943, 0, 0, 0.0565, 0.257, 0.0699, 0.102},       // grad_input, M > 16
+        {2.91e+03, 0.0142, 0, 0.0446, 0.0295, 0.339, 0.0553, 0.0262},  // grad_weight, M <= 16
+        {2.74e+03, 0.00988, 0, 0, 0.0604, 0.139, 0.0599, 0.142},       // grad_weight, M > 16
     },
     // bfloat16: end
 };
@@ -204,9 +208,11 @@ inline constexpr CostTable kHalfCosts = {
 };
 
 // The paths of a convolution, fitted by bench/fit_convolution_costs.py over layers of ResNet, MobileNetV2 and U-Net.
-// MACs are those of the dense convolution, in the direction of the kernels (see Convolution); packed counts what im2col
-// reads, by vectors of channels where they lie last, images what is read and written.
+// MACs are those of the dense convolution, in the direction of the kernels (see Convolution), of torch's with whole
+// blocks of the result's channels; packed counts what im2col reads, by vectors of channels where they lie last, images
+// what is read and written.
 inline constexpr int64_t kPackedVector = 16;
+inline constexpr double kPackedRows = 8;  // of a strip whose rows of taps share what is packed
 struct ConvCost {
   float call, mac, dense, weight, value, packed, images;
 
@@ -221,6 +227,9 @@ struct ConvCost {
 // With more weights than this, between the densities that were measured, sparse is taken when it is expected to need
 // less than this share of the others: 512 -> 512 on 14 x 14 at 90% was expected to need 0.9 of dense, and needed 1.2.
 inline constexpr double kMostDensity = 0.6, kMostMargin = 0.75;
+// The same of one tap and channels last, down to kFullDensity: 64 -> 64 on 56 x 56 at 50% was expected to need 0.92 of
+// dense, and needed 1.27.
+inline constexpr double kPixelMargin = 0.88;
 // How much more sparse ones cost with vectors of four floats, where torch's, held to SSE4.1, take 4.2 times as long as
 // with AVX-512: on 27 layers 2.4 to 3.7 times from 80% on, and 4.2 to 5.6 times at 50%. In units of torch's costs.
 inline constexpr double kPortableConvCost = 1.2;
@@ -253,56 +262,54 @@ inline constexpr double kSparsePlaneDensity = 0.65;
 // the first two 1.0 to 2.2 but for grad_weight.
 inline constexpr int64_t kSmallKernel = 9, kLeastWidth = 8;
 
-// [kernel of one tap, of more, grouped][NCHW, channels last][forward, grad_input, grad_weight]
-// Contiguous, the costs of a call of sparse ones and of torch's with more taps are not fitted but measured, on layers
-// of 16 channels: the layers of the fit are all large, and called sparse 12 us and torch nothing.
+// [kernel of one tap, of more, depthwise][NCHW, channels last][forward, grad_input, grad_weight]
 inline constexpr ConvCost kDenseConvCosts[3][2][3] = {
     // dense convolution: begin
     {
         // one tap
         {
-            {4.09e+04, 0, 0.00952, 0.153, 0, 0, 0.18},   // forward
-            {3.13e+04, 0, 0.00926, 0.364, 0, 0, 0.244},  // grad_input
-            {2.66e+04, 0, 0.0101, 0.432, 0, 0, 0.162},   // grad_weight
+            {9.04e+03, 0, 0.0088, 0.255, 0, 0, 0.21},    // forward
+            {1.31e+04, 0, 0.009, 0.294, 0, 0, 0.202},    // grad_input
+            {7.79e+03, 0, 0.00936, 0.453, 0, 0, 0.174},  // grad_weight
         },
         {
-            {2.06e+04, 0, 0.0084, 0.518, 0, 0, 0.0561},   // forward
-            {1.54e+04, 0, 0.00832, 0.373, 0, 0, 0.0837},  // grad_input
-            {0, 0, 0.00937, 0.644, 0, 0, 0.169},          // grad_weight
+            {1.17e+04, 0, 0.00773, 0.565, 0, 0, 0.0583},  // forward
+            {1.72e+04, 0, 0.00798, 0.289, 0, 0, 0.0485},  // grad_input
+            {1.03e+04, 0, 0.00883, 0.513, 0, 0, 0.0752},  // grad_weight
         },
     },
     {
         // more taps
         {
-            {5e+03, 0, 0.00859, 0.444, 0, 0, 0.381},  // forward
-            {5e+03, 0, 0.0075, 0.878, 0, 0, 1.01},    // grad_input
-            {5e+03, 0, 0.00853, 0.768, 0, 0, 0.557},  // grad_weight
+            {1.59e+04, 0, 0.00786, 0.401, 0, 0, 0.323},  // forward
+            {1.18e+04, 0, 0.00771, 0.698, 0, 0, 0.403},  // grad_input
+            {1.94e+04, 0, 0.00888, 0.528, 0, 0, 0.196},  // grad_weight
         },
         {
-            {0, 0, 0.00751, 0.568, 0, 0, 0.248},  // forward
-            {0, 0, 0.00754, 0.599, 0, 0, 0.325},  // grad_input
-            {0, 0, 0.00832, 1.12, 0, 0, 0.534},   // grad_weight
+            {2.38e+04, 0, 0.00699, 0.366, 0, 0, 0.159},   // forward
+            {2.46e+04, 0, 0.00712, 0.337, 0, 0, 0.224},   // grad_input
+            {2.08e+04, 0, 0.00828, 0.876, 0, 0, 0.0768},  // grad_weight
         },
     },
     {
-        // grouped
+        // depthwise
         {
-            {0, 0, 0.106, 0, 0, 0, 0},    // forward
-            {0, 0, 0.123, 0, 0, 0, 0},    // grad_input
-            {0, 0, 0.11, 2.17, 0, 0, 0},  // grad_weight
+            {0, 0, 0.0762, 0, 0, 0, 0},       // forward
+            {0, 0, 0.104, 6.08, 0, 0, 0},     // grad_input
+            {693, 0, 0.0559, 12.4, 0, 0, 0},  // grad_weight
         },
         {
-            {0, 0, 0.0476, 12.1, 0, 0, 0},  // forward
-            {0, 0, 0.0542, 10.1, 0, 0, 0},  // grad_input
-            {0, 0, 0.0473, 8.65, 0, 0, 0},  // grad_weight
+            {0, 0, 0.0375, 7.87, 0, 0, 0},  // forward
+            {0, 0, 0.0357, 10.6, 0, 0, 0},  // grad_input
+            {0, 0, 0.0404, 2.52, 0, 0, 0},  // grad_weight
         },
     },
     // dense convolution: end
 };
 
-// Convolutions of one tap by the masked GEMM, [NCHW, channels last][forward, grad_input, grad_weight]. NCHW, it
-// computes whole vectors of a plane. Channels last, it is considered where there are so many weights for each element
-// of the images, input and output together: below, torch is ahead by up to three times.
+// Convolutions of one tap by the masked GEMM, [NCHW, channels last][forward, grad_input, grad_weight]. Channels last,
+// it is considered where there are so many weights for each element of the images, input and output together: below,
+// torch is ahead by up to three times.
 inline constexpr double kFusedWeights = 0.3;
 // On AVX2, where torch's take 1.8 times as long, contiguous ones take 1.9, and up to 2.5: 256 -> 64 on 56 x 56 1.3
 // times as fast as torch, 512 -> 512 on 28 x 28 0.85, 256 -> 1024 on 14 x 14 0.87 and 0.7.
@@ -310,44 +317,55 @@ inline constexpr double kAvx2FusedConvCost = 1.3;
 inline constexpr ConvCost kFusedConvCosts[2][3] = {
     // fused convolution: begin
     {
-        {0, 0, 0.00846, 0.287, 0, 0, 0.0913},  // forward
-        {0, 0, 0.00847, 0.638, 0, 0, 0.0978},  // grad_input
-        {0, 0, 0.00983, 0.458, 0, 0, 0.0944},  // grad_weight
+        {5.93e+03, 0, 0.00877, 0.304, 0, 0, 0.0322},  // forward
+        {6.96e+03, 0, 0.00905, 0.389, 0, 0, 0.0296},  // grad_input
+        {5.55e+03, 0, 0.00928, 0.411, 0, 0, 0.0781},  // grad_weight
     },
     {
-        {1.21e+04, 0, 0.0091, 0.0499, 0, 0, 0.0448},  // forward
-        {0, 0, 0.00787, 0.0523, 0, 0, 0.288},         // grad_input
-        {0, 0, 0.00826, 0.0557, 0, 0, 0.259},         // grad_weight
+        {1.44e+04, 0, 0.00814, 0.0559, 0, 0, 0},        // forward
+        {1.15e+04, 0, 0.00799, 0.0169, 0, 0, 0.0606},   // grad_input
+        {1.11e+04, 0, 0.00837, 0.0216, 0, 0, 0.00603},  // grad_weight
     },
     // fused convolution: end
 };
 
-// [this density or more, less][NCHW, channels last][forward, grad_input, grad_weight]
+// [this density or more, less][NCHW that is packed, channels last, NCHW of one tap that is not][forward, grad_input,
+// grad_weight]
 inline constexpr double kFullDensity = 0.25;
-inline constexpr ConvCost kSparseConvCosts[2][2][3] = {
+inline constexpr ConvCost kSparseConvCosts[2][3][3] = {
     // sparse convolution: begin
     {
         {
-            {3e+03, 0.00906, 0, 0.367, 0, 0.131, 0.0635},     // forward
-            {3e+03, 0.011, 0, 0.804, 0.133, 0.0788, 0.0951},  // grad_input
-            {3e+03, 0.013, 0, 0.622, 0, 0.156, 0.0388},       // grad_weight
+            {7.87e+03, 0.00853, 0, 0.29, 0, 0, 0.309},            // forward
+            {8.85e+03, 0.00981, 0, 0.537, 0.198, 0.0652, 0.213},  // grad_input
+            {7.76e+03, 0.0124, 0, 0.397, 0, 0, 0.222},            // grad_weight
         },
         {
-            {0, 0.00959, 0, 0.43, 0, 0.0525, 0.159},     // forward
-            {0, 0.0107, 0, 0.871, 0.27, 0.0772, 0.139},  // grad_input
-            {0, 0.0131, 0, 0.956, 0, 0.117, 0.143},      // grad_weight
+            {6.7e+03, 0.00856, 0, 0.37, 0, 0.066, 0.112},          // forward
+            {8.07e+03, 0.00974, 0, 0.482, 0.491, 0.0659, 0.0951},  // grad_input
+            {7.77e+03, 0.0122, 0, 0.348, 0.351, 0.0351, 0.0948},   // grad_weight
+        },
+        {
+            {4.83e+03, 0.0073, 0, 1.39, 0, 0.0322, 0.0721},   // forward
+            {7.72e+03, 0.0103, 0, 0.151, 0, 0.109, 0.00893},  // grad_input
+            {5.89e+03, 0.0103, 0, 1.54, 0, 0, 0.0781},        // grad_weight
         },
     },
     {
         {
-            {3e+03, 0.0226, 0, 0.247, 0, 0.163, 0.0605},      // forward
-            {3e+03, 0.0185, 0, 0.238, 0.668, 0.0586, 0.152},  // grad_input
-            {0, 0.0302, 0, 0.341, 0.138, 0.135, 0.0835},      // grad_weight
+            {8.86e+03, 0.0143, 0, 0.13, 0.0794, 0, 0.293},       // forward
+            {1.02e+04, 0.0132, 0, 0.173, 0.375, 0.0629, 0.232},  // grad_input
+            {9.16e+03, 0.0163, 0, 0.195, 0, 0, 0.23},            // grad_weight
         },
         {
-            {0, 0.0137, 0, 0.219, 0, 0.0764, 0.184},    // forward
-            {0, 0.0138, 0, 0.26, 0.024, 0.0486, 0.19},  // grad_input
-            {0, 0.0193, 0, 0.231, 0, 0.0869, 0.15},     // grad_weight
+            {7.77e+03, 0.0127, 0, 0.13, 0.101, 0.0361, 0.142},   // forward
+            {9.26e+03, 0.0137, 0, 0.134, 0.28, 0.0425, 0.129},   // grad_input
+            {8.34e+03, 0.0165, 0, 0.115, 0.182, 0.0286, 0.113},  // grad_weight
+        },
+        {
+            {5.02e+03, 0.00972, 0, 0.0252, 1.27, 0.0281, 0.0755},  // forward
+            {6.52e+03, 0.0143, 0, 0.00671, 0, 0.00926, 0.0618},    // grad_input
+            {6.4e+03, 0.0148, 0, 0.0363, 0, 0.0416, 0.0624},       // grad_weight
         },
     },
     // sparse convolution: end

@@ -360,17 +360,11 @@ struct Linear {
   }
 };
 
-// Whether forward packs a weight for as few rows as kSmallRows.
-bool packs(Dtype dtype, int64_t M, int64_t weights) {
-  return dtype == Dtype::kBFloat16 && Operand<BFloat16>::kDepth > 1 && M > tuning::kSmallRows16 &&
-         weights > tuning::kManyWeights16;
-}
-
 }  // namespace
 
 void linear(const Team& team, Dtype dtype, int64_t M, int64_t N, int64_t K, const void* input, const void* weight,
             Bits bits, const void* bias, void* output) {
-  if (M <= tuning::kSmallRows && !packs(dtype, M, N * K)) {
+  if (M <= tuning::kSmallRows) {
     return linear_small(team, dtype, M, N, K, input, weight, bits, bias, output);
   }
   with_element(dtype, [&](auto element) {
@@ -380,7 +374,9 @@ void linear(const Team& team, Dtype dtype, int64_t M, int64_t N, int64_t K, cons
 
 void linear_grad_input(const Team& team, Dtype dtype, int64_t M, int64_t N, int64_t K, const void* grad_output,
                        const void* weight, Bits bits, void* grad_input) {
-  if (M <= min(tuning::kSmallGradRows, dtype == Dtype::kFloat ? tuning::kSmallRows : tuning::kSmallRows16)) {
+  const int64_t bytes = N * K * (dtype == Dtype::kFloat ? 4 : 2);
+  const int64_t most_from_caches = dtype == Dtype::kFloat ? tuning::kSmallGradRows : tuning::kSmallGradRows16;
+  if (M <= (bytes > tuning::kCachedBytes ? tuning::kSmallRows : most_from_caches)) {
     return linear_grad_input_small(team, dtype, M, N, K, grad_output, weight, bits, grad_input);
   }
   with_element(dtype, [&](auto element) {

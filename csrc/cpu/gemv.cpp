@@ -1,5 +1,5 @@
-// Forward for a few rows of input: a few rows of the weight at a time, each a dot product with every row of input; both
-// run along K.
+// Forward for a few rows of input: a few rows of the weight at a time, each a dot product with every row of input. A
+// chunk's sums stay vectors, which wait in memory for the next chunk.
 #include "gemv.h"
 
 namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
@@ -7,24 +7,22 @@ namespace {
 
 constexpr int L = Vec::kLanes;
 
-// Rows of the weight beside rows of input.
-constexpr int weight_rows(int rows) { return min(tuning::kSmallSums / rows, 4); }
-constexpr bool is_group(int weights) {
-  for (int rows = 1; rows <= kMaxRows; ++rows) {
-    if (weight_rows(rows) == weights) return true;
-  }
-  return weights == 1;
-}
+using tuning::kRowChunk;
+using tuning::kTileChunk;
+using tuning::kTilesChunk;
 
 template <typename T>
 struct Dots {
-  const T* x;  // [M][K]
+  const float* x;      // the chunk of the tile's operands
+  int64_t begin, end;  // elements of a row of the weight
   int64_t K;
   const T* weight;  // of the first row
   Bits bits;        // likewise
-  const T* ahead;   // the rows that come next, null if there are none to prefetch
+  const T* ahead;   // what is fetched ahead of the first row
+  int64_t pace;     // elements that it moves by with every vector
+  Vec* sums;        // [M][R], of the chunks before, unless this is the first; and for the next
   const T* bias;    // null for none
-  T* y;             // [M][N]
+  T* y;             // [M][N]; if this is the last chunk
   int64_t N;
 };
 
@@ -52,44 +50,39 @@ MASKED_OPS_INLINE void sum_each(const Vec* sums, float* totals) {
 
 // y[m][r] = x[m] . weight[r] + bias[r] for M rows of input and R rows of the weight.
 template <int M, int R, typename T>
-__attribute__((noinline)) void dots(const Dots<T>& o) {
+__attribute__((noinline)) void dots(const Dots<T>& operands) {
+  const Dots<T> o = operands;                    // which no store can change
   constexpr int kStep = L * Operand<T>::kDepth;  // elements of a vector
   Vec sum[M][R];
   MASKED_OPS_UNROLL
   for (int m = 0; m < M; ++m) {
     MASKED_OPS_UNROLL
-    for (int r = 0; r < R; ++r) sum[m][r] = Vec::zero();
+    for (int r = 0; r < R; ++r) sum[m][r] = o.begin ? o.sums[m * R + r] : Vec::zero();
   }
-  const int64_t K = o.K, whole = K / kStep * kStep;
-  const auto step = [&](int64_t k, auto tail) __attribute__((always_inline)) {
+  const int64_t K = o.K;
+  const T* ahead = o.ahead;
+  const float* x = o.x;
+  for (int64_t k = o.begin; k < o.end; k += kStep, x += M * L, ahead += o.pace) {
     Vec w[R];
     MASKED_OPS_UNROLL
     for (int r = 0; r < R; ++r) w[r] = Operand<T>::template along<M>(o.bits.row(r), k, K - k, o.weight + r * K + k);
     MASKED_OPS_UNROLL
     for (int m = 0; m < M; ++m) {
-      const Vec x =
-          decltype(tail)::value ? Operand<T>::along(K - k, o.x + m * K + k) : Operand<T>::along(o.x + m * K + k);
+      const Vec operand = in_register(Vec::load(x + m * L));
       MASKED_OPS_UNROLL
-      for (int r = 0; r < R; ++r) sum[m][r] = Operand<T>::multiply_add(x, w[r], sum[m][r]);
-    }
-  };
-  // Prefetches at first from these rows, then from the next.
-  const int64_t ahead = o.ahead ? min(tuning::kBytesAhead / int64_t{sizeof(T)}, whole) : 0;
-  int64_t k = 0;
-  const auto run = [&](int64_t end, const T* next) __attribute__((always_inline)) {
-    for (; k < end; k += kStep) {
+      for (int r = m * R / M; r < (m + 1) * R / M; ++r) prefetch(ahead + r * K);
       MASKED_OPS_UNROLL
-      for (int r = 0; r < R; ++r) prefetch(next + r * K + k);
-      step(k, Int<0>());
+      for (int r = 0; r < R; ++r) sum[m][r] = Operand<T>::multiply_add(operand, w[r], sum[m][r]);
     }
-  };
-  if (ahead) {
-    run(whole - ahead, o.weight + ahead);
-    run(whole, o.ahead - (whole - ahead));
-  } else {
-    for (; k < whole; k += kStep) step(k, Int<0>());
   }
-  if (k < K) step(k, Int<1>());
+  if (o.end < K) {
+    MASKED_OPS_UNROLL
+    for (int m = 0; m < M; ++m) {
+      MASKED_OPS_UNROLL
+      for (int r = 0; r < R; ++r) o.sums[m * R + r] = sum[m][r];
+    }
+    return;
+  }
   float totals[ceil_div(M * R, L) * L];
   sum_each<M * R>(sum[0], totals);
   MASKED_OPS_UNROLL
@@ -100,33 +93,76 @@ __attribute__((noinline)) void dots(const Dots<T>& o) {
 }
 
 template <typename T>
+void pack(const Chunks& chunks, const RowTiles& tiles, int64_t K, const T* input, float* x) {
+  constexpr int kDepth = Operand<T>::kDepth;
+  for (int64_t k = 0; k < chunks.columns; k += chunks.width) {
+    for (int64_t t = 0; t < tiles.count; ++t) {
+      const int64_t first = tiles.begin(t), rows = tiles.size(t);
+      for (int64_t m = 0; m < rows; ++m) {
+        const T* const from = input + (first + m) * K;
+        float* to = chunks.at(x, k, first) + m * L;
+        for (int64_t at = k * kDepth, end = (k + chunks.size(k)) * kDepth; at < end; at += L * kDepth, to += rows * L) {
+          Operand<T>::along(K - at, from + at).store(to);
+        }
+      }
+    }
+  }
+}
+
+template <int M, int R, typename T>
+struct DotsKernel {
+  static void run(const Dots<T>& operands) { dots<M, R>(operands); }
+};
+
+template <typename T>
 void forward(const Team& team, int64_t M, int64_t N, int64_t K, const T* input, const T* weight, Bits bits,
              const T* bias, T* output) {
+  static constexpr KernelTable<DotsKernel, T> kKernels;
+  constexpr int kDepth = Operand<T>::kDepth;
   const RowTiles tiles(M);
-  const int64_t group = weight_rows(int(tiles.height));
-  const int64_t rows = max(ceil_div(tuning::kSmallGrain, max<int64_t>(K, 1)), group) / group * group;  // of a task
-  team.for_each(ceil_div(N, rows), [&](int64_t task) {
-    const int64_t last = min(N, (task + 1) * rows);
-    for (int64_t n = task * rows, group_rows = group; n < last; n += group_rows) {
-      if (last - n < group) group_rows = 1;
-      const int64_t next = n + 2 * group <= N ? n + group : -1;
-      for (int64_t t = 0; t < tiles.count; ++t) {
-        const int64_t m = tiles.begin(t);
-        const Dots<T> o = {input + m * K,
-                           K,
-                           weight + n * K,
-                           {bits.row(n), bits.stride},
-                           t == 0 && next >= 0 ? weight + next * K : nullptr,
-                           bias ? bias + n : nullptr,
-                           output + m * N + n,
-                           N};
-        with_int<kMaxRows>(tiles.size(t), [&](auto height) {
-          constexpr int kRows = decltype(height)::value;
-          with_int<4>(group_rows, [&](auto weights) {  // the group fits the highest tile, and so the others
-            constexpr int kGroup = decltype(weights)::value;
-            if constexpr (is_group(kGroup) && kGroup * kRows <= tuning::kSmallSums) dots<kRows, kGroup>(o);
-          });
-        });
+  const Chunks chunks(M, ceil_div(K, kDepth), M == 1 ? kRowChunk : tiles.count == 1 ? kTileChunk : kTilesChunk);
+  const int64_t bytes = N * K * int64_t{sizeof(T)};
+  const int64_t group = group_rows(tiles, bytes <= tuning::kCachedBytes), width = chunks.width * kDepth;
+  const int64_t block = K <= width ? N : max(tuning::kWaitingSums / M / group, int64_t{1}) * group;
+  const int64_t grain = ceil_div(tuning::kSmallGrain, max<int64_t>(K, 1));
+  const int64_t rows =
+      ceil_div(max(grain, ceil_div(N, team.threads * tuning::kSmallTasks)), group) * group;  // of a task
+  const int64_t tasks = ceil_div(N, rows);
+  int64_t next_task = 0;
+  // Each thread packs the input for itself: what another one has packed would come from that one's caches.
+  team.for_each(min<int64_t>(team.threads, tasks), [&](int64_t) {
+    const auto take = [&] { return __atomic_fetch_add(&next_task, 1, __ATOMIC_RELAXED); };
+    int64_t task = take();
+    if (task >= tasks) return;
+    float* const x = static_cast<float*>(scratch(Slot::kPanelA, size_t(chunks.size()) * sizeof(float)));
+    pack(chunks, tiles, K, input, x);
+    Vec* const sums = static_cast<Vec*>(scratch(Slot::kAccumulator, size_t(min(block, rows) * M) * sizeof(Vec)));
+    for (; task < tasks; task = take()) {
+      const int64_t first = task * rows, last = min(N, first + rows);
+      Walk at = {group, 1, block, width, first, last, 0, K};
+      Walk ahead = ahead_of(at, group * min(width, K) * int64_t{sizeof(T)});
+      for (; !at.done(); at.advance()) {
+        const int64_t n = at.row, k = at.column / kDepth, columns = chunks.size(k) * kDepth;
+        const T* next = weight + n * K + at.column;
+        if (!ahead.done()) {
+          next = weight + ahead.row * K + ahead.column;
+          ahead.advance();
+        }
+        for (int64_t t = 0; t < tiles.count; ++t) {
+          const int64_t m = tiles.begin(t);
+          kKernels(tiles.size(t), at.rows())({chunks.at(x, k, m),
+                                              at.column,
+                                              min(at.column + columns, K),
+                                              K,
+                                              weight + n * K,
+                                              {bits.row(n), bits.stride},
+                                              next + columns / tiles.count * t,
+                                              L * kDepth / tiles.count,
+                                              sums + (n - at.top) * M + m * at.rows(),
+                                              bias ? bias + n : nullptr,
+                                              output + m * N + n,
+                                              N});
+        }
       }
     }
   });

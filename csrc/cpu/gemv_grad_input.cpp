@@ -1,16 +1,22 @@
-// grad_input for a few rows of input. An area of the weight, a strip of columns or a share of the rows, goes by in
-// blocks of rows, in those tiles of columns whose sums stay in registers down the block; or, for so few rows of input
-// that a strip of the gradient stays in L1, four rows after the other. Both prefetch by hand: a strip's lines are a row
-// apart, and a row's end is another row's beginning.
+// grad_input for a few rows of input. From memory, the weight comes a few rows at a time, each added to every row's
+// sums by a factor of grad_output, which stays in a register (axpys); threads share the rows, and their sums are added
+// at the end. From caches, tiles of columns come, whose sums stay in registers down a block of rows (sum_down): no sum
+// is stored for each few products, which costs more than the order of memory gains.
 #include "gemv.h"
+#include "pack.h"
 
 namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
 namespace {
 
 constexpr int L = Vec::kLanes;
 
+struct Area {
+  int64_t first, last;  // rows of the weight
+  int64_t begin, end;   // columns
+};
+
 // Vectors of columns of the weight beside rows of input.
-constexpr int weight_vectors(int rows) { return min(tuning::kSmallSums / rows, tuning::kSmallVectors); }
+constexpr int tile_vectors(int rows) { return min(tuning::kSmallSums / rows, tuning::kSmallVectors); }
 
 // What a block of rows of the weight prefetches of the next: its lines, row by row.
 template <typename T>
@@ -36,7 +42,7 @@ class Ahead {
 };
 
 template <typename T>
-struct Axpys {
+struct Tile {
   const T* dy;  // [M][ldy], from the block's first row of the weight on
   int64_t ldy, rows;
   const T* weight;  // of the block's first row, at the tile's first column
@@ -51,8 +57,8 @@ struct Axpys {
 // dx[m][tile] (+)= sum over the block's rows of dy[m][row] * weight[row][tile].
 // Unless kFull, the last vectors of the tile may be empty.
 template <int M, bool kFull, typename T>
-__attribute__((noinline)) void axpys(const Axpys<T>& o, Ahead<T>& ahead) {
-  constexpr int kDepth = Operand<T>::kDepth, NV = weight_vectors(M);
+__attribute__((noinline)) void sum_down(const Tile<T>& o, Ahead<T>& ahead) {
+  constexpr int kDepth = Operand<T>::kDepth, NV = tile_vectors(M);
   Vec sum[M][NV];
   const auto valid = [&](int j) { return Vec::first(o.columns - j * L); };
   MASKED_OPS_UNROLL
@@ -94,170 +100,223 @@ __attribute__((noinline)) void axpys(const Axpys<T>& o, Ahead<T>& ahead) {
 }
 
 template <typename T>
-struct Rows4 {
-  const T* dy;  // [M][ldy], from the first of the rows on
-  int64_t ldy;
-  const T* weight;     // of the first row, at the strip's first column
-  int64_t ldw, ahead;  // ahead: elements to what is prefetched
-  Bits bits;           // of the first row
-  int64_t column, columns;
-  bool accumulate;
-  float* dx;  // [M][ldx], at the strip's first column
-  int64_t ldx;
+struct Axpys {
+  const float* dy;     // operands [rows of the weight][kMaxRows], from the first one on
+  int64_t rows;        // of the weight, from there to the end
+  int64_t begin, end;  // columns
+  int64_t K;
+  const T* weight;  // of the first row
+  Bits bits;        // likewise
+  const T* ahead;   // what is fetched ahead of the first row
+  int64_t pace;     // columns that it moves by with every vector
+  float* dx;        // the chunk of the tile's sums
 };
 
-// dx[m][strip] (+)= sum over R rows of dy[m][row] * weight[row][strip]. The column is a multiple of 64.
+// dx[m] += sum over R rows of dy[m][r] * weight[r], of operands.
 template <int M, int R, typename T>
-__attribute__((noinline)) void axpy_rows(const Rows4<T>& operands) {
-  const Rows4<T> o = operands;  // which no store can change
+__attribute__((noinline)) void axpys(const Axpys<T>& operands) {
+  const Axpys<T> o = operands;  // which no store can change
+  constexpr int kDepth = Operand<T>::kDepth;
   Vec dy[M][R];
-  const T* weight[R];
-  const uint64_t* bits[R];
   MASKED_OPS_UNROLL
-  for (int r = 0; r < R; ++r) {
-    weight[r] = o.weight + r * o.ldw;
-    bits[r] = o.bits.row(r) + o.column / 64;
+  for (int m = 0; m < M; ++m) {
     MASKED_OPS_UNROLL
-    for (int m = 0; m < M; ++m) dy[m][r] = Vec::set1(to_float(o.dy[m * o.ldy + r]));
+    for (int r = 0; r < R; ++r) {
+      dy[m][r] = in_register(Vec::set1(o.dy[r * kMaxRows + m]));
+    }
   }
-  const auto step = [&](int64_t k, auto predicate_of, auto tail) __attribute__((always_inline)) {
+  const int64_t K = o.K;
+  const bool paired = (R - 1) * kDepth + 1 < o.rows;  // the last row of the weight has another one beside it
+  const T* ahead = o.ahead;
+  float* dx = o.dx;
+  for (int64_t k = o.begin; k < o.end; k += L, dx += M * L, ahead += o.pace) {
     Vec w[R];
     MASKED_OPS_UNROLL
-    for (int r = 0; r < R; ++r) w[r] = load_floats(predicate_of(r), o.columns - k, weight[r] + k);
-    const auto valid = Vec::first(o.columns - k);
+    for (int r = 0; r < R; ++r) {
+      Vec::Predicate lanes[kDepth] = {};
+      MASKED_OPS_UNROLL
+      for (int d = 0; d < kDepth; ++d) {
+        if (d == 0 || r < R - 1 || paired) lanes[d] = Vec::predicate(o.bits.row(r * kDepth + d), k);
+      }
+      w[r] = Operand<T>::across(lanes, K - k, o.weight + r * kDepth * K + k, K);
+    }
     MASKED_OPS_UNROLL
     for (int m = 0; m < M; ++m) {
-      float* const to = o.dx + m * o.ldx + k;
-      Vec sum = !o.accumulate ? Vec::zero() : decltype(tail)::value ? Vec::loadu(valid, to) : Vec::loadu(to);
+      Vec sum = Vec::load(dx + m * L);
       MASKED_OPS_UNROLL
-      for (int r = 0; r < R; ++r) sum = fmadd(dy[m][r], w[r], sum);
-      decltype(tail)::value ? sum.storeu(valid, to) : sum.storeu(to);
-    }
-  };
-  constexpr int kLine = 64 / sizeof(T);
-  int64_t k = 0;
-  for (; k + 64 <= o.columns; k += 64) {
-    uint64_t words[R];
-    MASKED_OPS_UNROLL
-    for (int r = 0; r < R; ++r) words[r] = bits[r][k / 64];
-    MASKED_OPS_UNROLL
-    for (int j = 0; j < 64; j += L) {
+      for (int r = m * R / M * kDepth; r < (m + 1) * R / M * kDepth; ++r) prefetch(ahead + r * K);
       MASKED_OPS_UNROLL
-      for (int r = 0; r < R; ++r) {
-        if (j % kLine == 0) prefetch(weight[r] + k + j + o.ahead);
-      }
-      const auto by_word = [&](int r)
-                               __attribute__((always_inline)) { return Vec::predicate(words[r], bits[r] + k / 64, j); };
-      step(k + j, by_word, Int<0>());
+      for (int r = 0; r < R; ++r) sum = Operand<T>::multiply_add(dy[m][r], w[r], sum);
+      sum.store(dx + m * L);
     }
   }
-  const auto by_column = [&](int r) __attribute__((always_inline)) { return Vec::predicate(bits[r], k); };
-  for (; k + L <= o.columns; k += L) step(k, by_column, Int<0>());
-  if (k < o.columns) step(k, by_column, Int<1>());
 }
 
-struct Area {
-  int64_t first, last;  // rows of the weight
-  int64_t begin, end;   // columns
+template <int M, int R, typename T>
+struct AxpysKernel {
+  static void run(const Axpys<T>& operands) { axpys<M, R>(operands); }
 };
+
+// grad_output of rows [first, last) of the weight, as panels of operands [row][kMaxRows], one for each tile.
+struct Factors {
+  float* at;
+  int64_t first, pitch;
+};
+
+template <typename T>
+Factors factors_of(const RowTiles& tiles, int64_t N, const T* grad_output, int64_t first, int64_t last) {
+  static_assert(kMaxRows == tuning::kMR);
+  constexpr int kDepth = Operand<T>::kDepth;
+  const int64_t depth = ceil_div(last - first, kDepth), pitch = ceil_div(depth, kDepthOfA) * kDepthOfA * kMaxRows;
+  float* const at = static_cast<float*>(scratch(Slot::kPanelA, size_t(tiles.count * pitch) * sizeof(float)));
+  for (int64_t t = 0; t < tiles.count; ++t) {
+    pack_row_panel(grad_output, N, tiles.begin(t), tiles.size(t), first / kDepth, depth, at + t * pitch);
+  }
+  return {at, first, pitch};
+}
+
+// sums, laid out in chunks, += grad_output * weight over an area of the weight.
+template <typename T>
+void take_area(const Chunks& chunks, const RowTiles& tiles, int64_t N, int64_t K, const Factors& factors,
+               const T* weight, Bits bits, bool cached, const Area& area, float* sums) {
+  static constexpr KernelTable<AxpysKernel, T> kKernels;
+  constexpr int kDepth = Operand<T>::kDepth;
+  const int64_t group = group_rows(tiles, cached) * kDepth;
+  const int64_t block = cached ? N : ceil_div(tuning::kSmallBlock, group) * group;
+  Walk at = {group, kDepth, block, chunks.width, area.first, area.last, area.begin, area.end};
+  Walk ahead = ahead_of(at, group * min(chunks.width, K) * int64_t{sizeof(T)});
+  for (; !at.done(); at.advance()) {
+    const int64_t n = at.row, k = at.column, columns = chunks.size(k);
+    const T* next = weight + n * K + k;
+    if (!ahead.done()) {
+      next = weight + ahead.row * K + ahead.column;
+      ahead.advance();
+    }
+    for (int64_t t = 0; t < tiles.count; ++t) {
+      kKernels(tiles.size(t),
+               at.rows() / kDepth)({factors.at + t * factors.pitch + (n - factors.first) / kDepth * kMaxRows,
+                                    area.last - n,
+                                    k,
+                                    k + columns,
+                                    K,
+                                    weight + n * K,
+                                    {bits.row(n), bits.stride},
+                                    next + columns / tiles.count * t,
+                                    L / tiles.count,
+                                    chunks.at(sums, k, tiles.begin(t))});
+    }
+  }
+}
+
+// Writes the chunk at column k of the gradient: the sum of all parts' sums, each `size` floats.
+template <typename T>
+void finish(const Chunks& chunks, const RowTiles& tiles, int64_t k, int64_t K, float* sums, int64_t parts, int64_t size,
+            T* grad_input) {
+  for (int64_t t = 0; t < tiles.count; ++t) {
+    const int64_t first = tiles.begin(t), rows = tiles.size(t);
+    for (int64_t m = 0; m < rows; ++m) {
+      const float* from = chunks.at(sums, k, first) + m * L;
+      T* const to = grad_input + (first + m) * K;
+      for (int64_t at = k, end = min(k + chunks.width, K); at < end; at += L, from += rows * L) {
+        Vec sum = Vec::load(from);
+        for (int64_t part = 1; part < parts; ++part) sum = sum + Vec::load(from + part * size);
+        store_floats(sum, K - at, to + at);
+      }
+    }
+  }
+}
 
 // sums [M][ld] begins at the area's first column.
 template <typename T>
-void take_area(const RowTiles& tiles, int64_t N, int64_t K, const T* grad_output, const T* weight, Bits bits,
-               const Area& area, float* sums, int64_t ld) {
+void take_tiles(const RowTiles& tiles, int64_t N, int64_t K, const T* grad_output, const T* weight, Bits bits,
+                const Area& area, float* sums, int64_t ld) {
   const auto [first, last, begin, end] = area;
-  const int64_t width = weight_vectors(int(tiles.height)) * L;  // of a tile
-  for (int64_t n = first; n < last; n += tuning::kSmallBlock) {
-    const int64_t rows = min(tuning::kSmallBlock, last - n), next = n + tuning::kSmallBlock;
-    Ahead<T> ahead(weight + next * K + begin, K, min(tuning::kSmallBlock, last - next), end - begin);
+  const int64_t width = tile_vectors(int(tiles.height)) * L;
+  for (int64_t n = first; n < last; n += tuning::kTileRows) {
+    const int64_t rows = min(tuning::kTileRows, last - n), next = n + tuning::kTileRows;
+    Ahead<T> ahead(weight + next * K + begin, K, min(tuning::kTileRows, last - next), end - begin);
     for (int64_t k = begin; k < end; k += width) {
       Ahead<T> none(nullptr, 0, 0, 0);
       for (int64_t t = 0; t < tiles.count; ++t) {
         const int64_t m = tiles.begin(t);
-        const Axpys<T> o = {grad_output + m * N + n,
-                            N,
-                            rows,
-                            weight + n * K + k,
-                            K,
-                            {bits.row(n), bits.stride},
-                            k,
-                            min(width, end - k),
-                            n > first,
-                            sums + m * ld + k - begin,
-                            ld};
+        const Tile<T> o = {grad_output + m * N + n,
+                           N,
+                           rows,
+                           weight + n * K + k,
+                           K,
+                           {bits.row(n), bits.stride},
+                           k,
+                           min(width, end - k),
+                           n > first,
+                           sums + m * ld + k - begin,
+                           ld};
         with_int<kMaxRows>(tiles.size(t), [&](auto height) {
           constexpr int kRows = decltype(height)::value;
           Ahead<T>& lines = t == 0 ? ahead : none;
-          o.columns == weight_vectors(kRows) * L ? axpys<kRows, true>(o, lines) : axpys<kRows, false>(o, lines);
+          o.columns == tile_vectors(kRows) * L ? sum_down<kRows, true>(o, lines) : sum_down<kRows, false>(o, lines);
         });
       }
     }
   }
 }
 
-// The same by rows, for M <= kAxpyRows.
+// By strips of equal width, a multiple of a tile's, as many for each thread.
 template <typename T>
-void take_area_by_rows(int64_t M, int64_t N, int64_t K, const T* grad_output, const T* weight, Bits bits,
-                       const Area& area, float* sums, int64_t ld) {
-  const auto [first, last, begin, end] = area;
-  constexpr int64_t kRows = 4;
-  for (int64_t n = first; n < last; n += kRows) {
-    const Rows4<T> o = {grad_output + n,
-                        N,
-                        weight + n * K + begin,
-                        K,
-                        n + 2 * kRows <= last ? kRows * K : 0,
-                        {bits.row(n), bits.stride},
-                        begin,
-                        end - begin,
-                        n > first,
-                        sums,
-                        ld};
-    with_int<tuning::kAxpyRows>(M, [&](auto height) {
-      with_int<kRows>(min(kRows, last - n),
-                      [&](auto rows) { axpy_rows<decltype(height)::value, decltype(rows)::value>(o); });
-    });
-  }
-}
-
-// Strips of equal width, a multiple of unit, as many for each thread.
-int64_t strip_width(const Team& team, int64_t K, int64_t most, int64_t unit) {
-  const int64_t strips = ceil_div(ceil_div(K, most), team.threads) * team.threads;
-  return ceil_div(ceil_div(K, strips), unit) * unit;
-}
-
-void add(float* sums, const float* more, int64_t n) {
-  for (int64_t i = 0; i < n; i += L) {
-    const auto valid = Vec::first(n - i);
-    (Vec::loadu(valid, sums + i) + Vec::loadu(valid, more + i)).storeu(valid, sums + i);
-  }
-}
-
-template <typename T>
-void grad_input(const Team& team, int64_t M, int64_t N, int64_t K, const T* grad_output, const T* weight, Bits bits,
-                T* grad_input) {
+void by_tiles(const Team& team, int64_t M, int64_t N, int64_t K, const T* grad_output, const T* weight, Bits bits,
+              T* grad_input) {
   const RowTiles tiles(M);
-  const bool by_rows = M <= tuning::kAxpyRows;
-  // Narrow weights are cut into rows, whose sums are added.
-  const int64_t parts =
-      K <= tuning::kSmallStrip ? max(min<int64_t>(team.threads, N / tuning::kLeastPartRows), int64_t{1}) : 1;
-  const int64_t strip = parts > 1 ? K
-                        : by_rows ? strip_width(team, K, tuning::kAxpyStrip, 64)
-                                  : strip_width(team, K, tuning::kSmallStrip, weight_vectors(int(tiles.height)) * L);
-  const int64_t strips = ceil_div(K, strip);
-  const bool in_place = kIsFloat<T> && parts == 1;
-  float* const sums =  // [part][M][K]
-      in_place ? reinterpret_cast<float*>(grad_input)
-               : static_cast<float*>(scratch(Slot::kPanelB, size_t(parts * M * K) * sizeof(float)));
-  team.for_each(parts * strips, [&](int64_t task) {
-    const int64_t part = task / strips, begin = task % strips * strip;
-    const Area area = {N * part / parts, N * (part + 1) / parts, begin, min(K, begin + strip)};
-    float* const to = sums + part * M * K + begin;
-    by_rows ? take_area_by_rows(M, N, K, grad_output, weight, bits, area, to, K)
-            : take_area(tiles, N, K, grad_output, weight, bits, area, to, K);
+  const int64_t unit = tile_vectors(int(tiles.height)) * L;
+  const int64_t least = ceil_div(ceil_div(K, tuning::kSmallStrip), team.threads) * team.threads;
+  const int64_t strip = ceil_div(ceil_div(K, least), unit) * unit;
+  float* const sums = kIsFloat<T> ? reinterpret_cast<float*>(grad_input)
+                                  : static_cast<float*>(scratch(Slot::kPanelB, size_t(M * K) * sizeof(float)));
+  team.for_each(ceil_div(K, strip), [&](int64_t task) {
+    const Area area = {0, N, task * strip, min(K, (task + 1) * strip)};
+    take_tiles(tiles, N, K, grad_output, weight, bits, area, sums + area.begin, K);
   });
-  for (int64_t part = 1; part < parts; ++part) add(sums, sums + part * M * K, M * K);
-  if (!in_place) round_floats(sums, M * K, grad_input);
+  if (!kIsFloat<T>) round_floats(sums, M * K, grad_input);
+}
+
+// By rows.
+template <typename T>
+void by_rows(const Team& team, int64_t M, int64_t N, int64_t K, const T* grad_output, const T* weight, Bits bits,
+             T* grad_input) {
+  // From memory, the weight comes in the order of its rows, of which every thread has a part; from caches in chunks,
+  // whose sums no other thread has.
+  const int64_t threads = team.threads;
+  const bool cached = N * K * int64_t{sizeof(T)} <= tuning::kCachedBytes;
+  const int64_t most_parts = max(min(threads, N / tuning::kLeastPartRows), int64_t{1});
+  const RowTiles tiles(M);
+  const Chunks chunks(M, K, M == 1 ? tuning::kRowChunk : tuning::kSumsChunk,
+                      cached || most_parts < threads ? threads : 1);
+  const bool by_chunks = most_parts == 1 || (cached && chunks.count() >= threads);
+  const int64_t parts = by_chunks ? 1 : most_parts, size = chunks.size();
+  const int64_t strips = by_chunks ? chunks.count() : 1, strip = by_chunks ? chunks.width : chunks.columns;
+  const auto begin = [&](int64_t part) {
+    constexpr int64_t kDepth = Operand<T>::kDepth;
+    return part == parts ? N : N * part / parts / kDepth * kDepth;
+  };
+  float* const sums = static_cast<float*>(scratch(Slot::kPanelB, size_t(parts * size) * sizeof(float)));
+  const auto finish_chunk = [&](int64_t k) { finish(chunks, tiles, k, K, sums, parts, size, grad_input); };
+  int64_t next_task = 0;
+  team.for_each(min(threads, parts * strips), [&](int64_t) {
+    Factors factors = {nullptr, -1, 0};
+    for (int64_t task; (task = __atomic_fetch_add(&next_task, 1, __ATOMIC_RELAXED)) < parts * strips;) {
+      const int64_t part = task / strips, left = task % strips * strip, right = min(left + strip, chunks.columns);
+      const Area area = {begin(part), begin(part + 1), left, right};
+      if (factors.first != area.first) factors = factors_of(tiles, N, grad_output, area.first, area.last);
+      float* const own = sums + part * size;
+      for (int64_t i = left * M; i < right * M; i += L) Vec::zero().store(own + i);
+      take_area(chunks, tiles, N, K, factors, weight, bits, cached || by_chunks, area, own);
+      if (by_chunks) finish_chunk(left);
+    }
+  });
+  if (by_chunks) return;
+  if (size >= tuning::kSmallGrain) {
+    team.for_each(chunks.count(), [&](int64_t chunk) { finish_chunk(chunk * chunks.width); });
+  } else {
+    for (int64_t k = 0; k < K; k += chunks.width) finish_chunk(k);
+  }
 }
 
 }  // namespace
@@ -266,7 +325,10 @@ void linear_grad_input_small(const Team& team, Dtype dtype, int64_t M, int64_t N
                              const void* weight, Bits bits, void* dx) {
   with_element(dtype, [&](auto element) {
     using T = decltype(element);
-    grad_input(team, M, N, K, static_cast<const T*>(dy), static_cast<const T*>(weight), bits, static_cast<T*>(dx));
+    const bool tiles =
+        M > tuning::kAxpyRows && K >= tuning::kSmallStrip && N * K * int64_t{sizeof(T)} <= tuning::kCachedBytes;
+    (tiles ? by_tiles<T> : by_rows<T>)(team, M, N, K, static_cast<const T*>(dy), static_cast<const T*>(weight), bits,
+                                       static_cast<T*>(dx));
   });
 }
 

@@ -10,19 +10,28 @@ namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
 
 // Where the vectors of a channel lie in what is packed of a strip: by the numbers of the taps (see TapBlocks).
 //
-// Dense strips: for each tap the strip's vectors. Banded strips: for each tap of the first and of the last axis a
-// vector, and that of the next row of the source one row further; taps of the middle axis begin at different rows.
+// Dense strips: for each tap the strip's vectors. Banded strips: for each slot, a tap of the first axis, a class of the
+// middle one's and a tap of the last, a vector, and that of the next row of positions one row further; taps of a class
+// begin at different rows.
 struct PackedChannel {
   static constexpr int L = Vec::kLanes;
   const TapBlocks& blocks;
   int strip_vectors;
-  int64_t vectors;          // of banded strips, in a row
-  int64_t rows, first_row;  // banded strips: source rows, and where the first lies from the strip's first position
-  int64_t row, channel;     // floats from one to the next
+  int64_t vectors;  // of banded strips, in a row
+  int64_t rows;
+  int64_t first_row, row_step, class_step;  // banded strips, in rows of the source: where the first row of the first
+                                            // class lies from the strip's first position; from row to row; from class
+                                            // to class
+  int64_t row, channel;                     // floats from one to the next
 
   // Not sharing rows, a banded strip has one tap: a channel's rows follow each other.
   PackedChannel(const Phase& phase, const TapBlocks& blocks, const Cut& cut, int strip_vectors)
-      : blocks(blocks), strip_vectors(cut.banded ? 1 : strip_vectors), rows(1), first_row(0) {
+      : blocks(blocks),
+        strip_vectors(cut.banded ? 1 : strip_vectors),
+        rows(1),
+        first_row(0),
+        row_step(phase.axes[1].step),
+        class_step(phase.axes[1].shift_step) {
     const bool shared = blocks.pitch > 0;
     row = (shared ? blocks.pitch : 1) * this->strip_vectors * L;
     if (cut.banded) {
@@ -52,7 +61,7 @@ template <typename Body>
 void for_runs(const Strip& strip, const PackedChannel& packed, const Memory<const float>& source, const Body& body) {
   constexpr int L = Vec::kLanes;
   const auto& axes = strip.phase().axes;
-  const int64_t taps_of_h = strip.banded() ? 1 : axes[1].taps;
+  const int64_t taps_of_h = strip.banded() ? packed.blocks.classes : axes[1].taps;
   int64_t first_vector = 0;
   for (int64_t i = 0; i < axes[0].taps; ++i) {
     for (int64_t j = 0; j < taps_of_h; ++j) {
@@ -61,7 +70,8 @@ void for_runs(const Strip& strip, const PackedChannel& packed, const Memory<cons
         for (int64_t n = 0; n < strip.runs(); ++n) {
           const Strip::Row& row = strip.row(n);
           const int64_t d = row.d * axes[0].step + axes[0].at(i);
-          const int64_t h = strip.banded() ? row.h + packed.first_row : row.h * axes[1].step + axes[1].at(j);
+          const int64_t from_h = strip.banded() ? packed.first_row + j * packed.class_step : axes[1].at(j);
+          const int64_t h = row.h * axes[1].step + from_h;
           const bool outside = !strip.banded() && (h < 0 || h >= axes[1].size);
           const int64_t end = min(last, row.w + row.count);
           if (d < 0 || d >= axes[0].size || outside) continue;
@@ -79,20 +89,24 @@ void for_runs(const Strip& strip, const PackedChannel& packed, const Memory<cons
   }
 }
 
-// The rows of a banded strip's packed channels that lie in the source; of a dense strip, one.
+// The rows of a vector of a banded strip's packed channels that lie in the source; of a dense strip, one.
 struct SourceRows {
-  int64_t first, last, stride;
+  int32_t first, last;
 
-  SourceRows(const Strip& strip, const PackedChannel& packed, const Memory<const float>& source)
-      : first(0), last(packed.rows), stride(0) {
+  SourceRows(const Strip& strip, const PackedChannel& packed, int64_t vector) : first(0), last(int32_t(packed.rows)) {
     if (!strip.banded()) return;
-    const Axis* const axes = strip.phase().axes;
-    const int64_t h = strip.row(0).h + packed.first_row;
-    first = min(max<int64_t>(-h, 0), last);
-    last = max(min(axes[1].size - h, last), first);
-    stride = axes[2].size * source.pixel;
+    const int64_t of_class = vector / packed.blocks.taps[2] % packed.blocks.classes, step = packed.row_step;
+    const int64_t h = strip.row(0).h * step + packed.first_row + of_class * packed.class_step;
+    const int64_t below = strip.phase().axes[1].size - h;  // rows from h to the end of the source
+    first = int32_t(min(h < 0 ? ceil_div(-h, step) : 0, packed.rows));
+    last = int32_t(max<int64_t>(min(below > 0 ? ceil_div(below, step) : 0, packed.rows), first));
   }
 };
+
+// From a row of a banded strip's packed channels to the next, in the source.
+inline int64_t row_stride(const Strip& strip, const PackedChannel& packed, const Memory<const float>& source) {
+  return strip.banded() ? packed.row_step * strip.phase().axes[2].size * source.pixel : 0;
+}
 
 // Packs from NCHW. A vector is put together of as many loads as it has runs, for all channels in turn.
 class LinePacker {
@@ -105,14 +119,21 @@ class LinePacker {
   }
 
   LinePacker(const Strip& strip, const PackedChannel& packed, const Memory<const float>& source, void* memory)
-      : source_(source), packed_(packed), rows_(strip, packed, source), vectors_(static_cast<Vector*>(memory)) {
+      : source_(source),
+        packed_(packed),
+        stride_(row_stride(strip, packed, source)),
+        vectors_(static_cast<Vector*>(memory)) {
     const bool each_lane = gather_overflows(strip);  // then a lane is a piece, and the step does not matter
     const int64_t vectors = packed.vectors, step = strip.step();
     Vector* const in_order = vectors_ + vectors;
     pieces_ = reinterpret_cast<Piece*>(in_order + vectors);
     step_ = each_lane ? 1 : step;
     ahead_ = ceil_div(tuning::kVectorsAhead, max<int64_t>(vectors * packed.rows, 1)) * source.channel;
-    for (int64_t v = 0; v < vectors; ++v) in_order[v] = {int32_t(packed.place(v)), 0, 0, kNone};
+    for (int64_t v = 0; v < vectors; ++v) {
+      const SourceRows rows(strip, packed, v);
+      in_order[v] = {int32_t(packed.place(v)), 0, 0, kNone, rows};
+      cut_ |= rows.first > 0 || rows.last < packed.rows;
+    }
     int32_t pieces = 0;
     for_runs(strip, packed, source, [&](int64_t vector, int64_t lane, int64_t count, int64_t offset) {
       Vector& v = in_order[vector];
@@ -162,6 +183,7 @@ class LinePacker {
   struct Vector {
     int32_t to, first, count;  // first and number of its pieces
     Kind kind;
+    SourceRows rows;
   };
 
   // Bit i to bit 2 i.
@@ -230,10 +252,10 @@ class LinePacker {
   // A vector of all rows.
   template <typename Load>
   MASKED_OPS_INLINE void for_rows(Vector v, const float* in, float* out, const Load& load) const {
-    const int64_t stride = rows_.stride, row = packed_.row, first = rows_.first;
+    const int64_t stride = stride_, row = packed_.row, first = v.rows.first;
     const float* x = in + first * stride;
     float* to = out + v.to + first * row;
-    for (int64_t rows = rows_.last - first; rows > 0; --rows, x += stride, to += row) load(x).store(to);
+    for (int64_t rows = v.rows.last - first; rows > 0; --rows, x += stride, to += row) load(x).store(to);
   }
 
   // What lies beyond the source: vectors that have no piece, and rows.
@@ -241,18 +263,20 @@ class LinePacker {
     for (int64_t v = 0; v < begin_[kNone + 1]; ++v) {
       for (int64_t r = 0; r < packed_.rows; ++r) Vec::zero().store(out + vectors_[v].to + r * packed_.row);
     }
-    if (rows_.first == 0 && rows_.last == packed_.rows) return;
+    if (!cut_) return;
     for (int64_t v = begin_[kNone + 1]; v < begin_[kKinds]; ++v) {
+      const SourceRows rows = vectors_[v].rows;
       for (int64_t r = 0; r < packed_.rows; ++r) {
-        if (r < rows_.first || r >= rows_.last) Vec::zero().store(out + vectors_[v].to + r * packed_.row);
+        if (r < rows.first || r >= rows.last) Vec::zero().store(out + vectors_[v].to + r * packed_.row);
       }
     }
   }
 
   const Memory<const float>& source_;
   const PackedChannel& packed_;
-  const SourceRows rows_;
-  Vector* vectors_;  // those of kind k from begin_[k] on
+  const int64_t stride_;
+  bool cut_ = false;  // some rows lie beyond the source
+  Vector* vectors_;   // those of kind k from begin_[k] on
   Piece* pieces_;
   int64_t begin_[kKinds + 1] = {};
   int64_t step_, ahead_;
@@ -264,18 +288,21 @@ class PixelPacker {
   static constexpr int L = Vec::kLanes;
 
   static size_t bytes(const Strip&, const PackedChannel& packed) {
-    return size_t(packed.vectors) * (L * sizeof(int64_t) + sizeof(int64_t));
+    return size_t(packed.vectors) * (L * sizeof(int64_t) + sizeof(Vector));
   }
 
   PixelPacker(const Strip& strip, const PackedChannel& packed, const Memory<const float>& source, void* memory)
-      : source_(source), packed_(packed), rows_(strip, packed, source), offsets_(static_cast<int64_t*>(memory)) {
-    inside_ = offsets_ + packed.vectors * L;
+      : source_(source),
+        packed_(packed),
+        stride_(row_stride(strip, packed, source)),
+        offsets_(static_cast<int64_t*>(memory)) {
+    vectors_ = reinterpret_cast<Vector*>(offsets_ + packed.vectors * L);
     for (int64_t i = 0; i < packed.vectors * L; ++i) offsets_[i] = kOutside;
-    for (int64_t v = 0; v < packed.vectors; ++v) inside_[v] = 0;
+    for (int64_t v = 0; v < packed.vectors; ++v) vectors_[v] = {0, SourceRows(strip, packed, v)};
     for_runs(strip, packed, source, [&](int64_t vector, int64_t lane, int64_t count, int64_t offset) {
       int64_t* const to = offsets_ + vector * L + lane;
       for (int64_t i = 0; i < count; ++i) to[i] = offset + i * strip.step() * source.pixel;
-      inside_[vector] += count;
+      vectors_[vector].lanes += count;
     });
   }
 
@@ -285,15 +312,19 @@ class PixelPacker {
     for (int64_t c = first; c < last; c += L, packed += L * packed_.channel) {
       const int64_t valid = min<int64_t>(L, last - c);
       for (int64_t v = 0; v < packed_.vectors; ++v) {
-        const bool whole = valid == L && inside_[v] == L;
+        const int64_t lanes = vectors_[v].lanes;
+        const SourceRows rows = vectors_[v].rows;
+        const bool few = valid <= 4, whole = lanes == L;
         const int64_t* const offsets = offsets_ + v * L;
         float* out = packed + packed_.place(v);
         for (int64_t r = 0; r < packed_.rows; ++r, out += packed_.row) {
-          const float* const in = source_.data + c + r * rows_.stride;
-          if (inside_[v] == 0 || r < rows_.first || r >= rows_.last) {
+          const float* const in = source_.data + c + r * stride_;
+          if (lanes == 0 || r < rows.first || r >= rows.last) {
             for (int64_t i = 0; i < valid; ++i) Vec::zero().store(out + i * packed_.channel);
+          } else if (few) {
+            whole ? pack_few<true>(in, offsets, valid, out) : pack_few<false>(in, offsets, valid, out);
           } else {
-            whole ? pack_vector<true>(in, offsets, L, out) : pack_vector<false>(in, offsets, valid, out);
+            whole&& valid == L ? pack_vector<true>(in, offsets, L, out) : pack_vector<false>(in, offsets, valid, out);
           }
         }
       }
@@ -302,6 +333,10 @@ class PixelPacker {
 
  private:
   static constexpr int64_t kOutside = INT64_MIN;
+  struct Vector {
+    int64_t lanes;  // how many lie in the source
+    SourceRows rows;
+  };
 
   // kWhole: all lanes lie in the source, and there are as many channels.
   template <bool kWhole>
@@ -326,11 +361,31 @@ class PixelPacker {
     }
   }
 
+  // The same for up to four channels; kWhole: all lanes lie in the source.
+  template <bool kWhole>
+  void pack_few(const float* in, const int64_t* offsets, int64_t channels, float* out) const {
+    alignas(16) static constexpr float kZeros[4] = {};
+    const int64_t step = packed_.channel;
+    Vec tile[4];
+    MASKED_OPS_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const float* places[L / 4];
+      MASKED_OPS_UNROLL
+      for (int q = 0; q < L / 4; ++q) {
+        const int64_t offset = offsets[4 * q + i];
+        places[q] = kWhole || offset != kOutside ? in + offset : kZeros;
+      }
+      tile[i] = Vec::quads(places, int(channels));
+    }
+    transpose_quads(tile);
+    for (int i = 0; i < channels; ++i) tile[i].store(out + i * step);
+  }
+
   const Memory<const float>& source_;
   const PackedChannel& packed_;
-  const SourceRows rows_;
+  const int64_t stride_;
   int64_t* offsets_;  // of each lane, those of banded strips for the first row
-  int64_t* inside_;   // of each vector, how many of its lanes lie in the source
+  Vector* vectors_;
 };
 
 // Calls body with the packer for the source, which keeps what it finds in the slot.

@@ -1,10 +1,10 @@
 // Convolutions of one tap on contiguous images, where a channel of an image is a plane of positions: for each image,
-// products of the masked weight with the matrix [channels][positions] that it is, read where it lies.
+// products of the masked weight, or its transpose, with the matrix [channels][positions] that it is.
 //
-// Forward and the gradient with respect to the input: the weight, or its transpose, is packed into panels [k][kMR] with
-// its mask as the predicate of the loads; a block of columns of the image stays in L1 while all panels pass. The
-// gradient with respect to the weight is dot products of planes: both operands are loaded along the positions, so that
-// neither has to be transposed.
+// The weight is packed into panels [k][kMR] with its mask as the predicate of the loads; a block of columns of the
+// image stays in L1 while all panels pass. Planes of whole vectors are read and written where they lie. Of others, the
+// positions of all images are taken in one go, and packed. (The gradient with respect to the weight:
+// pointwise_grad_weight.cpp.)
 #include "kernels.h"
 #include "tuning.h"
 
@@ -15,6 +15,7 @@ constexpr int L = Vec::kLanes;
 using tuning::kMR;
 using tuning::kNR;
 using tuning::kNV;
+constexpr int64_t kWordPanels = 64 / kMR;  // that a word of bits covers
 
 // The masked weight, or its transpose, as a left operand of M rows and K columns: blocks of K, in each the panels.
 struct Packed {
@@ -68,15 +69,25 @@ void pack_rows(const Packed& packed, const float* weight, Bits bits, int64_t fir
   }
 }
 
-// Of a weight [K][M].
+// Of a weight [K][M]: the columns of a word of bits at a time.
 void pack_columns(const Packed& packed, const float* weight, Bits bits, int64_t first_panel, int64_t last_panel) {
-  for (int64_t k = 0; k < packed.K; ++k) {
-    const int64_t k0 = k / packed.block * packed.block;
-    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-      const int64_t m0 = panel * kMR;
-      const Vec::Predicate lanes = Vec::first(min<int64_t>(kMR, packed.M - m0));
-      const Vec::Predicate left = Vec::predicate(bits.row(k)[m0 / 64] >> (m0 % 64)) & lanes;
-      Vec::loadu(left, weight + k * packed.M + m0).storeu(Vec::first(kMR), packed.panel(k0, panel) + (k - k0) * kMR);
+  constexpr int kParts = L / kMR;
+  for (int64_t word = first_panel / kWordPanels; word * kWordPanels < last_panel; ++word) {
+    for (int64_t k = 0; k < packed.K; ++k) {
+      const int64_t k0 = k / packed.block * packed.block, m0 = word * 64;
+      const uint64_t* const left = bits.row(k) + word;
+      for (int j = 0; j < 64 && m0 + j < packed.M; j += L) {
+        const int64_t panel = (m0 + j) / kMR;
+        const Vec v = Vec::loadu(Vec::predicate(*left, left, j), weight + k * packed.M + m0 + j);
+        float* const to = packed.panel(k0, panel) + (k - k0) * kMR;
+        if (kParts == 1) {
+          v.store(to);
+        } else if (panel + 1 < last_panel) {
+          v.store_halves(to, packed.panel(k0, panel + 1) + (k - k0) * kMR);
+        } else {
+          v.storeu(Vec::first(kMR), to);
+        }
+      }
     }
   }
 }
@@ -84,7 +95,7 @@ void pack_columns(const Packed& packed, const float* weight, Bits bits, int64_t 
 // pack(first panel, last panel) in parallel, panels in groups.
 template <typename Pack>
 void pack_panels(const Team& team, const Packed& packed, const Pack& pack) {
-  const int64_t group = max<int64_t>(tuning::kPassGrain / (kMR * packed.K), 8);
+  const int64_t group = ceil_div(tuning::kPassGrain, kWordPanels * kMR * packed.K) * kWordPanels;
   team.for_each(ceil_div(packed.panels, group),
                 [&](int64_t task) { pack(task * group, min((task + 1) * group, packed.panels)); });
 }
@@ -160,10 +171,14 @@ void multiply(const Tile& tile, int64_t vectors) {
     multiply_tile<1, kFull>(tile);
   }
 }
+void multiply(const Tile& tile) {
+  const int64_t vectors = ceil_div(tile.columns, L);
+  tile.columns % L ? multiply<false>(tile, vectors) : multiply<true>(tile, vectors);
+}
 
-// to[image][M][positions] = A * from[image][K][positions] + bias[M]
-void multiply(const Team& team, const Packed& A, int64_t batch, int64_t positions, const float* from, const float* bias,
-              float* to) {
+// A times planes that are read and written where they lie.
+void multiply_planes(const Team& team, const Packed& A, int64_t batch, int64_t positions, const float* from,
+                     const float* bias, float* to) {
   // Blocks of columns of equal width, in whole vectors; rows are split where there are few.
   const int64_t vectors = ceil_div(positions, L), blocks = ceil_div(vectors, kNV);
   const int64_t splits = max<int64_t>(min(A.panels / 8, ceil_div(4 * team.threads, batch * blocks)), 1);
@@ -187,113 +202,97 @@ void multiply(const Team& team, const Packed& A, int64_t batch, int64_t position
         tile.first = k0 == 0;
         tile.bias = bias ? bias + m : nullptr;
         tile.C = to + (image * A.M + m) * positions + column;
-        tile.columns % L ? multiply<false>(tile, ceil_div(tile.columns, L)) : multiply<true>(tile, tile.columns / L);
+        multiply(tile);
       }
     }
   });
 }
 
-// Positions [first, last) of some images.
-struct Chunk {
-  int64_t first_image, images, first, last;
-};
-
-constexpr int kDotRows = 4;
-#if defined(__AVX512F__)
-constexpr int kDotColumns = 6;
-#else
-constexpr int kDotColumns = 3;
-#endif
-
-// Planes of positions of some images, from a channel on.
-struct Planes {
-  const float* data;
-  int64_t image;  // floats from image to image
-};
-
-// sums[j][i] = dot product of plane i of dy and plane j of x over the chunk; what lies kDotColumns planes further is
-// prefetched.
-template <int I, int J>
-MASKED_OPS_INLINE void dot_planes(const Chunk& chunk, int64_t positions, Planes dy, Planes x, bool prefetches,
-                                  Vec (&sums)[J][I]) {
-  MASKED_OPS_UNROLL
-  for (int j = 0; j < J; ++j) {
-    MASKED_OPS_UNROLL
-    for (int i = 0; i < I; ++i) sums[j][i] = Vec::zero();
-  }
-  const int64_t pitch = opaque(positions);
-  const auto add = [&](const float* g, const float* v, const auto& load) __attribute__((always_inline)) {
-    // The fewer stay in registers.
-    if constexpr (I < J) {
-      Vec rows[I];
-      MASKED_OPS_UNROLL
-      for (int i = 0; i < I; ++i) rows[i] = load(g + i * pitch);
-      MASKED_OPS_UNROLL
-      for (int j = 0; j < J; ++j) {
-        const Vec column = load(v + j * pitch);
-        MASKED_OPS_UNROLL
-        for (int i = 0; i < I; ++i) sums[j][i] = fmadd(rows[i], column, sums[j][i]);
-      }
-    } else {
-      Vec columns[J];
-      MASKED_OPS_UNROLL
-      for (int j = 0; j < J; ++j) columns[j] = load(v + j * pitch);
-      MASKED_OPS_UNROLL
-      for (int i = 0; i < I; ++i) {
-        const Vec row = load(g + i * pitch);
-        MASKED_OPS_UNROLL
-        for (int j = 0; j < J; ++j) sums[j][i] = fmadd(row, columns[j], sums[j][i]);
-      }
-    }
+// Positions of all images, kNR of them, as runs that lie in one image each.
+struct Strip {
+  struct Run {
+    int64_t lane, count, image, position;
   };
-  const auto load_all = [](const float* p) __attribute__((always_inline)) { return Vec::loadu(p); };
-  for (int64_t image = chunk.first_image; image < chunk.first_image + chunk.images; ++image) {
-    const float *g = dy.data + image * dy.image + chunk.first, *v = x.data + image * x.image + chunk.first;
-    int64_t left = chunk.last - chunk.first;
-    if (prefetches) {
-      for (; left >= L; left -= L, g += L, v += L) {
-        for (int j = 0; j < J; ++j) prefetch_l2(v + (kDotColumns + j) * pitch);
-        add(g, v, load_all);
+  Run runs[kNR];
+  int64_t count = 0, columns = 0;
+
+  Strip(int64_t strip, int64_t batch, int64_t positions) {
+    const int64_t first = strip * kNR, last = min(first + kNR, batch * positions);
+    for (int64_t p = first; p < last;) {
+      const int64_t position = p % positions, n = min(positions - position, last - p);
+      runs[count++] = {p - first, n, p / positions, position};
+      p += n;
+    }
+    columns = last - first;
+  }
+
+  // to[i][lane] = the plane i of each run's image, for planes [first, last) of channels.
+  void pack(const float* images, int64_t channels, int64_t positions, int64_t first, int64_t last, float* to) const {
+    for_rows(channels, positions, first, last, [=](int64_t offset, int64_t i, Vec::Predicate lanes) {
+      Vec::loadu(lanes, images + offset).storeu(lanes, to + i);
+    });
+  }
+  // The inverse, for all channels.
+  void unpack(const float* from, int64_t channels, int64_t positions, int64_t first, int64_t last,
+              float* images) const {
+    for_rows(channels, positions, first, last, [=](int64_t offset, int64_t i, Vec::Predicate lanes) {
+      Vec::loadu(lanes, from + i).storeu(lanes, images + offset);
+    });
+  }
+
+ private:
+  // body(offset in the images, place in [row][kNR], lanes)
+  template <typename Body>
+  MASKED_OPS_INLINE void for_rows(int64_t channels, int64_t positions, int64_t first, int64_t last,
+                                  const Body& body) const {
+    for (int64_t r = 0; r < count; ++r) {
+      const Run run = runs[r];
+      for (int64_t j = 0; j < run.count; j += L) {
+        const Vec::Predicate lanes = Vec::first(run.count - j);
+        int64_t offset = (run.image * channels + first) * positions + run.position + j, i = run.lane + j;
+        for (int64_t row = first; row < last; ++row, offset += positions, i += kNR) body(offset, i, lanes);
       }
     }
-    for (; left >= L; left -= L, g += L, v += L) add(g, v, load_all);
-    if (left) {
-      const Vec::Predicate lanes = Vec::first(left);
-      add(g, v, [&](const float* p) __attribute__((always_inline)) { return Vec::loadu(lanes, p); });
-    }
   }
-}
+};
 
-// to[i][j] (+)= the sum over the lanes of sums[j][i].
-template <int I, int J>
-MASKED_OPS_INLINE void add_sums(const Vec (&sums)[J][I], bool first, float* to, int64_t pitch) {
-  constexpr int kQuads = L / 4;
-  float across[(J + kQuads) * 4];
-  if constexpr (I == 4) {
-    MASKED_OPS_UNROLL
-    for (int j = 0; j < J; j += kQuads) {
-      Vec quads[kQuads];
-      MASKED_OPS_UNROLL
-      for (int q = 0; q < kQuads; ++q) {
-        quads[q] = j + q < J ? sum_quads(sums[j + q][0], sums[j + q][1], sums[j + q][2], sums[j + q][3]) : Vec::zero();
+// The same for planes that are no whole vectors: the strip's results, [m][kNR], stay in L2 until they are whole.
+void multiply_strips(const Team& team, const Packed& A, int64_t batch, int64_t positions, const float* from,
+                     const float* bias, float* to) {
+  const int64_t strips = ceil_div(batch * positions, kNR);
+  const int64_t splits = max<int64_t>(min(A.panels / 8, ceil_div(4 * team.threads, strips)), 1);
+  team.for_each(strips * splits, [&](int64_t task) {
+    const Strip strip(task / splits, batch, positions);
+    const int64_t split = task % splits, first = A.panels * split / splits, last = A.panels * (split + 1) / splits;
+    float* const B = static_cast<float*>(scratch(Slot::kPanelB, size_t(A.block * kNR) * sizeof(float)));
+    float* const C =
+        static_cast<float*>(scratch(Slot::kAccumulator, size_t((last - first) * kMR * kNR) * sizeof(float)));
+    for (int64_t k0 = 0; k0 < A.K; k0 += A.block) {
+      strip.pack(from, A.K, positions, k0, k0 + A.depth(k0), B);
+      for (int64_t panel = first; panel < last; ++panel) {
+        const int64_t m = panel * kMR;
+        const Tile tile = {A.panel(k0, panel),
+                           B,
+                           A.depth(k0),
+                           kNR,
+                           nullptr,
+                           min<int64_t>(kMR, A.M - m),
+                           strip.columns,
+                           k0 == 0,
+                           bias ? bias + m : nullptr,
+                           C + (panel - first) * kMR * kNR};
+        multiply(tile);
       }
-      sum_across_quads(quads).storeu(across + j * 4);
     }
-  } else {
-    for (int j = 0; j < J; ++j) across[j * 4] = sums[j][0].sum();
-  }
-  for (int i = 0; i < I; ++i, to += pitch) {
-    for (int j = 0; j < J; ++j) to[j] = first ? across[j * 4 + i] : to[j] + across[j * 4 + i];
-  }
+    strip.unpack(C, A.M, positions, first * kMR, min(last * kMR, A.M), to);
+  });
 }
 
-template <int I, int J>
-__attribute__((noinline)) void correlate_tile(const Chunk& chunk, int64_t positions, Planes dy, Planes x,
-                                              bool prefetches, bool first, float* to, int64_t pitch) {
-  static_assert(I == 4 || I == 1);
-  Vec sums[J][I];
-  dot_planes(chunk, positions, dy, x, prefetches, sums);
-  add_sums(sums, first, to, pitch);
+// to[image][M][positions] = A * from[image][K][positions] + bias[M]
+void multiply(const Team& team, const Packed& A, int64_t batch, int64_t positions, const float* from, const float* bias,
+              float* to) {
+  const auto kernel = positions % L ? multiply_strips : multiply_planes;
+  kernel(team, A, batch, positions, from, bias, to);
 }
 
 }  // namespace
@@ -311,54 +310,6 @@ void pointwise_grad_input(const Team& team, int64_t batch, int64_t positions, in
   const Packed A(K, N);
   pack_panels(team, A, [&](int64_t first, int64_t last) { pack_columns(A, weight, bits, first, last); });
   multiply(team, A, batch, positions, grad_output, bias, grad_input);
-}
-
-void pointwise_grad_weight(const Team& team, int64_t batch, int64_t positions, int64_t N, int64_t K,
-                           const float* grad_output, const float* input, Bits bits, float* grad_weight) {
-  // Large planes in equal parts, small ones several images at a time.
-  const int64_t vectors = ceil_div(positions, L);
-  const int64_t part = ceil_div(vectors, ceil_div(positions, tuning::kPlaneChunk)) * L;
-  const int64_t images = max<int64_t>(min(tuning::kPlaneChunk / positions, batch), 1);
-  // A block of planes of grad_output stays in L2 while the planes of the input pass. The larger side is shared out.
-  const int64_t chunk_bytes = min(part, positions) * images * int64_t{sizeof(float)};
-  const int64_t rows = max<int64_t>(tuning::kPlaneBytes / chunk_bytes / kDotRows, 1) * kDotRows;
-  const bool by_rows = N > K;
-  const int64_t panels = by_rows ? ceil_div(N, kDotRows) : ceil_div(K, kDotColumns);
-  const int64_t tasks = min(panels, int64_t{2} * team.threads);
-  team.for_each(tasks, [&](int64_t task) {
-    const int64_t begin = panels * task / tasks, end = panels * (task + 1) / tasks;
-    const int64_t first_row = by_rows ? begin * kDotRows : 0, last_row = by_rows ? min(end * kDotRows, N) : N;
-    const int64_t first_column = by_rows ? 0 : begin * kDotColumns;
-    const int64_t last_column = by_rows ? K : min(end * kDotColumns, K);
-    const auto correlate = [&](const Chunk& chunk, int64_t n0, int64_t k, auto J) {
-      constexpr int kColumns = decltype(J)::value;
-      const bool first = chunk.first_image == 0 && chunk.first == 0;
-      const int64_t last = min(n0 + rows, last_row);
-      const Planes x = {input + k * positions, K * positions};
-      for (int64_t n = n0; n < last;) {
-        const Planes dy = {grad_output + n * positions, N * positions};
-        float* const to = grad_weight + n * K + k;
-        if (last - n >= kDotRows) {
-          correlate_tile<kDotRows, kColumns>(chunk, positions, dy, x, n == first_row, first, to, K);
-          n += kDotRows;
-        } else {
-          correlate_tile<1, kColumns>(chunk, positions, dy, x, false, first, to, K);
-          ++n;
-        }
-      }
-    };
-    for (int64_t image = 0; image < batch; image += images) {
-      for (int64_t p = 0; p < positions; p += part) {
-        const Chunk chunk = {image, min(images, batch - image), p, min(p + part, positions)};
-        for (int64_t n0 = first_row; n0 < last_row; n0 += rows) {
-          int64_t k = first_column;
-          for (; k + kDotColumns <= last_column; k += kDotColumns) correlate(chunk, n0, k, Int<kDotColumns>());
-          for (; k < last_column; ++k) correlate(chunk, n0, k, Int<1>());
-        }
-      }
-    }
-  });
-  mask_copy(team, sizeof(float), grad_weight, bits, N, K, grad_weight);
 }
 
 }  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY

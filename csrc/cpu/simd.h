@@ -95,6 +95,14 @@ struct Vec {
   MASKED_OPS_INLINE Vec element() const {
     return {_mm512_permute_ps(v, E * 0x55)};
   }
+  // Four floats from each place, of which the first n are read.
+  static MASKED_OPS_INLINE Vec quads(const float* const (&p)[4], int n) {
+    const __mmask8 some = __mmask8((1u << n) - 1);
+    __m512 v = _mm512_castps128_ps512(_mm_maskz_loadu_ps(some, p[0]));
+    v = _mm512_insertf32x4(v, _mm_maskz_loadu_ps(some, p[1]), 1);
+    v = _mm512_insertf32x4(v, _mm_maskz_loadu_ps(some, p[2]), 2);
+    return {_mm512_insertf32x4(v, _mm_maskz_loadu_ps(some, p[3]), 3)};
+  }
   static MASKED_OPS_INLINE Vec load(const float* p) { return {_mm512_load_ps(p)}; }
   static MASKED_OPS_INLINE Vec loadu(const float* p) { return {_mm512_loadu_ps(p)}; }
   // Lanes without a bit are zero and their memory is not touched.
@@ -110,6 +118,14 @@ struct Vec {
   static MASKED_OPS_INLINE Vec gather(Predicate m, const float* p, int step) {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     return {_mm512_mask_i32gather_ps(_mm512_setzero_ps(), m, _mm512_mullo_epi32(lanes, _mm512_set1_epi32(step)), p, 4)};
+  }
+  // p[2 * i] = lane i, for the lanes of the predicate; what lies between is left alone.
+  MASKED_OPS_INLINE void store_even(Predicate m, float* p) const {
+    const __m512i low = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    const uint32_t elements = _pdep_u32(m, 0x55555555);
+    _mm512_mask_storeu_ps(p, __mmask16(elements), _mm512_permutexvar_ps(low, v));
+    _mm512_mask_storeu_ps(p + 16, __mmask16(elements >> 16), _mm512_permutexvar_ps(high, v));
   }
   MASKED_OPS_INLINE void store(float* p) const { _mm512_store_ps(p, v); }
   MASKED_OPS_INLINE void stream(float* p) const { _mm512_stream_ps(p, v); }
@@ -198,18 +214,24 @@ MASKED_OPS_INLINE void transpose(Vec (&r)[16]) {
   }
 }
 
-// Four rows become columns: four floats each, pitch floats apart, at p.
-MASKED_OPS_INLINE void store_transposed(const Vec (&r)[4], float* p, int64_t pitch) {
+// The same within each quad of four rows.
+MASKED_OPS_INLINE void transpose_quads(Vec (&r)[4]) {
   const __m512 a = _mm512_unpacklo_ps(r[0].v, r[1].v), b = _mm512_unpackhi_ps(r[0].v, r[1].v);
   const __m512 c = _mm512_unpacklo_ps(r[2].v, r[3].v), d = _mm512_unpackhi_ps(r[2].v, r[3].v);
-  const __m512 q[4] = {_mm512_shuffle_ps(a, c, 0x44), _mm512_shuffle_ps(a, c, 0xee), _mm512_shuffle_ps(b, d, 0x44),
-                       _mm512_shuffle_ps(b, d, 0xee)};
+  r[0].v = _mm512_shuffle_ps(a, c, 0x44);
+  r[1].v = _mm512_shuffle_ps(a, c, 0xee);
+  r[2].v = _mm512_shuffle_ps(b, d, 0x44);
+  r[3].v = _mm512_shuffle_ps(b, d, 0xee);
+}
+
+// Stores the quads of four rows pitch floats apart: the first ones of all rows, then the second ones, and so on.
+MASKED_OPS_INLINE void store_quads(const Vec (&r)[4], float* p, int64_t pitch) {
   MASKED_OPS_UNROLL
   for (int i = 0; i < 4; ++i) {
-    _mm_store_ps(p + i * pitch, _mm512_castps512_ps128(q[i]));
-    _mm_store_ps(p + (4 + i) * pitch, _mm512_extractf32x4_ps(q[i], 1));
-    _mm_store_ps(p + (8 + i) * pitch, _mm512_extractf32x4_ps(q[i], 2));
-    _mm_store_ps(p + (12 + i) * pitch, _mm512_extractf32x4_ps(q[i], 3));
+    _mm_store_ps(p + i * pitch, _mm512_castps512_ps128(r[i].v));
+    _mm_store_ps(p + (4 + i) * pitch, _mm512_extractf32x4_ps(r[i].v, 1));
+    _mm_store_ps(p + (8 + i) * pitch, _mm512_extractf32x4_ps(r[i].v, 2));
+    _mm_store_ps(p + (12 + i) * pitch, _mm512_extractf32x4_ps(r[i].v, 3));
   }
 }
 
@@ -261,6 +283,10 @@ struct Vec {
   MASKED_OPS_INLINE Vec element() const {
     return {_mm256_permute_ps(v, E * 0x55)};
   }
+  static MASKED_OPS_INLINE Vec quads(const float* const (&p)[2], int n) {
+    const __m128i some = _mm_cmpgt_epi32(_mm_set1_epi32(n), _mm_setr_epi32(0, 1, 2, 3));
+    return {_mm256_set_m128(_mm_maskload_ps(p[1], some), _mm_maskload_ps(p[0], some))};
+  }
   static MASKED_OPS_INLINE Vec load(const float* p) { return {_mm256_load_ps(p)}; }
   static MASKED_OPS_INLINE Vec loadu(const float* p) { return {_mm256_loadu_ps(p)}; }
   static MASKED_OPS_INLINE Vec loadu(Predicate m, const float* p) { return {_mm256_maskload_ps(p, m.lanes)}; }
@@ -273,6 +299,15 @@ struct Vec {
   static MASKED_OPS_INLINE Vec gather(Predicate m, const float* p, int step) {
     const __m256i at = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(step));
     return {_mm256_mask_i32gather_ps(_mm256_setzero_ps(), p, at, _mm256_castsi256_ps(m.lanes), 4)};
+  }
+  MASKED_OPS_INLINE void store_even(Predicate m, float* p) const {
+    const __m256i even = _mm256_setr_epi32(-1, 0, -1, 0, -1, 0, -1, 0);
+    const __m256i low = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3), high = _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7);
+    const auto lanes = [&](__m256i half) __attribute__((always_inline)) {
+      return _mm256_and_si256(_mm256_permutevar8x32_epi32(m.lanes, half), even);
+    };
+    _mm256_maskstore_ps(p, lanes(low), _mm256_permutevar8x32_ps(v, low));
+    _mm256_maskstore_ps(p + 8, lanes(high), _mm256_permutevar8x32_ps(v, high));
   }
   MASKED_OPS_INLINE void store(float* p) const { _mm256_store_ps(p, v); }
   MASKED_OPS_INLINE void stream(float* p) const { _mm256_stream_ps(p, v); }
@@ -347,15 +382,20 @@ MASKED_OPS_INLINE void transpose(Vec (&r)[8]) {
   }
 }
 
-MASKED_OPS_INLINE void store_transposed(const Vec (&r)[4], float* p, int64_t pitch) {
+MASKED_OPS_INLINE void transpose_quads(Vec (&r)[4]) {
   const __m256 a = _mm256_unpacklo_ps(r[0].v, r[1].v), b = _mm256_unpackhi_ps(r[0].v, r[1].v);
   const __m256 c = _mm256_unpacklo_ps(r[2].v, r[3].v), d = _mm256_unpackhi_ps(r[2].v, r[3].v);
-  const __m256 q[4] = {_mm256_shuffle_ps(a, c, 0x44), _mm256_shuffle_ps(a, c, 0xee), _mm256_shuffle_ps(b, d, 0x44),
-                       _mm256_shuffle_ps(b, d, 0xee)};
+  r[0].v = _mm256_shuffle_ps(a, c, 0x44);
+  r[1].v = _mm256_shuffle_ps(a, c, 0xee);
+  r[2].v = _mm256_shuffle_ps(b, d, 0x44);
+  r[3].v = _mm256_shuffle_ps(b, d, 0xee);
+}
+
+MASKED_OPS_INLINE void store_quads(const Vec (&r)[4], float* p, int64_t pitch) {
   MASKED_OPS_UNROLL
   for (int i = 0; i < 4; ++i) {
-    _mm_store_ps(p + i * pitch, _mm256_castps256_ps128(q[i]));
-    _mm_store_ps(p + (4 + i) * pitch, _mm256_extractf128_ps(q[i], 1));
+    _mm_store_ps(p + i * pitch, _mm256_castps256_ps128(r[i].v));
+    _mm_store_ps(p + (4 + i) * pitch, _mm256_extractf128_ps(r[i].v, 1));
   }
 }
 
@@ -384,6 +424,7 @@ struct Vec {
   MASKED_OPS_INLINE Vec element() const {
     return set1(v[E]);
   }
+  static MASKED_OPS_INLINE Vec quads(const float* const (&p)[1], int n) { return loadu(Predicate((1 << n) - 1), p[0]); }
   static MASKED_OPS_INLINE Vec load(const float* p) { return loadu(p); }
   static MASKED_OPS_INLINE Vec loadu(const float* p) { return {*reinterpret_cast<const LooseFloats*>(p)}; }
   static MASKED_OPS_INLINE Vec loadu(Predicate m, const float* p) {
@@ -395,6 +436,11 @@ struct Vec {
   static MASKED_OPS_INLINE Vec gather(Predicate m, const float* p, int step) {
     const int64_t s = step;
     return {Floats{m & 1 ? p[0] : 0, m & 2 ? p[s] : 0, m & 4 ? p[2 * s] : 0, m & 8 ? p[3 * s] : 0}};
+  }
+  MASKED_OPS_INLINE void store_even(Predicate m, float* p) const {
+    for (int i = 0; i < 4; ++i) {
+      if (m >> i & 1) p[2 * i] = v[i];
+    }
   }
   MASKED_OPS_INLINE void store(float* p) const { storeu(p); }
   MASKED_OPS_INLINE void stream(float* p) const { storeu(p); }
@@ -447,8 +493,10 @@ MASKED_OPS_INLINE void transpose(Vec (&r)[4]) {
   for (int i = 0; i < 4; ++i) r[i].v = Vec::Floats{a.v[i], b.v[i], c.v[i], d.v[i]};
 }
 
-MASKED_OPS_INLINE void store_transposed(const Vec (&r)[4], float* p, int64_t pitch) {
-  for (int i = 0; i < 4; ++i) Vec{Vec::Floats{r[0].v[i], r[1].v[i], r[2].v[i], r[3].v[i]}}.store(p + i * pitch);
+MASKED_OPS_INLINE void transpose_quads(Vec (&r)[4]) { transpose(r); }
+
+MASKED_OPS_INLINE void store_quads(const Vec (&r)[4], float* p, int64_t pitch) {
+  for (int i = 0; i < 4; ++i) r[i].store(p + i * pitch);
 }
 
 MASKED_OPS_INLINE Vec sum_quads(Vec a, Vec b, Vec c, Vec d) {
@@ -460,6 +508,24 @@ MASKED_OPS_INLINE Vec sum_quads(Vec a, Vec b, Vec c, Vec d) {
 MASKED_OPS_INLINE Vec sum_across_quads(const Vec (&q)[1]) { return q[0]; }
 
 #endif
+
+// The same vector, which the compiler may not load again for each of its uses: an operand in memory is a load, and
+// loads would then outnumber multiply-adds.
+MASKED_OPS_INLINE Vec in_register(Vec x) {
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(x.v));
+#elif defined(__AVX2__)
+  __asm__("" : "+x"(x.v));
+#endif
+  return x;
+}
+
+// Four rows become columns: four floats each, pitch floats apart, at p.
+MASKED_OPS_INLINE void store_transposed(const Vec (&r)[4], float* p, int64_t pitch) {
+  Vec quads[4] = {r[0], r[1], r[2], r[3]};
+  transpose_quads(quads);
+  store_quads(quads, p, pitch);
+}
 
 // After the last stream of a task, whose stores go past the caches and may come late.
 MASKED_OPS_INLINE void end_streams() {

@@ -163,7 +163,7 @@ class Flipped {
 
   // All columns of a block belong to one class.
   Class class_of(Block cols) const {
-    Class result = {{1, 1, 1, 0, 1}, 0, 1, {}, {}, {}};
+    Class result = {{1, 1, 1, 1, 0, 1}, 0, 1, {}, {}, {}};
     for_tap_classes(c_, cols.width, [&](int64_t i, int64_t j, int64_t k, const TapBlocks& blocks, int64_t first) {
       if (first * cols.width > cols.first) return;
       result = {blocks, first, 1, {i, j, k}, {}, {}};

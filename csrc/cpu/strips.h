@@ -36,9 +36,12 @@ struct Cut {
   static constexpr int L = Vec::kLanes;
   static constexpr int kWide = 8, kOdd = 7, kNarrow = 4;
 
-  Cut(const Phase& of, const TapBlocks& blocks, int64_t batch, int threads) : phase(&of), batch(batch), banded(false) {
+  // Narrow: even if there are positions for wide strips, unless their vectors are rows.
+  Cut(const Phase& of, const TapBlocks& blocks, bool narrow, int64_t batch, int threads)
+      : phase(&of), batch(batch), banded(false) {
     const int64_t positions = batch * of.positions();
-    vectors = positions > kNarrow * L && positions >= 4 * threads * kWide * L ? kWide : kNarrow;
+    const bool wide = !narrow && positions >= 4 * threads * kWide * L;
+    vectors = positions > kNarrow * L && wide ? kWide : kNarrow;
     if (blocks.pitch == 0) return;
     double least = 1.25 * double(positions) / L;  // what it may cost in lanes that are none
     constexpr int kVectors[] = {kWide, kOdd};
@@ -122,12 +125,13 @@ class Strip {
     return count;
   }
 
-  // c[row][lanes] to the images' channels from `channel` on; reads whole vectors of rows.
-  void store(const float* c, int64_t channel, int64_t rows, const Memory<float>& to) const {
+  // c[row][lanes] to the images' channels from `channel` on; reads whole vectors of rows. Streamed, whole lines go past
+  // the caches.
+  void store(const float* c, int64_t channel, int64_t rows, const Memory<float>& to, bool streams) const {
     if (to.channels_last) {
-      store_pixels(c, rows, to.data + channel, to);
+      store_pixels(c, rows, to.data + channel, to, streams);
     } else {
-      store_lines(c, rows, to.data + channel * to.channel, to);
+      store_lines(c, rows, to.data + channel * to.channel, to, streams);
     }
   }
 
@@ -140,7 +144,11 @@ class Strip {
     return row.image * to.image + (line * axes[2].to_size + at(2, row.w)) * to.pixel;
   }
 
-  void store_lines(const float* c, int64_t rows, float* to, const Memory<float>& memory) const {
+  static MASKED_OPS_INLINE bool is_aligned(const float* p) {
+    return reinterpret_cast<uintptr_t>(p) % (L * sizeof(float)) == 0;
+  }
+
+  void store_lines(const float* c, int64_t rows, float* to, const Memory<float>& memory, bool streams) const {
     const int64_t step = phase_.axes[2].to_step;
     for (int64_t r = 0; r < row_count_;) {
       const int64_t lane = rows_[r].lane, offset = target(rows_[r], memory);
@@ -152,18 +160,27 @@ class Strip {
       for (int64_t i = 0; i < rows; ++i) {
         const float* const from = c + i * width() + lane;
         float* const out = to + i * memory.channel + offset;
-        if (step > 1) {
+        if (step == 2) {
+          for (int64_t w = 0; w < count; w += L) {
+            Vec::loadu(Vec::first(count - w), from + w).store_even(Vec::first(count - w), out + 2 * w);
+          }
+          continue;
+        }
+        if (step > 2) {
           for (int64_t w = 0; w < count; ++w) out[w * step] = from[w];
           continue;
         }
         int64_t w = 0;
+        if (streams && is_aligned(out)) {
+          for (; w + L <= count; w += L) Vec::loadu(from + w).stream(out + w);
+        }
         for (; w + L <= count; w += L) Vec::loadu(from + w).storeu(out + w);
         if (w < count) Vec::loadu(Vec::first(count - w), from + w).storeu(Vec::first(count - w), out + w);
       }
     }
   }
 
-  void store_pixels(const float* c, int64_t rows, float* to, const Memory<float>& memory) const {
+  void store_pixels(const float* c, int64_t rows, float* to, const Memory<float>& memory, bool streams) const {
     int64_t offsets[kMaxLanes];
     for (int64_t& offset : offsets) offset = -1;
     for (int64_t r = 0; r < row_count_; ++r) {
@@ -172,6 +189,7 @@ class Strip {
         offsets[rows_[r].lane + w] = offset + w * phase_.axes[2].to_step * memory.pixel;
       }
     }
+    const bool whole_lines = streams && is_aligned(to) && memory.pixel % L == 0;
     for (int64_t j = 0; j < width(); j += L) {
       for (int64_t r = 0; r < rows; r += L) {
         const Vec::Predicate some = Vec::first(rows - r);
@@ -179,8 +197,10 @@ class Strip {
         MASKED_OPS_UNROLL
         for (int i = 0; i < L; ++i) tile[i] = Vec::load(c + (r + i) * width() + j);
         transpose(tile);
+        const bool stream = whole_lines && rows - r >= L;
         for (int i = 0; i < L; ++i) {
-          if (offsets[j + i] >= 0) tile[i].storeu(some, to + offsets[j + i] + r);
+          float* const out = to + offsets[j + i] + r;
+          if (offsets[j + i] >= 0) stream ? tile[i].stream(out) : tile[i].storeu(some, out);
         }
       }
     }

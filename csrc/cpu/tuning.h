@@ -39,35 +39,46 @@ constexpr int64_t kRowsAhead = 12;
 constexpr int64_t kColumnsAhead = 32;
 
 // Up to this many rows of input, a weight is not packed (gemv.h); they are taken kSmallTile at a time, with as many
-// sums in registers as leave room for what is multiplied.
+// sums in registers as leave room for what is multiplied. 4096 -> 4096, where memory gives 50 GB/s (and 90), forward: 1
+// row 1.25 ms (0.8), 8 rows 1.6 (1.0 to 1.35), 16 rows 1.7 (1.5 to 1.75); reading it in the order of its rows, as one
+// row does, takes 1.25 (0.8).
 constexpr int64_t kSmallRows = 16;
-// Of the gradients. AVX2, one thread, 16, 1024 -> 1024: grad_input 510 us without packing, 335 with it; grad_weight
-// 480, 317; forward 394, 437. Each tile of rows expands the bits again.
+// Of the gradients, if the weight comes from caches. AVX2, one thread, 16, 1024 -> 1024: grad_input 510 us without
+// packing, 335 with it; grad_weight 480, 317; forward 394, 437. Each tile of rows expands the bits again. Of 16 bits,
+// grad_input, 16, 768 -> 3072: 206 us without packing, 139 with it. From memory, 16, 4096 -> 4096: 1.17 ms, 1.96.
 #if defined(__AVX512F__)
-constexpr int64_t kSmallGradRows = 16;
+constexpr int64_t kSmallGradRows = 16, kSmallGradRows16 = 12;
 #else
-constexpr int64_t kSmallGradRows = 8;
+constexpr int64_t kSmallGradRows = 8, kSmallGradRows16 = 8;
 #endif
-// Of 16 bits, grad_input of up to this many rows only; and bfloat16's forward, if the weight has many elements besides.
-// 16, 768 -> 3072: grad_input 206 us without packing, 139 with it; forward 127, 153; 12, 4096 -> 4096: grad_input 1.14
-// ms, 1.52; 16, 4096 -> 4096: forward 1.41 ms, 1.25.
-constexpr int64_t kSmallRows16 = 12;
-constexpr int64_t kManyWeights16 = int64_t{8} << 20;
 #if defined(__AVX512F__)
-constexpr int kSmallTile = 8, kSmallSums = 24, kSmallVectors = 6;
+constexpr int kSmallTile = 8, kSmallSums = 24;
 #else
-constexpr int kSmallTile = 4, kSmallSums = 9, kSmallVectors = 4;
+constexpr int kSmallTile = 4, kSmallSums = 9;
 #endif
-// Elements of a weight per task; how far forward prefetches along a row; columns of a strip and rows of a block of
-// grad_input.
-constexpr int64_t kSmallGrain = int64_t{1} << 14;
+// Columns of a chunk: of one row of input; of operands of forward's input, one tile or several; and of the sums of
+// grad_input. They are to stay in L1, which may have to be shared with another thread of the core.
+constexpr int64_t kRowChunk = 4096, kTileChunk = 768, kTilesChunk = 384, kSumsChunk = 512;
+// Vectors of sums of forward that wait for the next chunk (12 KB), and rows of a block of grad_input.
+constexpr int64_t kWaitingSums = 192, kSmallBlock = 24;
+// From caches, grad_input of more than kAxpyRows rows goes by tiles of columns, in strips and down blocks of rows.
+constexpr int64_t kAxpyRows = 3, kSmallStrip = 512, kTileRows = 32;
+#if defined(__AVX512F__)
+constexpr int kSmallVectors = 6;
+#else
+constexpr int kSmallVectors = 4;
+#endif
+// How far ahead of itself the weight is fetched, in the order in which it is used; it stays in L1 until then. Fetched
+// 128 KB ahead in the order of memory, into L2, one row of input takes 1.3 times as long.
+constexpr int64_t kSmallAhead = int64_t{12} << 10;
+// A weight of more bytes than this comes from memory and not from the caches.
+constexpr int64_t kCachedBytes = int64_t{16} << 20;
+// Elements of a weight per task, at least, and tasks a thread.
+constexpr int64_t kSmallGrain = int64_t{1} << 14, kSmallTasks = 8;
+// How far the passes over a row of remaining weights prefetch.
 constexpr int64_t kBytesAhead = 2048;
-constexpr int64_t kSmallStrip = 512, kSmallBlock = 32;
-// A weight of no more columns than a strip has is cut into rows instead, if each thread gets so many.
+// The least rows of the weight for which a thread has sums of grad_input of its own.
 constexpr int64_t kLeastPartRows = 64;
-// grad_input of up to kAxpyRows rows goes by rows of the weight, in strips of this many columns. Tiles of grad_weight.
-constexpr int kAxpyRows = 3;
-constexpr int64_t kAxpyStrip = 1024;
 // Up to so many steps, of one row of input or of two, grad_weight is written row by row.
 constexpr int kOuterByRow = 3;
 #if defined(__AVX512F__)
@@ -117,6 +128,10 @@ constexpr int64_t kVectorsAhead = 128;
 // Columns of a block where taps share what is packed: on one thread, 512 channels of 7 x 7 take 1.42 ms at 90% with
 // 126, 1.37 with 189 and with 252; 0.98, 0.91 and 0.86 at 95%.
 constexpr int64_t banded_block_cols(int64_t block_cols) { return block_cols == 64 ? 128 : 256; }
+// Columns of a block beyond which strips are narrow, if their vectors are no rows: at 95%, 1024 -> 256 channels of 14 x
+// 14 take 0.35 ms, wide 0.39, contiguous 0.43 and 0.45; 512 -> 2048 of 7 x 7, batch 32, 1.27 and 1.36. And with few
+// products: at 90%, channels last, 256 -> 64 of 56 x 56 0.84 and 1.03, 512 -> 128 of 28 x 28 0.52 and 0.56.
+constexpr int64_t kMostWideColumns = 128, kFewWideColumns = 64;
 // Rows of a panel of a convolution that are not split for the sake of more tasks: 512 channels of 7 x 7, from 64 rows
 // to 512, take 0.87 of the time.
 constexpr int64_t kConvPanelRows = 128;
@@ -129,6 +144,10 @@ constexpr int64_t kFewProducts = 16;
 // results (ms): batch 8 (26 MB) 0.80 to 0.60 (1.50 to 1.37), batch 16 1.66 to 1.22 (3.1 to 2.7); batch 4 0.42 to 0.31
 // (0.67 to 0.71).
 constexpr int64_t kStreamedBytes = int64_t{24} << 20;
+// The same for strips, whose sums wait in L2. With a pass over the results, at 90% (ms): 64 -> 64 channels of 128 x
+// 128, batch 8 (34 MB), 3 x 3, 10.3 to 8.6 contiguous, 8.4 to 8.2 channels last; 3 -> 64 of 224 x 224, 7 x 7, stride 2
+// (26 MB) 2.1 to 2.4 and 1.9 to 2.0.
+constexpr int64_t kStreamedStripBytes = int64_t{32} << 20;
 // The tasks a thread that strips are made into.
 constexpr int64_t kStripTasks = 8;
 // The most that partial results of grad_weight take, all threads together.

@@ -1,8 +1,9 @@
 // A linear layer on few rows of input, out of the remaining weights; more rows are in decode_mma.cu.
 //
 // Eight lanes take a row of the weight, eight remaining weights a lane and step, and look the input up in shared
-// memory, where the M values of a column lie together. A warp takes four rows, or some neighbouring segments of them;
-// what the warps of a block have of the same rows is summed at the end, always in the same order.
+// memory, where the M values of a column lie together. (From 8 rows of input on it is eight pairs of lanes, of which
+// each lane adds up half of the rows.) A warp takes four rows of the weight, or two, or some neighbouring segments of
+// them; what the warps of a block have of the same rows is summed at the end, always in the same order.
 #include "decode.h"
 
 #include "ptx.h"

@@ -1,4 +1,4 @@
-// A linear layer on 17 to 64 rows of input, out of the remaining weights in 16 bits.
+// A linear layer on up to 64 rows of input, out of the remaining weights in 16 bits, on the tensor cores.
 //
 // A warp has 16 rows of the weight. Segment by segment it clears a dense tile of 16 x 256 in shared memory, writes the
 // remaining weights to their places, and multiplies it on the tensor cores with the segment of the input that the block
