@@ -160,6 +160,7 @@ def test_family_is_as_accurate_as_torch(path: str | None, dtype: torch.dtype, ca
                     assert_accurate(result, by_torch[op], exact[op], op, case.name)
 
 
+@pytest.mark.cpu_only("about a path of the CPU's")
 @every_capability
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=name_of)
 def test_few_rows_against_a_weight_from_memory(dtype: torch.dtype, capability: str) -> None:
