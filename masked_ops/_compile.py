@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,22 +170,23 @@ def _try_compiler(recipe: LibraryRecipe, tools: Tools, scratch: Path, environmen
     name = shlex.join(tools.compiler)
 
     def run(*arguments: str) -> tuple[int, str]:
-        try:
-            done = subprocess.run(
-                [*tools.compiler, *arguments],
-                cwd=scratch,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                check=False,
-                text=True,
-                errors="replace",
-                timeout=120,
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise CompilationError(f"the compiler {name} does not run: {error}", "") from None
-        return done.returncode, done.stdout
+        # Into a file, whose end no child that is forked meanwhile can hold open.
+        with (scratch / "probe.output").open("w+", errors="replace") as output:
+            try:
+                done = subprocess.run(
+                    [*tools.compiler, *arguments],
+                    cwd=scratch,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    check=False,
+                    timeout=120,
+                )
+            except (OSError, subprocess.TimeoutExpired) as error:
+                raise CompilationError(f"the compiler {name} does not run: {error}", "") from None
+            output.seek(0)
+            return done.returncode, output.read()
 
     _, version = run("--version")
     status, output = run(*flags, "-shared", f"probe.{suffix}", "-o", "probe.so")
@@ -228,21 +230,29 @@ def _write_ninja_file(recipe: LibraryRecipe, tools: Tools, scratch: Path, openmp
     (scratch / "build.ninja").write_text("".join(steps))
 
 
+# No fork while a pipe is being made: a child would keep its writing end, and who reads would wait for the child, which
+# may wait for the library.
+_piping = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_piping.acquire, after_in_parent=_piping.release, after_in_child=_piping.release)
+
+
 def _run_ninja(tools: Tools, scratch: Path, environment: dict[str, str]) -> None:
     # In a session of its own, so that Ctrl-C reaches this process alone, which then ends the compilers in order. If
     # this one is killed, the kernel ends them.
     with_parent = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
-    process = subprocess.Popen(
-        [*with_parent, tools.ninja, "-j", str(tools.jobs)],
-        cwd=scratch,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
+    with _piping:
+        process = subprocess.Popen(
+            [*with_parent, tools.ninja, "-j", str(tools.jobs)],
+            cwd=scratch,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
     lines = []
     progress = _Progress()
     try:
