@@ -2,7 +2,7 @@
 
     python bench/linear.py                                  # bench/shapes/linear.txt, 50 to 99% sparsity, float32
     python bench/linear.py --shapes my.txt --sparsity 0.9 --dtype bfloat16 --threads 1
-    python bench/linear.py --device cuda --dtype bfloat16   # MASKED_OPS_CUDA=1: with kernels that are not confirmed yet
+    python bench/linear.py --device cuda --dtype bfloat16
 
 Each line of a shapes file is ``M N K``. The contenders of a line run interleaved in this process:
 

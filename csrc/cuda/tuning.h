@@ -31,10 +31,10 @@ constexpr int64_t kLeastMmaRows = 8;
 constexpr double kGatherDensity = 0.18;
 constexpr int64_t kMostGatherRows = 16;
 
-// gemm_sm90, fitted to what an H200 took with two older ways of splitting (16 bits, 64 to 4,096 rows, four shapes). A
-// step takes the tensor cores 4 cycles for each row of input. Loading takes longer where tiles are small: a
-// multiprocessor had 48 bytes a cycle out of the L2, with which 128 + 256 rows are loaded as fast as they are
-// multiplied.
+// gemm_sm90: fitted to what an H200 took for all plans (16 bits, all three modes, 64 to 4,096 rows, three shapes), of
+// which the model then takes the fastest. A step takes the tensor cores 4 cycles for each row of input. Loading takes
+// longer where tiles are small: a multiprocessor has 49 bytes a cycle out of the L2, with which 128 + 256 rows are
+// loaded as fast as they are multiplied.
 constexpr double kSm90BytesPerCycle = 49;
 // What it issues in a step beside the tensor cores: 96 instructions of each of eight warps, on four schedulers.
 constexpr double kSm90StepCycles = 200;

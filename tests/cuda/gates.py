@@ -117,7 +117,7 @@ RULES = (
     Rule(r"(pack|pack_bits|live|row_counts|fragments)_kernel", 64),
     Rule(r"scan_kernel", 64),  # 1,024 threads
     Rule(r"(compress|expand|decode_index)_kernel", 40),  # six blocks of 256
-    Rule(r"decode_gather_kernel", 64, {r"LDG": 4, r"FFMA": 4}),  # two blocks of 512
+    Rule(r"decode_gather_kernel", 64, {r"LDG": 4, r"FFMA": 4}),  # 1,024 threads in one block or two
     Rule(r"decode_mma_kernel", 168, {r"HMMA\.16816\.F32": 4, r"LDSM\.16\.M88\.4": 4, r"STS\.128": 16}),
     Rule(r"split_sum_kernel", 64),
     Rule(
