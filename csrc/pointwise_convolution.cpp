@@ -2,6 +2,7 @@
 
 #include <ATen/ops/empty.h>
 
+#include "memory.h"
 #include "parallel.h"
 
 namespace masked_ops {
@@ -32,7 +33,7 @@ at::Tensor PointwiseConvolution::multiply(bool transposed, const at::Tensor& ima
   const int64_t M = rows(), N = pattern_.rows(), K = pattern_.cols(), channels = transposed ? K : N;
   at::DimVector sizes(images.sizes());
   sizes[1] = channels;
-  const at::Tensor result = at::empty(sizes, images.options(), format), in_order = result.movedim(1, -1);
+  const at::Tensor result = empty_result(sizes, images.options(), format), in_order = result.movedim(1, -1);
   if (by_planes(images, format)) {
     const at::Tensor from = images.contiguous(), w = weight.contiguous();
     const at::Tensor b = bias.defined() ? bias.contiguous() : bias;
