@@ -30,7 +30,7 @@ struct Plan {
     if (M == 0 || N == 0 || K == 0) path = Path::kCopy;  // nothing to compute; torch knows the shapes
     if (path != Path::kCopy) dtype = dtype_of(weight.scalar_type());
   }
-  cpu::Team team() const { return team_for(M * N * K); }
+  cpu::Team team() const { return team_for_product(M, N * K); }
 };
 
 // The compact path: each operation on what is left of its operands without the empty rows and columns of the mask. What
@@ -42,7 +42,7 @@ struct CompactPlan {
 
   int64_t N() const { return compact.pattern->rows(); }
   int64_t K() const { return compact.pattern->cols(); }
-  cpu::Team team() const { return team_for(M * N() * K()); }
+  cpu::Team team() const { return team_for_product(M, N() * K()); }
   at::Tensor live_out(const at::Tensor& matrix) const { return matrix.index_select(1, compact.rows); }
   at::Tensor live_in(const at::Tensor& matrix) const { return matrix.index_select(1, compact.cols); }
   at::Tensor live(const at::Tensor& weight) const {

@@ -11,7 +11,7 @@ namespace {
 
 // For a product of M rows with the remaining weights, by themselves or compressed on the way.
 cpu::Team sparse_team(const Pattern& pattern, int64_t M, bool compresses) {
-  return team_for(M * pattern.nnz() + (compresses ? pattern.rows() * pattern.cols() : 0));
+  return team_for_product(M, pattern.nnz(), compresses ? pattern.rows() * pattern.cols() : 0);
 }
 
 // One row fills no vector of lanes.
