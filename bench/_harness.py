@@ -267,6 +267,9 @@ def machine() -> dict[str, Any]:
         "masked_ops": masked_ops.__version__,
         "capability": compiled.capability() if compiled else None,
         "fallback": _ops.fallback_reason(),
+        # Two virtual cores may lie near each other or far, which changes from minute to minute: far from each other
+        # (150 ns and more) they have more bandwidth, and share work less well.
+        "core_latency_ns": round(compiled.core_latency() * 1e9, 1) if compiled else None,
         "load": os.getloadavg()[0],
     }
 
@@ -283,7 +286,8 @@ def _cpu_name() -> str:
 
 def print_machine(facts: Mapping[str, Any]) -> None:
     kernels = f"compiled for {facts['capability']}" if facts["capability"] else f"none: {facts['fallback']}"
-    print(f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, load {facts['load']:.1f}")
+    latency = "" if facts["core_latency_ns"] is None else f"{facts['core_latency_ns']:.0f} ns apart, "
+    print(f"{facts['cpu']}, {facts['cores']} cores, {latency}{facts['threads']} threads, load {facts['load']:.1f}")
     print(f"masked_ops {facts['masked_ops']} (kernels {kernels}), torch {facts['torch']}, Python {facts['python']}")
 
 

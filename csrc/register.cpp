@@ -11,6 +11,8 @@
 
 #include <atomic>
 #include <chrono>
+#include <limits>
+#include <thread>
 
 #include "autograd.h"
 #include "checks.h"
@@ -191,6 +193,37 @@ double read_bandwidth(int64_t bytes) {
   return best;
 }
 
+// For benchmarks: seconds until one core sees what another has written, at best. Of two cores that are virtual, it
+// tells whether they are near each other now.
+double core_latency() {
+  const py::gil_scoped_release release;
+  constexpr int kRounds = 20, kTurns = 1000;
+  std::atomic<int> turn{0};
+  const auto wait_for = [&](int mine) {
+    for (int tries = 0; turn.load(std::memory_order_acquire) != mine; ++tries) {
+      if (tries > 100000) std::this_thread::yield();  // there is one core only
+    }
+  };
+  std::thread other([&] {
+    for (int i = 0; i < kRounds * kTurns; ++i) {
+      wait_for(1);
+      turn.store(0, std::memory_order_release);
+    }
+  });
+  double best = std::numeric_limits<double>::infinity();
+  for (int round = 0; round < kRounds; ++round) {
+    const auto start = std::chrono::steady_clock::now();
+    for (int i = 0; i < kTurns; ++i) {
+      turn.store(1, std::memory_order_release);
+      wait_for(0);
+    }
+    const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
+    best = std::min(best, elapsed.count() / (2 * kTurns));
+  }
+  other.join();
+  return best;
+}
+
 py::dict cache_info_dict() {
   const CacheInfo info = cache_info();
   py::dict result;
@@ -271,6 +304,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("peak_flops", &masked_ops::peak_flops, py::arg("seconds"), py::arg("dtype") = "float32",
         "The machine's FMA rate, for benchmarks.");
   m.def("read_bandwidth", &masked_ops::read_bandwidth, py::arg("bytes"), "Its memory's, for benchmarks.");
+  m.def("core_latency", &masked_ops::core_latency, "Seconds from core to core, for benchmarks.");
   m.def("set_cuda_loader", &masked_ops::set_cuda_loader, py::arg("load"), py::arg("warn"),
         "Who comes by the CUDA kernels' library, and who tells of those that are wrong.");
   m.def(
