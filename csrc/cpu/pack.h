@@ -215,7 +215,7 @@ template <typename T>
 MASKED_OPS_INLINE void pack_column_panels(const T* matrix, int64_t elements, int64_t ld, int64_t m0, int64_t columns,
                                           int64_t height, int64_t k0, int64_t depth, float* A, int64_t pitch) {
   constexpr int L = Vec::kLanes, kMR = tuning::kMR, kDepth = Operand<T>::kDepth;
-  constexpr int64_t kRows = 8;  // at a time: whole cache lines of A
+  constexpr int64_t kRows = 8;                       // at a time: whole cache lines of A
   const bool whole = L == 2 * kMR && height == kMR;  // a vector holds the columns of two panels
   for (int64_t k = 0; k < depth; k += kRows) {
     const T* from = matrix + (k0 + k) * kDepth * ld + m0;
