@@ -141,8 +141,23 @@ class Columns {
       --waiting_;
       return;
     }
-    MASKED_OPS_UNROLL
-    for (int j = 0; j < tuning::kNV; ++j) {
+    int j = 0;
+    if constexpr (Operand<T>::kHasAcrossTwo) {
+      if (block_.columns > L && left_ >= kDepth) {
+        uint32_t two[kDepth];
+        MASKED_OPS_UNROLL
+        for (int d = 0; d < kDepth; ++d) {
+          two[d] = kMasked ? Operand<T>::predicate_of_two(at_bits_ + d * bits_.stride, block_.column)
+                           : Operand<T>::first_of_two(block_.columns);
+        }
+        Vec v[2];
+        Operand<T>::across_two(two, at_, ld_, v);
+        v[0].store(B_);
+        v[1].store(B_ + L);
+        j = 2;
+      }
+    }
+    for (; j < tuning::kNV; ++j) {
       Vec v = Vec::zero();
       const int64_t columns = block_.columns - j * L;
       if (columns > 0) {
@@ -229,6 +244,19 @@ MASKED_OPS_INLINE void pack_column_panels(const T* matrix, int64_t elements, int
       return Operand<T>::across(lanes, columns - i, from + r * kDepth * ld + i, ld);
     };
     int64_t i = 0;
+    if constexpr (Operand<T>::kHasAcrossTwo) {
+      for (; whole && i + 2 * L <= columns; i += 2 * L, to += 4 * pitch) {
+        for (int64_t r = 0; r < rows; ++r) {
+          uint32_t two[kDepth];
+          MASKED_OPS_UNROLL
+          for (int d = 0; d < kDepth; ++d) two[d] = r * kDepth + d < left ? ~0u : 0;
+          Vec v[2];
+          Operand<T>::across_two(two, from + r * kDepth * ld + i, ld, v);
+          v[0].store_halves(to + r * kMR, to + pitch + r * kMR);
+          v[1].store_halves(to + 2 * pitch + r * kMR, to + 3 * pitch + r * kMR);
+        }
+      }
+    }
     for (; whole && i + L <= columns; i += L, to += 2 * pitch) {
       for (int64_t r = 0; r < rows; ++r) operands(r, i, L).store_halves(to + r * kMR, to + pitch + r * kMR);
     }
