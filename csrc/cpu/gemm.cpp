@@ -366,7 +366,8 @@ struct Linear {
 
 void linear(const Team& team, Dtype dtype, int64_t M, int64_t N, int64_t K, const void* input, const void* weight,
             Bits bits, const void* bias, void* output) {
-  if (M <= tuning::kSmallRows) {
+  const bool short_rows = dtype != Dtype::kFloat && K <= tuning::kShortRows16 && M > tuning::kSmallTile;
+  if (M <= tuning::kSmallRows && !short_rows) {
     return linear_small(team, dtype, M, N, K, input, weight, bits, bias, output);
   }
   with_element(dtype, [&](auto element) {

@@ -43,6 +43,9 @@ constexpr int64_t kColumnsAhead = 32;
 // row 1.25 ms (0.8), 8 rows 1.6 (1.0 to 1.35), 16 rows 1.7 (1.5 to 1.75); reading it in the order of its rows, as one
 // row does, takes 1.25 (0.8).
 constexpr int64_t kSmallRows = 16;
+// Of 16 bits, more than one tile of input and rows of the weight as short as these are packed after all: the sums of a
+// row are added up across lanes too often. bfloat16, one thread, 16, 128 -> 2048: 48 us without packing, 31 with it.
+constexpr int64_t kShortRows16 = 128;
 // Of the gradients, if the weight comes from caches. AVX2, one thread, 16, 1024 -> 1024: grad_input 510 us without
 // packing, 335 with it; grad_weight 480, 317; forward 394, 437. Each tile of rows expands the bits again. Of 16 bits,
 // grad_input, 16, 768 -> 3072: 206 us without packing, 139 with it. From memory, 16, 4096 -> 4096: 1.17 ms, 1.96.
