@@ -25,7 +25,7 @@ INSTALL := $(PIP) install --quiet --constraint requirements/torch.txt
 
 SOURCES := $(shell find masked_ops csrc -type f -not -path '*/__pycache__/*' -not -name '.*') \
     $(wildcard README.md) LICENSE MANIFEST.in pyproject.toml setup.py
-KERNEL_TESTS := $(sort $(foreach name,linear convolution sparse compact pointwise depthwise packed apply_mask pattern autograd errors,\
+KERNEL_TESTS := $(sort $(foreach name,linear results convolution sparse compact pointwise depthwise packed apply_mask pattern autograd errors,\
     $(wildcard tests/test_$(name)*.py)))
 CPP := $(shell find csrc tests/cuda tests/fake_cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 

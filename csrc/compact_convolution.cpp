@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "masking.h"
+#include "memory.h"
 #include "parallel.h"
 
 namespace masked_ops {
@@ -22,7 +23,7 @@ at::Tensor select(const at::Tensor& images, const Slots& slots, const at::Tensor
   const auto channels = static_cast<int64_t>(slots.size());
   at::DimVector sizes(images.sizes());
   sizes[1] = channels;
-  at::Tensor to = at::empty(sizes, images.options(), format);
+  at::Tensor to = empty_result(sizes, images.options(), format);
   int64_t positions = 1;
   for (int64_t d = 2; d < images.dim(); ++d) positions *= images.size(d);
   const bool channels_last = format != at::MemoryFormat::Contiguous;

@@ -9,6 +9,7 @@
 
 #include "cpu/costs.h"
 #include "masking.h"
+#include "memory.h"
 #include "parallel.h"
 
 namespace masked_ops {
@@ -113,7 +114,7 @@ class Chunks {
 
 at::Tensor ConvolutionPlan::multiply(bool transposed, const at::Tensor& from, const at::Tensor& values,
                                      const at::Tensor& bias, at::IntArrayRef sizes, at::MemoryFormat format) const {
-  at::Tensor to = at::empty(sizes, from.options(), format);
+  at::Tensor to = empty_result(sizes, from.options(), format);
   if (from.scalar_type() == at::kFloat) {
     multiply_floats(geometry, *pattern, transposed, from, values, bias, to);
     return to;

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "masking.h"
+#include "memory.h"
 #include "parallel.h"
 
 namespace masked_ops {
@@ -43,7 +44,7 @@ at::Tensor DepthwiseConvolution::multiply(bool transposed, const at::Tensor& ima
                                           const at::Tensor& bias, at::IntArrayRef sizes,
                                           at::MemoryFormat format) const {
   const at::MemoryFormat layout = layout_for(format);
-  const at::Tensor result = at::empty(sizes, images.options(), layout);
+  const at::Tensor result = empty_result(sizes, images.options(), layout);
   const at::Tensor from = images.contiguous(layout), w = weight.contiguous();
   const at::Tensor b = bias.defined() ? bias.contiguous() : bias;
   const auto kernel = transposed ? cpu::kernels().depthwise_grad_input : cpu::kernels().depthwise;

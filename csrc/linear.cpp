@@ -30,7 +30,7 @@ struct Plan {
     if (M == 0 || N == 0 || K == 0) path = Path::kCopy;  // nothing to compute; torch knows the shapes
     if (path != Path::kCopy) dtype = dtype_of(weight.scalar_type());
   }
-  cpu::Team team() const { return team_for(M * N * K); }
+  cpu::Team team() const { return team_for_product(M, N * K); }
 };
 
 // The compact path: each operation on what is left of its operands without the empty rows and columns of the mask. What
@@ -42,7 +42,7 @@ struct CompactPlan {
 
   int64_t N() const { return compact.pattern->rows(); }
   int64_t K() const { return compact.pattern->cols(); }
-  cpu::Team team() const { return team_for(M * N() * K()); }
+  cpu::Team team() const { return team_for_product(M, N() * K()); }
   at::Tensor live_out(const at::Tensor& matrix) const { return matrix.index_select(1, compact.rows); }
   at::Tensor live_in(const at::Tensor& matrix) const { return matrix.index_select(1, compact.cols); }
   at::Tensor live(const at::Tensor& weight) const {
@@ -89,7 +89,7 @@ struct CompactPlan {
 at::Tensor empty_with_last_dim(const at::Tensor& like, int64_t size) {
   at::DimVector sizes(like.sizes());
   sizes.back() = size;
-  return on_huge_pages(at::empty(sizes, like.options()));
+  return empty_result(sizes, like.options());
 }
 
 void check_linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask,
@@ -187,7 +187,7 @@ at::Tensor linear_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
   check_last_dim("input", input, "mask", mask.size(1));
   check_same_rows(grad_output, input);
 
-  at::Tensor grad_weight = on_huge_pages(at::empty(mask.sizes(), grad_output.options()));
+  at::Tensor grad_weight = empty_result(mask.sizes(), grad_output.options());
   check_mask(grad_weight, mask);
   if (mask.is_cuda()) return device::linear_grad_weight(grad_output, input, mask, grad_weight);
   const Plan plan(Pass::kGradWeight, rows_of(grad_output), grad_weight, mask);
@@ -200,7 +200,7 @@ at::Tensor linear_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
     const auto compact = plan.pattern->compact();
     CompactPlan{*compact, plan.M, plan.dtype}.grad_weight(as_matrix(dy, plan.N), as_matrix(x, plan.K), grad_weight);
   } else if (plan.path == Path::kSparse) {
-    const at::Tensor values = on_huge_pages(at::empty({plan.pattern->nnz()}, grad_output.options()));
+    const at::Tensor values = empty_result({plan.pattern->nnz()}, grad_output.options());
     sparse_grad_values(*plan.pattern, plan.M, dy, x, values);
     expand_into(grad_weight, values, *plan.pattern);
   } else {
@@ -219,8 +219,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_gradients(const at::Tensor
             linear_grad_weight(grad_output, input, mask), at::Tensor()};
   }
   at::Tensor grad_input = empty_with_last_dim(grad_output, plan.K);
-  at::Tensor grad_weight = on_huge_pages(at::empty(mask.sizes(), grad_output.options()));
-  const at::Tensor grad_values = on_huge_pages(at::empty({plan.pattern->nnz()}, grad_output.options()));
+  at::Tensor grad_weight = empty_result(mask.sizes(), grad_output.options());
+  const at::Tensor grad_values = empty_result({plan.pattern->nnz()}, grad_output.options());
   const at::Tensor grad_bias = sparse_gradients(*plan.pattern, values, plan.M, grad_output.contiguous(),
                                                 input.contiguous(), grad_input, grad_values, of_bias);
   expand_into(grad_weight, grad_values, *plan.pattern);

@@ -122,7 +122,7 @@ at::Tensor masked_weight(const at::Tensor& weight, const at::Tensor& mask) {
   }
   const at::Tensor dense = weight.is_non_overlapping_and_dense() ? weight : weight.clone();
   const InOrder order(dense, mask);
-  at::Tensor out = on_huge_pages(at::empty_like(dense));
+  at::Tensor out = empty_result_like(dense);
   if (order.binary()) {
     order.copy_to(out.data_ptr());
     return out;
@@ -153,7 +153,7 @@ int64_t taps_if_channels_last(const at::Tensor& weight, const Pattern& pattern) 
 }  // namespace
 
 at::Tensor compress(const at::Tensor& weight, const Pattern& pattern) {
-  at::Tensor values = on_huge_pages(at::empty({pattern.nnz()}, weight.options()));
+  at::Tensor values = empty_result({pattern.nnz()}, weight.options());
   const cpu::Team team = team_for(weight.numel());
   if (const int64_t taps = taps_if_channels_last(weight, pattern)) {
     cpu::kernels().compress_last(team, weight.element_size(), pattern.bits(), pattern.rows(), pattern.cols(), taps,

@@ -5,12 +5,20 @@
 
 namespace masked_ops {
 
-// A fresh tensor, on huge pages where the system has them and the tensor is large; its contents are untouched.
-at::Tensor on_huge_pages(at::Tensor fresh);
+// As at::empty. From 32 MB on, on a CPU, in the memory of a result of this size that is no more, if one is kept, and on
+// huge pages where the system has them.
+at::Tensor empty_result(at::IntArrayRef sizes, const at::TensorOptions& options,
+                        at::MemoryFormat format = at::MemoryFormat::Contiguous);
+// Of the shape and the strides of `like`, which is dense.
+at::Tensor empty_result_like(const at::Tensor& like);
+
+// The memory of results that are no more, kept for the next ones: at most MASKED_OPS_RESULT_BYTES, 256 MiB unless set.
+int64_t kept_result_bytes();
+void release_kept_results();
 
 // A tensor in memory that the thread keeps for the next one: fresh memory would have its pages mapped anew at every
 // call, which outlasts a pass over it. Up to 64 MB are kept a thread; what is larger, or asked for while another one
-// lives, is fresh. Whoever still holds the tensor at the end keeps its memory.
+// lives, is a result like others. Whoever still holds the tensor at the end keeps its memory.
 class Scratch {
  public:
   // Of the shape and the strides of `like`, which is dense and in CPU memory.
@@ -24,6 +32,6 @@ class Scratch {
   at::Tensor tensor_;
 };
 
-void release_kept();  // of the calling thread
+void release_kept_scratch();  // of the calling thread
 
 }  // namespace masked_ops

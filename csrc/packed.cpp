@@ -56,7 +56,7 @@ void check_values(const at::Tensor& values) {
 }
 
 at::Tensor expand(const at::Tensor& values, const Pattern& pattern) {
-  at::Tensor weight = on_huge_pages(at::empty({pattern.rows(), pattern.cols()}, values.options()));
+  at::Tensor weight = empty_result({pattern.rows(), pattern.cols()}, values.options());
   expand_into(weight, values, pattern);
   return weight;
 }
@@ -120,7 +120,7 @@ at::Tensor packed_linear_grad_values(const at::Tensor& grad_output, const at::Te
     return device::pack_values(dy.t().mm(as_matrix(input, input.size(-1))), bits, nnz);
   }
   const PatternPtr pattern = checked_pattern(bits, input.size(-1), nnz);
-  at::Tensor values = on_huge_pages(at::empty({nnz}, grad_output.options()));
+  at::Tensor values = empty_result({nnz}, grad_output.options());
   if (!takes_sparse(Pass::kGradWeight, M, values, *pattern)) {
     return compress(as_matrix(grad_output, pattern->rows()).t().mm(as_matrix(input, pattern->cols())), *pattern);
   }
@@ -141,7 +141,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> packed_linear_gradients(const at:
             packed_linear_grad_values(grad_output, input, bits, values.numel()), at::Tensor()};
   }
   at::Tensor grad_input = empty_with_last_dim(grad_output, in_features);
-  at::Tensor grad_values = on_huge_pages(at::empty({values.numel()}, values.options()));
+  at::Tensor grad_values = empty_result({values.numel()}, values.options());
   const at::Tensor grad_bias = sparse_gradients(*pattern, values.contiguous(), M, grad_output.contiguous(),
                                                 input.contiguous(), grad_input, grad_values, of_bias);
   return {grad_input, grad_values, grad_bias};

@@ -71,9 +71,7 @@ struct Costs {
     cpu::Cost c = table(path)[row][2 * static_cast<int>(pass) + (M > cpu::kSmallM)];
     if (!reads_dense_weight) c.weight = c.memory = 0;
     c.mac *= float(1 - cpu::kRowBlockGain[static_cast<int>(pass)] * blocked);
-    const int64_t bytes = N * K * int64_t(c10::elementSize(dtype));
-    const double fresh = path == Path::kCopy && bytes >= cpu::kFreshBytes ? cpu::kFreshCost * double(bytes) : 0;
-    return c(M, N, K, nnz, threads) + fresh;
+    return c(M, N, K, nnz, threads);
   }
 
   double of(Path path, const Pattern& pattern, bool reads_dense_weight = true) const {

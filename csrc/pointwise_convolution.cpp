@@ -2,6 +2,7 @@
 
 #include <ATen/ops/empty.h>
 
+#include "memory.h"
 #include "parallel.h"
 
 namespace masked_ops {
@@ -32,12 +33,12 @@ at::Tensor PointwiseConvolution::multiply(bool transposed, const at::Tensor& ima
   const int64_t M = rows(), N = pattern_.rows(), K = pattern_.cols(), channels = transposed ? K : N;
   at::DimVector sizes(images.sizes());
   sizes[1] = channels;
-  const at::Tensor result = at::empty(sizes, images.options(), format), in_order = result.movedim(1, -1);
+  const at::Tensor result = empty_result(sizes, images.options(), format), in_order = result.movedim(1, -1);
   if (by_planes(images, format)) {
     const at::Tensor from = images.contiguous(), w = weight.contiguous();
     const at::Tensor b = bias.defined() ? bias.contiguous() : bias;
     const auto kernel = transposed ? cpu::kernels().pointwise_grad_input : cpu::kernels().pointwise;
-    kernel(team_for(M * N * K), geometry_.batch, positions(), N, K, from.const_data_ptr<float>(),
+    kernel(team_for_product(M, N * K), geometry_.batch, positions(), N, K, from.const_data_ptr<float>(),
            w.const_data_ptr<float>(), pattern_.bits(), b.defined() ? b.const_data_ptr<float>() : nullptr,
            result.mutable_data_ptr<float>());
     return result;
@@ -46,7 +47,7 @@ at::Tensor PointwiseConvolution::multiply(bool transposed, const at::Tensor& ima
   const at::Tensor y = direct ? in_order.view({M, channels}) : at::empty({M, channels}, images.options());
   const at::Tensor x = positions_of(images), w = weight.reshape({N, K}).contiguous();
   const cpu::Dtype dtype = dtype_of(weight.scalar_type());
-  const cpu::Team team = team_for(M * N * K);
+  const cpu::Team team = team_for_product(M, N * K);
   if (transposed) {
     cpu::kernels().linear_grad_input(team, dtype, M, N, K, x.const_data_ptr(), w.const_data_ptr(), pattern_.bits(),
                                      y.mutable_data_ptr());
@@ -77,7 +78,7 @@ at::Tensor PointwiseConvolution::grad_weight(const at::Tensor& grad_output, cons
     const at::Tensor dy = (of_.transposed ? input : grad_output).contiguous();
     const at::Tensor x = (of_.transposed ? grad_output : input).contiguous();
     const at::Tensor grad_weight = at::empty(of_.weight, grad_output.options());
-    cpu::kernels().pointwise_grad_weight(team_for(M * N * K), geometry_.batch, positions(), N, K,
+    cpu::kernels().pointwise_grad_weight(team_for_product(M, N * K), geometry_.batch, positions(), N, K,
                                          dy.const_data_ptr<float>(), x.const_data_ptr<float>(), pattern_.bits(),
                                          grad_weight.mutable_data_ptr<float>());
     return grad_weight;
@@ -86,7 +87,7 @@ at::Tensor PointwiseConvolution::grad_weight(const at::Tensor& grad_output, cons
   const at::Tensor x = positions_of(of_.transposed ? grad_output : input);
   // Of one tap, all formats have the same order in memory.
   const at::Tensor grad_weight = at::empty(of_.weight, grad_output.options(), format);
-  cpu::kernels().linear_grad_weight(team_for(M * N * K), dtype_of(grad_output.scalar_type()), M, N, K,
+  cpu::kernels().linear_grad_weight(team_for_product(M, N * K), dtype_of(grad_output.scalar_type()), M, N, K,
                                     dy.const_data_ptr(), x.const_data_ptr(), pattern_.bits(),
                                     grad_weight.mutable_data_ptr());
   return grad_weight;

@@ -200,6 +200,7 @@ py::dict cache_info_dict() {
   result["hits"] = info.hits;
   result["misses"] = info.misses;
   result["repacks"] = info.repacks;
+  result["kept_result_bytes"] = kept_result_bytes();
   return result;
 }
 
@@ -255,8 +256,15 @@ PYBIND11_MODULE(_C, m) {
   masked_ops::define_direct(m);
   m.def("paths", &masked_ops::path_names, "Names of the paths.");
   m.def("set_path", &masked_ops::set_path, py::arg("name") = py::none(), "Force a path; returns the one before.");
-  m.def("cache_info", &masked_ops::cache_info_dict, "Counters of the cache of mask patterns.");
-  m.def("clear_cache", &masked_ops::clear_cache, "Forget all mask patterns.");
+  m.def("cache_info", &masked_ops::cache_info_dict,
+        "Counters of the cache of mask patterns, and what is kept for results.");
+  m.def(
+      "clear_cache",
+      [] {
+        masked_ops::clear_cache();
+        masked_ops::release_kept_results();
+      },
+      "Forget all mask patterns, and free the memory that is kept for results.");
   m.def("capabilities", &masked_ops::capabilities, "Capabilities built in that this CPU runs, best first.");
   m.def("capability", [] { return std::string(masked_ops::cpu::kernels().capability); }, "The one in use.");
   m.def("set_capability", &masked_ops::cpu::select_kernels, py::arg("name"), "Use another; False if not available.");
@@ -278,7 +286,7 @@ PYBIND11_MODULE(_C, m) {
       "release_scratch",
       [] {
         masked_ops::cpu::release_scratch();
-        masked_ops::release_kept();
+        masked_ops::release_kept_scratch();
       },
       "Free the calling thread's scratch memory.");
 }

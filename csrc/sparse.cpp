@@ -11,7 +11,7 @@ namespace {
 
 // For a product of M rows with the remaining weights, by themselves or compressed on the way.
 cpu::Team sparse_team(const Pattern& pattern, int64_t M, bool compresses) {
-  return team_for(M * pattern.nnz() + (compresses ? pattern.rows() * pattern.cols() : 0));
+  return team_for_product(M, pattern.nnz(), compresses ? pattern.rows() * pattern.cols() : 0);
 }
 
 // One row fills no vector of lanes.
@@ -40,7 +40,7 @@ at::Tensor sparse_linear_of_dense(const Pattern& pattern, const at::Tensor& weig
     sparse_linear(pattern, values, M, x, bias, y);
     return values;
   }
-  at::Tensor values = on_huge_pages(at::empty({pattern.nnz()}, weight.options()));
+  at::Tensor values = empty_result({pattern.nnz()}, weight.options());
   const auto index = pattern.index(/*transposed=*/false);
   index->kernels().compress_spmm(sparse_team(pattern, M, true), index->get(), dtype_of(x.scalar_type()), pattern.bits(),
                                  pattern.offsets(), weight.const_data_ptr(), values.mutable_data_ptr(), M,

@@ -222,6 +222,9 @@ def use_path(name: str | None) -> Iterator[None]:
 def cache_info() -> dict[str, int]:
     """What is cached of the masks seen: ``entries``, ``bytes``, ``limit_bytes``, ``hits``, ``misses``, ``repacks``.
 
+    And ``kept_result_bytes``: the memory of results of 32 MB and more that are no more, kept for the next ones of their
+    sizes on the CPU. At most 256 MiB, or the environment's MASKED_OPS_RESULT_BYTES.
+
     Example:
         >>> masked_ops.clear_cache()
         >>> masked_ops.cache_info()["entries"]
@@ -229,12 +232,14 @@ def cache_info() -> dict[str, int]:
     """
     module = _compiled()
     if module is None:
-        return dict.fromkeys(("entries", "bytes", "limit_bytes", "hits", "misses", "repacks"), 0)
+        return dict.fromkeys(("entries", "bytes", "limit_bytes", "hits", "misses", "repacks", "kept_result_bytes"), 0)
     return dict(module.cache_info())
 
 
 def clear_cache() -> None:
     """Forget everything derived from masks; needed only after a write that torch cannot see (``mask.data``, numpy).
+
+    Frees what is kept for results as well.
 
     Example:
         >>> mask = torch.ones(1, 2)

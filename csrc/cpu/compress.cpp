@@ -1,6 +1,7 @@
 // Between a dense matrix and the values of its remaining weights, in memory order, one pass. The work is cut into words
 // of 64 weights, as in mask.cpp; where a task's first value lies follows from its row's offset and the bits before it.
 #include "kernels.h"
+#include "simd_words.h"
 #include "tuning.h"
 
 namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {

@@ -32,12 +32,6 @@ inline constexpr double kGatherCost = 0.5, kCompactCall = 8e3;
 // 768 -> 3072 and 512, 3072 -> 768 at 30 to 90%: 0.86 to 0.96 of the time, 0.97 to 1.18 and 0.79 to 0.95.
 inline constexpr double kRowBlockGain[3] = {0.1, 0, 0.15};
 
-// A copy of this many bytes is fresh memory (see memory.cpp), whose page faults outlast the pass itself and do not
-// share among threads (67 MB: 3.4 ms on huge pages, of which the pass takes 1.4): nanoseconds a byte, on top of what
-// was fitted.
-inline constexpr int64_t kFreshBytes = int64_t{32} << 20;
-inline constexpr double kFreshCost = 0.03;
-
 // [path: copy, fused, sparse][pass: forward, grad_input, grad_weight, each for M <= 16 and for M > 16]
 inline constexpr int64_t kSmallM = 16;
 using CostTable = Cost[3][6];

@@ -233,14 +233,15 @@ void gemm(const Team& team, int64_t M, int64_t N, int64_t depth, const PackA& pa
     pack_A(layout, m0, A);
 
     const Partition partition(N, layout, team.threads);
-    int64_t next_unit = 0;
-    team.for_each(min<int64_t>(team.threads, partition.units()), [&](int64_t) {
-      const auto take = [&] { return __atomic_fetch_add(&next_unit, 1, __ATOMIC_RELAXED); };
+    const int64_t workers = min<int64_t>(team.threads, partition.units());
+    TaskQueue queue(partition.units(), workers);
+    team.for_each(workers, [&](int64_t number) {
+      TaskQueue::Worker worker(queue, number);
       const int64_t block = layout.block;
       float* buffer = static_cast<float*>(scratch(Slot::kPanelB, 2 * block * kNR * sizeof(float)));
       float* buffers[2] = {buffer, buffer + block * kNR};
-      int64_t index = take();
-      if (index >= partition.units()) return;
+      int64_t index = worker.take();
+      if (index < 0) return;
       typename Partition::Unit unit = partition[index];
       Block now = {unit.column, unit.columns, 0, min(block, K)};
       Packer packer = operand_B;
@@ -256,7 +257,7 @@ void gemm(const Team& team, int64_t M, int64_t N, int64_t depth, const PackA& pa
         const bool last_block = now.k0 + now.depth == K;
         Block next = {now.column, now.columns, now.k0 + now.depth, min(block, K - now.k0 - now.depth)};
         typename Partition::Unit unit_after = unit;
-        if (last_block && (index = take()) < partition.units()) {
+        if (last_block && (index = worker.take()) >= 0) {
           unit_after = partition[index];
           next = {unit_after.column, unit_after.columns, 0, min(block, K)};
         }

@@ -128,16 +128,17 @@ void forward(const Team& team, int64_t M, int64_t N, int64_t K, const T* input, 
   const int64_t rows =
       ceil_div(max(grain, ceil_div(N, team.threads * tuning::kSmallTasks)), group) * group;  // of a task
   const int64_t tasks = ceil_div(N, rows);
-  int64_t next_task = 0;
+  const int64_t workers = min<int64_t>(team.threads, tasks);
+  TaskQueue queue(tasks, workers);
   // Each thread packs the input for itself: what another one has packed would come from that one's caches.
-  team.for_each(min<int64_t>(team.threads, tasks), [&](int64_t) {
-    const auto take = [&] { return __atomic_fetch_add(&next_task, 1, __ATOMIC_RELAXED); };
-    int64_t task = take();
-    if (task >= tasks) return;
+  team.for_each(workers, [&](int64_t number) {
+    TaskQueue::Worker worker(queue, number);
+    int64_t task = worker.take();
+    if (task < 0) return;
     float* const x = static_cast<float*>(scratch(Slot::kPanelA, size_t(chunks.size()) * sizeof(float)));
     pack(chunks, tiles, K, input, x);
     Vec* const sums = static_cast<Vec*>(scratch(Slot::kAccumulator, size_t(min(block, rows) * M) * sizeof(Vec)));
-    for (; task < tasks; task = take()) {
+    for (; task >= 0; task = worker.take()) {
       const int64_t first = task * rows, last = min(N, first + rows);
       Walk at = {group, 1, block, width, first, last, 0, K};
       Walk ahead = ahead_of(at, group * min(width, K) * int64_t{sizeof(T)});

@@ -311,10 +311,12 @@ void by_rows(const Team& team, int64_t M, int64_t N, int64_t K, const T* grad_ou
   };
   float* const sums = static_cast<float*>(scratch(Slot::kPanelB, size_t(parts * size) * sizeof(float)));
   const auto finish_chunk = [&](int64_t k) { finish(chunks, tiles, k, K, sums, parts, size, grad_input); };
-  int64_t next_task = 0;
-  team.for_each(min(threads, parts * strips), [&](int64_t) {
+  const int64_t workers = min(threads, parts * strips);
+  TaskQueue queue(parts * strips, workers);
+  team.for_each(workers, [&](int64_t number) {
+    TaskQueue::Worker worker(queue, number);
     Factors factors = {nullptr, -1, 0};
-    for (int64_t task; (task = __atomic_fetch_add(&next_task, 1, __ATOMIC_RELAXED)) < parts * strips;) {
+    for (int64_t task; (task = worker.take()) >= 0;) {
       const int64_t part = task / strips, left = task % strips * strip, right = min(left + strip, chunks.columns);
       const Area area = {begin(part), begin(part + 1), left, right};
       if (factors.first != area.first) factors = factors_of(tiles, N, grad_output, area.first, area.last);

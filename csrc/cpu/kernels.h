@@ -3,6 +3,7 @@
 
 #include "api.h"
 #include "simd.h"
+#include "tasks.h"
 
 namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
 

@@ -1,5 +1,6 @@
 // Passes over a mask or a weight: values to bits, and weight∘mask in one read and one write.
 #include "kernels.h"
+#include "simd_words.h"
 #include "tuning.h"
 
 namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {

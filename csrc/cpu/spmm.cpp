@@ -458,18 +458,18 @@ void compress_and_multiply(const Team& team, const SparseIndex& index, const Den
                            const float* input, const float* bias, float* output) {
   const Tiles tiles = {M, tile_vectors(index)};
   const float* const x = pack_input(team, index, tiles, input);
-  int64_t taken = 0;
-  const auto take = [&] { return __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED); };
+  TaskQueue queue(index.panels, team.threads);
   const auto rows_of = [&](int64_t panel) {
     const int64_t row = panel * index.panel_rows;
     return Slices{&weight, row, min(index.rows, row + index.panel_rows)};
   };
-  team.for_each(team.threads, [&](int64_t) {
-    int64_t panel = take();
-    if (panel < index.panels) rows_of(panel).compress(0, 1);
-    for (int64_t next; panel < index.panels; panel = next) {
-      next = take();
-      const Slices slices = next < index.panels ? rows_of(next) : Slices{};
+  team.for_each(team.threads, [&](int64_t number) {
+    TaskQueue::Worker worker(queue, number);
+    int64_t panel = worker.take();
+    if (panel >= 0) rows_of(panel).compress(0, 1);
+    for (int64_t next; panel >= 0; panel = next) {
+      next = worker.take();
+      const Slices slices = next >= 0 ? rows_of(next) : Slices{};
       multiply_panel(index, weight.values, slices, panel, tiles, 0, tiles.count(), x, bias, output);
     }
   });
