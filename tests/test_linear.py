@@ -6,6 +6,7 @@ import ctypes
 import itertools
 import math
 import os
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import pytest
@@ -165,14 +166,25 @@ def test_family_is_as_accurate_as_torch(path: str | None, dtype: torch.dtype, ca
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=name_of)
 def test_few_rows_against_a_weight_from_memory(dtype: torch.dtype, capability: str) -> None:
     """Beyond what the caches are taken to hold, the order is another one: see kCachedBytes in tuning.h."""
-    N, K = (16 << 20) // (dtype.itemsize * 4100) + 5, 4100
+    check_few_rows((16 << 20) // (dtype.itemsize * 4100) + 5, 4100, (1, 2, 7, 16), dtype, capability)
+
+
+@pytest.mark.cpu_only("about a path of the CPU's")
+@every_capability
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=name_of)
+def test_few_rows_against_a_weight_from_caches(dtype: torch.dtype, capability: str) -> None:
+    """Tiles of all heights, whole ones and narrower, down rows whose masks have nothing in common."""
+    check_few_rows(67, 1100, range(1, 17), dtype, capability)
+
+
+def check_few_rows(N: int, K: int, rows: Iterable[int], dtype: torch.dtype, capability: str) -> None:
     mask = mask_of("half", N, K)
     weight = spoiled(integers(N, K, dtype=dtype), mask)
     x, g = integers(16, K, dtype=dtype), integers(16, N, dtype=dtype)
     dense = torch.where(mask, weight, 0).float()  # sums of small integers are exact
     y, dx = x.float() @ dense.t(), g.float() @ dense
     with running_on("fused", capability), poisoned():
-        for M in (1, 2, 7, 16):
+        for M in rows:
             assert_exact(_ops.linear(x[:M], weight, mask), y[:M].to(dtype), "linear", M)
             assert_exact(_ops.linear_grad_input(g[:M], weight, mask), dx[:M].to(dtype), "linear_grad_input", M)
 

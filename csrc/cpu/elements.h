@@ -232,7 +232,8 @@ struct Operand {
   // One operand in all lanes.
   static MASKED_OPS_INLINE Vec broadcast(int64_t, const T* p) { return Vec::set1(to_float(*p)); }
 
-  // Operands of one depth for neighbouring columns.
+  // Operands of one depth for neighbouring columns; across_two, where there is such, gives two vectors for less.
+  static constexpr bool kHasAcrossTwo = false;
   static MASKED_OPS_INLINE Vec across(const Vec::Predicate (&m)[kDepth], int64_t valid, const T* p, int64_t) {
     return load_floats(m[0], valid, p);
   }
@@ -244,6 +245,7 @@ struct Operand {
 template <>
 struct Operand<BFloat16> {
   static constexpr int kDepth = 2;
+  static constexpr bool kHasAcrossTwo = true;
 
   template <int kUses>
   static MASKED_OPS_INLINE Vec along(const uint64_t* bits, int64_t k, int64_t, const BFloat16* p) {
@@ -262,6 +264,21 @@ struct Operand<BFloat16> {
     const __m512i even = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m[0], p));
     const __m512i odd = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m[1], p + ld));
     return {_mm512_castsi512_ps(_mm512_or_si512(even, _mm512_slli_epi32(odd, 16)))};
+  }
+  // The predicate of 32 elements: bits of a row from column k on, a multiple of 16; or the first n.
+  static MASKED_OPS_INLINE uint32_t predicate_of_two(const uint64_t* row, int64_t k) {
+    uint32_t bits;
+    std::memcpy(&bits, reinterpret_cast<const char*>(row) + k / 8, sizeof(bits));
+    return bits;
+  }
+  static MASKED_OPS_INLINE uint32_t first_of_two(int64_t n) { return n >= 32 ? ~0u : (1u << (n > 0 ? n : 0)) - 1; }
+  static MASKED_OPS_INLINE void across_two(const uint32_t (&m)[kDepth], const BFloat16* p, int64_t ld, Vec (&to)[2]) {
+    alignas(64) static constexpr uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                      8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i even = _mm512_maskz_loadu_epi16(m[0], p), odd = _mm512_maskz_loadu_epi16(m[1], p + ld);
+    const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    to[0] = {_mm512_castsi512_ps(_mm512_permutex2var_epi16(even, low, odd))};
+    to[1] = {_mm512_castsi512_ps(_mm512_permutex2var_epi16(even, high, odd))};
   }
   static MASKED_OPS_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
     return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};

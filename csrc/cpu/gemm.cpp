@@ -159,11 +159,13 @@ void run_microkernel(int64_t rows, int64_t depth, const float* A, const float* B
 template <typename T, typename Packer>
 auto microkernel_for(int64_t columns) {
   static_assert(kNV == 3);
-  // Elements of 16 bits have one width, whose last vectors may be empty: each width costs seconds of compilation.
+  // Each width costs seconds of compilation; where one is missing, the last vectors of the next are empty.
+  const int64_t vectors = ceil_div(columns, Vec::kLanes);
   if constexpr (kIsFloat<T>) {
-    const int64_t vectors = ceil_div(columns, Vec::kLanes);
     if (vectors == 1) return run_microkernel<1, T, Packer>;
-    if (vectors == 2) return run_microkernel<2, T, Packer>;
+  }
+  if constexpr (kIsFloat<T> || Operand<T>::kDepth > 1) {
+    if (vectors <= 2) return run_microkernel<2, T, Packer>;
   }
   return run_microkernel<3, T, Packer>;
 }
@@ -365,7 +367,8 @@ struct Linear {
 
 void linear(const Team& team, Dtype dtype, int64_t M, int64_t N, int64_t K, const void* input, const void* weight,
             Bits bits, const void* bias, void* output) {
-  if (M <= tuning::kSmallRows) {
+  const bool short_rows = dtype != Dtype::kFloat && K <= tuning::kShortRows16 && M > tuning::kSmallTile;
+  if (M <= tuning::kSmallRows && !short_rows) {
     return linear_small(team, dtype, M, N, K, input, weight, bits, bias, output);
   }
   with_element(dtype, [&](auto element) {

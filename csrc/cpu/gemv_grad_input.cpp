@@ -72,8 +72,21 @@ __attribute__((noinline)) void sum_down(const Tile<T>& o, Ahead<T>& ahead) {
     constexpr int kRows = decltype(rows)::value;
     const T* const w = o.weight + n * o.ldw;
     Vec v[NV];
+    constexpr int kPaired = Operand<T>::kHasAcrossTwo && kFull && kRows == kDepth ? NV / 2 * 2 : 0;
+    if constexpr (kPaired > 0) {
+      MASKED_OPS_UNROLL
+      for (int j = 0; j < kPaired; j += 2) {
+        uint32_t two[kDepth];
+        MASKED_OPS_UNROLL
+        for (int d = 0; d < kDepth; ++d) two[d] = Operand<T>::predicate_of_two(o.bits.row(n + d), o.column + j * L);
+        Vec pair[2];
+        Operand<T>::across_two(two, w + j * L, o.ldw, pair);
+        v[j] = pair[0];
+        v[j + 1] = pair[1];
+      }
+    }
     MASKED_OPS_UNROLL
-    for (int j = 0; j < NV; ++j) {
+    for (int j = kPaired; j < NV; ++j) {
       Vec::Predicate lanes[kDepth] = {};
       MASKED_OPS_UNROLL
       for (int d = 0; d < kRows; ++d) {

@@ -141,8 +141,23 @@ class Columns {
       --waiting_;
       return;
     }
-    MASKED_OPS_UNROLL
-    for (int j = 0; j < tuning::kNV; ++j) {
+    int j = 0;
+    if constexpr (Operand<T>::kHasAcrossTwo) {
+      if (block_.columns > L && left_ >= kDepth) {
+        uint32_t two[kDepth];
+        MASKED_OPS_UNROLL
+        for (int d = 0; d < kDepth; ++d) {
+          two[d] = kMasked ? Operand<T>::predicate_of_two(at_bits_ + d * bits_.stride, block_.column)
+                           : Operand<T>::first_of_two(block_.columns);
+        }
+        Vec v[2];
+        Operand<T>::across_two(two, at_, ld_, v);
+        v[0].store(B_);
+        v[1].store(B_ + L);
+        j = 2;
+      }
+    }
+    for (; j < tuning::kNV; ++j) {
       Vec v = Vec::zero();
       const int64_t columns = block_.columns - j * L;
       if (columns > 0) {
@@ -214,21 +229,40 @@ MASKED_OPS_INLINE void pack_row_panel(const T* matrix, int64_t ld, int64_t m0, i
 template <typename T>
 MASKED_OPS_INLINE void pack_column_panels(const T* matrix, int64_t elements, int64_t ld, int64_t m0, int64_t columns,
                                           int64_t height, int64_t k0, int64_t depth, float* A, int64_t pitch) {
-  constexpr int kMR = tuning::kMR, kDepth = Operand<T>::kDepth;
-  constexpr int64_t kRows = 8;  // at a time: whole cache lines of A
+  constexpr int L = Vec::kLanes, kMR = tuning::kMR, kDepth = Operand<T>::kDepth;
+  constexpr int64_t kRows = 8;                       // at a time: whole cache lines of A
+  const bool whole = L == 2 * kMR && height == kMR;  // a vector holds the columns of two panels
   for (int64_t k = 0; k < depth; k += kRows) {
     const T* from = matrix + (k0 + k) * kDepth * ld + m0;
     const int64_t left = elements - (k0 + k) * kDepth, rows = min(kRows, depth - k);
     float* to = A + k * kMR;
-    for (int64_t i = 0; i < columns; i += height, to += pitch) {
-      const int64_t n = min<int64_t>(columns - i, kMR);
-      for (int64_t r = 0; r < rows; ++r) {
-        Vec::Predicate lanes[kDepth] = {};
-        MASKED_OPS_UNROLL
-        for (int d = 0; d < kDepth; ++d) lanes[d] = r * kDepth + d < left ? Vec::first(n) : Vec::Predicate(0);
-        const Vec operands = Operand<T>::across(lanes, columns - i, from + r * kDepth * ld + i, ld);
-        operands.storeu(Vec::first(n), to + r * kMR);
+    // Operands of row r for n columns from i on.
+    const auto operands = [&](int64_t r, int64_t i, int64_t n) __attribute__((always_inline)) {
+      Vec::Predicate lanes[kDepth] = {};
+      MASKED_OPS_UNROLL
+      for (int d = 0; d < kDepth; ++d) lanes[d] = r * kDepth + d < left ? Vec::first(n) : Vec::Predicate(0);
+      return Operand<T>::across(lanes, columns - i, from + r * kDepth * ld + i, ld);
+    };
+    int64_t i = 0;
+    if constexpr (Operand<T>::kHasAcrossTwo) {
+      for (; whole && i + 2 * L <= columns; i += 2 * L, to += 4 * pitch) {
+        for (int64_t r = 0; r < rows; ++r) {
+          uint32_t two[kDepth];
+          MASKED_OPS_UNROLL
+          for (int d = 0; d < kDepth; ++d) two[d] = r * kDepth + d < left ? ~0u : 0;
+          Vec v[2];
+          Operand<T>::across_two(two, from + r * kDepth * ld + i, ld, v);
+          v[0].store_halves(to + r * kMR, to + pitch + r * kMR);
+          v[1].store_halves(to + 2 * pitch + r * kMR, to + 3 * pitch + r * kMR);
+        }
       }
+    }
+    for (; whole && i + L <= columns; i += L, to += 2 * pitch) {
+      for (int64_t r = 0; r < rows; ++r) operands(r, i, L).store_halves(to + r * kMR, to + pitch + r * kMR);
+    }
+    for (; i < columns; i += height, to += pitch) {
+      const int64_t n = min<int64_t>(columns - i, kMR);
+      for (int64_t r = 0; r < rows; ++r) operands(r, i, n).storeu(Vec::first(n), to + r * kMR);
     }
   }
 }

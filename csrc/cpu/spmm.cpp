@@ -126,7 +126,7 @@ __attribute__((noinline)) void short_run(int64_t segments, const uint8_t* column
     columns += N;
     ahead.prefetch_at<x.kPiece>(s);
     MASKED_OPS_UNROLL
-    for (int i = 0; i < N; i += 16) prefetch_l2(v + N + i + 12);
+    for (int i = 0; i < N; i += 16) prefetch(v + N + i + tuning::kValuesAhead);
     Sums<NV> sums;
     MASKED_OPS_UNROLL
     for (int w = 0; w < kWords; ++w) {
@@ -160,7 +160,7 @@ __attribute__((noinline)) void long_run(int64_t segments, int count, const uint8
     for (int i = 0; i < count / 8; ++i) {
       const uint64_t now = word;
       word = load_ahead(columns += 8);
-      prefetch_l2(v + count + 12);
+      prefetch(v + count + tuning::kValuesAhead);
       sums.template add<8, kLayout>(now, v, x);
       v += 8;
     }
@@ -215,7 +215,7 @@ __attribute__((noinline)) void block_run(int64_t blocks, int count, const uint8_
       MASKED_OPS_UNROLL
       for (int r = 0; r < kRows; ++r) {
         quad[r] = Vec::quad(v[r] + i);
-        prefetch_l2(v[r] + count + i + 12);
+        prefetch(v[r] + count + i + tuning::kValuesAhead);
       }
       MASKED_OPS_UNROLL
       for (int e = 0; e < 4; ++e) {
@@ -368,6 +368,20 @@ struct Slices {
   }
 };
 
+// Runs fetch the values that a row has in the next block; this does so for the first block. It loads: of so many
+// prefetches at once most would be dropped.
+void touch_first_values(const SparseIndex& index, int64_t tile, const float* values) {
+  const SparseIndex::Segment* at = index.segments + index.tiles[tile].segment;
+  for (int64_t r = index.tiles[tile].run; r < index.tiles[tile + 1].run; ++r) {
+    const SparseIndex::Run run = index.runs[r];
+    for (int64_t s = 0; s < int64_t{run.segments} * run.rows; ++s, ++at) {
+      const volatile float* const v = values + at->value;
+      static_cast<void>(v[0]);
+      static_cast<void>(v[run.count - 1]);
+    }
+  }
+}
+
 // One panel of the output for tiles [first, last) of the packed input x.
 template <typename T>
 void multiply_panel(const SparseIndex& index, const float* values, const Slices& slices, int64_t panel, Tiles tiles,
@@ -383,6 +397,8 @@ void multiply_panel(const SparseIndex& index, const float* values, const Slices&
   for (int64_t t = first; t < last; ++t) {
     start_from_bias(bias ? bias + row : nullptr, rows, tiles.vectors_of(t) * L, c_of(t));
   }
+  if (!index.transposed && index.nnz >= tuning::kManyValues)
+    touch_first_values(index, panel * index.blocks, values + index.panel_values[panel]);
   for (int64_t block = 0; block < index.blocks; ++block) {
     const int64_t tile = panel * index.blocks + block;
     if (slices.weight) slices.compress(block, index.blocks);

@@ -18,8 +18,9 @@ constexpr int kNR = kNV * Vec::kLanes;
 // Depth of a packed panel of B: kKC x kNR floats stay in L2 beside the A panels that pass.
 constexpr int64_t kKC = 768;
 
-// Packed A is shared by the team; more rows than fit here are taken in chunks, each of which packs B again.
-constexpr int64_t kPanelABytes = int64_t{16} << 20;
+// Packed A is shared by the team; more rows than fit here are taken in chunks, each of which packs B again. 2048, 2048
+// -> 2048: 35.4 ms, and 39.6 with 16 MB; 1024, 4096 -> 4096 70 and 77; bfloat16 2048, 4096 -> 512 11.0 and 14.1.
+constexpr int64_t kPanelABytes = int64_t{4} << 20;
 
 // Rows of a task below which splitting a panel of B among threads costs more (B is packed twice) than it gains.
 constexpr int64_t kMinRowsPerTask = 64;
@@ -43,6 +44,9 @@ constexpr int64_t kColumnsAhead = 32;
 // row 1.25 ms (0.8), 8 rows 1.6 (1.0 to 1.35), 16 rows 1.7 (1.5 to 1.75); reading it in the order of its rows, as one
 // row does, takes 1.25 (0.8).
 constexpr int64_t kSmallRows = 16;
+// Of 16 bits, more than one tile of input and rows of the weight as short as these are packed after all: the sums of a
+// row are added up across lanes too often. bfloat16, one thread, 16, 128 -> 2048: 48 us without packing, 31 with it.
+constexpr int64_t kShortRows16 = 128;
 // Of the gradients, if the weight comes from caches. AVX2, one thread, 16, 1024 -> 1024: grad_input 510 us without
 // packing, 335 with it; grad_weight 480, 317; forward 394, 437. Each tile of rows expands the bits again. Of 16 bits,
 // grad_input, 16, 768 -> 3072: 206 us without packing, 139 with it. From memory, 16, 4096 -> 4096: 1.17 ms, 1.96.
@@ -113,6 +117,14 @@ constexpr int kBlockVectors = 4;
 #else
 constexpr int kBlockVectors = 2;
 #endif
+
+// How far beyond a row's values in a block they are fetched: no line between is left out with up to 16 of them, and it
+// is a block ahead at least. Into L1: fetched into L2 only, half of them never came, and 128, 4096 -> 4096 at 90% took
+// 3.9 ms after another layer's product (1.6 from caches, 1.95 now).
+constexpr int64_t kValuesAhead = 28;
+// Values from which on each panel's first are touched before it begins: more than L2 keeps. The same layer 2.15
+// to 1.95.
+constexpr int64_t kManyValues = int64_t{1} << 18;
 
 // With fewer entries in a block than this, on the average, a row's sums are the greater traffic.
 constexpr int64_t kFewEntries = 8;
