@@ -42,7 +42,7 @@ test: export MASKED_OPS_REQUIRE_BUILD := 1
 test: export OMP_WAIT_POLICY := PASSIVE
 test: lint $(if $(shell command -v nvcc),$(CUDA_TOOLS))
 	@cd .venv && bin/python -m masked_ops
-	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
+	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 demo: .venv/.demo
 	@cd .venv && bin/python -m masked_ops

@@ -58,6 +58,15 @@ if "MASKED_OPS_TEST_FAKE_CUDA" in os.environ:
     collect_ignore_glob = []
 
 
+# Files are shared out whole, in the order in which they are collected: what takes longest begins first.
+LONGEST = ("test_cuda_host.py", "test_cuda_gates.py", "test_build.py", "test_compile.py", "test_cuda_gemm.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Longest files first."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(params=("cpu", "cuda") if HAS_CUDA else ("cpu",))
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """The test runs once on each kind of device that is there: torch's factories make their tensors on it.

@@ -454,6 +454,21 @@ def test_same_bits_from_run_to_run(threads: int, path: str | None, capability: s
                     assert first is None or torch.equal(again, first), case.name
 
 
+@pytest.mark.cpu_only("its threads are the CPU's")
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("threads", [3, 70])
+def test_any_number_of_threads(threads: int, path: str) -> None:
+    """As many as share the tasks, fewer tasks than threads, and more threads than have shares of their own."""
+    torch.set_num_threads(threads)
+    with running_on(path), poisoned():
+        for n, shape in enumerate([(130, 200, 300), (129, 1700, 130), (9, 900, 700), (2, 70, 3000), (1, 2050, 512)]):
+            case = make_case(shape, 5 + n, integers, torch.float32)
+            for op, exact in case.exact().items():
+                for _ in range(2):
+                    if (result := call(path, op, case.calls()[op])) is not None:
+                        assert_exact(result, exact, case.name, op)
+
+
 COUNT_THREADS = """
 import os, sys, torch, masked_ops
 masked_ops.is_available()

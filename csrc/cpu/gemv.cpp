@@ -19,7 +19,7 @@ struct Dots {
   const T* weight;  // of the first row
   Bits bits;        // likewise
   const T* ahead;   // what is fetched ahead of the first row
-  int64_t pace;     // elements that it moves by with every vector
+  int64_t pace;     // elements that it moves by with every vector; 0 if nothing is, for a single row of input
   Vec* sums;        // [M][R], of the chunks before, unless this is the first; and for the next
   const T* bias;    // null for none
   T* y;             // [M][N]; if this is the last chunk
@@ -50,8 +50,8 @@ MASKED_OPS_INLINE void sum_each(const Vec* sums, float* totals) {
 
 // y[m][r] = x[m] . weight[r] + bias[r] for M rows of input and R rows of the weight.
 template <int M, int R, typename T>
-__attribute__((noinline)) void dots(const Dots<T>& operands) {
-  const Dots<T> o = operands;                    // which no store can change
+MASKED_OPS_INLINE void dots_of_group(const Dots<T>& group) {
+  const Dots<T> o = group;                       // which no store can change
   constexpr int kStep = L * Operand<T>::kDepth;  // elements of a vector
   Vec sum[M][R];
   MASKED_OPS_UNROLL
@@ -70,7 +70,9 @@ __attribute__((noinline)) void dots(const Dots<T>& operands) {
     for (int m = 0; m < M; ++m) {
       const Vec operand = in_register(Vec::load(x + m * L));
       MASKED_OPS_UNROLL
-      for (int r = m * R / M; r < (m + 1) * R / M; ++r) prefetch(ahead + r * K);
+      for (int r = m * R / M; r < (m + 1) * R / M; ++r) {
+        if (M > 1 || o.pace > 0) prefetch(ahead + r * K);
+      }
       MASKED_OPS_UNROLL
       for (int r = 0; r < R; ++r) sum[m][r] = Operand<T>::multiply_add(operand, w[r], sum[m][r]);
     }
@@ -89,6 +91,21 @@ __attribute__((noinline)) void dots(const Dots<T>& operands) {
   for (int m = 0; m < M; ++m) {
     MASKED_OPS_UNROLL
     for (int r = 0; r < R; ++r) store_float(totals[m * R + r] + (o.bias ? to_float(o.bias[r]) : 0), o.y + m * o.N + r);
+  }
+}
+
+// The same for so many groups of R rows; moves on to the last.
+template <int M, int R, typename T>
+__attribute__((noinline)) void dots(Dots<T>& group, int64_t groups) {
+  for (;;) {
+    dots_of_group<M, R>(group);
+    if (--groups == 0) return;
+    group.weight += R * group.K;
+    group.bits.words += R * group.bits.stride;
+    group.ahead += R * group.K;
+    group.sums += M * R;
+    group.bias += group.bias ? R : 0;
+    group.y += R;
   }
 }
 
@@ -111,7 +128,7 @@ void pack(const Chunks& chunks, const RowTiles& tiles, int64_t K, const T* input
 
 template <int M, int R, typename T>
 struct DotsKernel {
-  static void run(const Dots<T>& operands) { dots<M, R>(operands); }
+  static void run(Dots<T>& group, int64_t groups) { dots<M, R>(group, groups); }
 };
 
 template <typename T>
@@ -122,11 +139,14 @@ void forward(const Team& team, int64_t M, int64_t N, int64_t K, const T* input, 
   const RowTiles tiles(M);
   const Chunks chunks(M, ceil_div(K, kDepth), M == 1 ? kRowChunk : tiles.count == 1 ? kTileChunk : kTilesChunk);
   const int64_t bytes = N * K * int64_t{sizeof(T)};
-  const int64_t group = group_rows(tiles, bytes <= tuning::kCachedBytes), width = chunks.width * kDepth;
-  const int64_t block = K <= width ? N : max(tuning::kWaitingSums / M / group, int64_t{1}) * group;
+  const bool cached = bytes <= tuning::kCachedBytes;
+  const int64_t height = group_rows(tiles, cached), width = chunks.width * kDepth;
+  const int64_t most = groups_of_step(height * min(width, K) * int64_t{sizeof(T)});
+  const bool fetches = fetches_ahead(M, cached, K * int64_t{sizeof(T)});
+  const int64_t block = K <= width ? N : max(tuning::kWaitingSums / M / height, int64_t{1}) * height;
   const int64_t grain = ceil_div(tuning::kSmallGrain, max<int64_t>(K, 1));
   const int64_t rows =
-      ceil_div(max(grain, ceil_div(N, team.threads * tuning::kSmallTasks)), group) * group;  // of a task
+      ceil_div(max(grain, ceil_div(N, team.threads * tuning::kSmallTasks)), height) * height;  // of a task
   const int64_t tasks = ceil_div(N, rows);
   const int64_t workers = min<int64_t>(team.threads, tasks);
   TaskQueue queue(tasks, workers);
@@ -140,8 +160,8 @@ void forward(const Team& team, int64_t M, int64_t N, int64_t K, const T* input, 
     Vec* const sums = static_cast<Vec*>(scratch(Slot::kAccumulator, size_t(min(block, rows) * M) * sizeof(Vec)));
     for (; task >= 0; task = worker.take()) {
       const int64_t first = task * rows, last = min(N, first + rows);
-      Walk at = {group, 1, block, width, first, last, 0, K};
-      Walk ahead = ahead_of(at, group * min(width, K) * int64_t{sizeof(T)});
+      Walk at = {height, 1, most, block, width, first, last, 0, K};
+      Walk ahead = ahead_of(at, most * height * min(width, K) * int64_t{sizeof(T)});
       for (; !at.done(); at.advance()) {
         const int64_t n = at.row, k = at.column / kDepth, columns = chunks.size(k) * kDepth;
         const T* next = weight + n * K + at.column;
@@ -151,18 +171,19 @@ void forward(const Team& team, int64_t M, int64_t N, int64_t K, const T* input, 
         }
         for (int64_t t = 0; t < tiles.count; ++t) {
           const int64_t m = tiles.begin(t);
-          kKernels(tiles.size(t), at.rows())({chunks.at(x, k, m),
-                                              at.column,
-                                              min(at.column + columns, K),
-                                              K,
-                                              weight + n * K,
-                                              {bits.row(n), bits.stride},
-                                              next + columns / tiles.count * t,
-                                              L * kDepth / tiles.count,
-                                              sums + (n - at.top) * M + m * at.rows(),
-                                              bias ? bias + n : nullptr,
-                                              output + m * N + n,
-                                              N});
+          Dots<T> group = {chunks.at(x, k, m),
+                           at.column,
+                           min(at.column + columns, K),
+                           K,
+                           weight + n * K,
+                           {bits.row(n), bits.stride},
+                           next + columns / tiles.count * t,
+                           fetches ? L * kDepth / tiles.count : 0,
+                           sums + (n - at.top) * M + m * at.rows(),
+                           bias ? bias + n : nullptr,
+                           output + m * N + n,
+                           N};
+          kKernels(tiles.size(t), at.group_rows())(group, at.groups());
         }
       }
     }

@@ -48,15 +48,18 @@ struct Chunks {
 };
 
 // The way through an area of a weight: down a block of rows in a chunk of columns, then the next chunk, then the next
-// block. A step takes `group` rows, or, where a block has fewer left, `unit` rows.
+// block. A step takes up to `most` groups of `group` rows each, or, where a block has fewer rows left, of `unit` rows.
 struct Walk {
-  int64_t group, unit, block, width;
+  int64_t group, unit, most, block, width;
   int64_t top, end;     // rows, from this block's first on
   int64_t left, right;  // columns
   int64_t row = top, column = left;
 
   bool done() const { return top >= end; }
-  int64_t rows() const { return min(top + block, end) - row < group ? unit : group; }
+  int64_t rows_left() const { return min(top + block, end) - row; }
+  int64_t group_rows() const { return rows_left() < group ? unit : group; }
+  int64_t groups() const { return most == 1 ? 1 : min(most, max<int64_t>(rows_left() / group_rows(), 1)); }
+  int64_t rows() const { return groups() * group_rows(); }
   void advance() {
     row += rows();
     if (row < min(top + block, end)) return;
@@ -73,6 +76,14 @@ struct Walk {
 inline Walk ahead_of(Walk from, int64_t bytes_of_step) {
   for (int64_t i = max<int64_t>(tuning::kSmallAhead / bytes_of_step, 1); i > 0 && !from.done(); --i) from.advance();
   return from;
+}
+
+// Groups of a step, of which each has so many bytes: short rows, many of them.
+inline int64_t groups_of_step(int64_t bytes) { return max<int64_t>(tuning::kSmallStep / max<int64_t>(bytes, 1), 1); }
+
+// Whether what comes next is fetched ahead, or left to the hardware.
+inline bool fetches_ahead(int64_t M, bool cached, int64_t bytes_of_row) {
+  return M > 1 || !cached || bytes_of_row < tuning::kLongRow;
 }
 
 // A single row of input leaves time to spare: one row of the weight at a time is what memory likes best; in caches,

@@ -108,14 +108,14 @@ struct Axpys {
   const T* weight;  // of the first row
   Bits bits;        // likewise
   const T* ahead;   // what is fetched ahead of the first row
-  int64_t pace;     // columns that it moves by with every vector
+  int64_t pace;     // columns that it moves by with every vector; 0 if nothing is, for a single row of input
   float* dx;        // the chunk of the tile's sums
 };
 
 // dx[m] += sum over R rows of dy[m][r] * weight[r], of operands.
 template <int M, int R, typename T>
-__attribute__((noinline)) void axpys(const Axpys<T>& operands) {
-  const Axpys<T> o = operands;  // which no store can change
+MASKED_OPS_INLINE void axpys_of_group(const Axpys<T>& group) {
+  const Axpys<T> o = group;  // which no store can change
   constexpr int kDepth = Operand<T>::kDepth;
   Vec dy[M][R];
   MASKED_OPS_UNROLL
@@ -144,7 +144,9 @@ __attribute__((noinline)) void axpys(const Axpys<T>& operands) {
     for (int m = 0; m < M; ++m) {
       Vec sum = Vec::load(dx + m * L);
       MASKED_OPS_UNROLL
-      for (int r = m * R / M * kDepth; r < (m + 1) * R / M * kDepth; ++r) prefetch(ahead + r * K);
+      for (int r = m * R / M * kDepth; r < (m + 1) * R / M * kDepth; ++r) {
+        if (M > 1 || o.pace > 0) prefetch(ahead + r * K);
+      }
       MASKED_OPS_UNROLL
       for (int r = 0; r < R; ++r) sum = Operand<T>::multiply_add(dy[m][r], w[r], sum);
       sum.store(dx + m * L);
@@ -152,9 +154,24 @@ __attribute__((noinline)) void axpys(const Axpys<T>& operands) {
   }
 }
 
+// The same for so many groups of R rows; moves on to the last.
+template <int M, int R, typename T>
+__attribute__((noinline)) void axpys(Axpys<T>& group, int64_t groups) {
+  constexpr int64_t kRows = R * Operand<T>::kDepth;
+  for (;;) {
+    axpys_of_group<M, R>(group);
+    if (--groups == 0) return;
+    group.dy += R * kMaxRows;
+    group.rows -= kRows;
+    group.weight += kRows * group.K;
+    group.bits.words += kRows * group.bits.stride;
+    group.ahead += kRows * group.K;
+  }
+}
+
 template <int M, int R, typename T>
 struct AxpysKernel {
-  static void run(const Axpys<T>& operands) { axpys<M, R>(operands); }
+  static void run(Axpys<T>& group, int64_t groups) { axpys<M, R>(group, groups); }
 };
 
 // grad_output of rows [first, last) of the weight, as panels of operands [row][kMaxRows], one for each tile.
@@ -183,8 +200,10 @@ void take_area(const Chunks& chunks, const RowTiles& tiles, int64_t N, int64_t K
   constexpr int kDepth = Operand<T>::kDepth;
   const int64_t group = group_rows(tiles, cached) * kDepth;
   const int64_t block = cached ? N : ceil_div(tuning::kSmallBlock, group) * group;
-  Walk at = {group, kDepth, block, chunks.width, area.first, area.last, area.begin, area.end};
-  Walk ahead = ahead_of(at, group * min(chunks.width, K) * int64_t{sizeof(T)});
+  const int64_t most = groups_of_step(group * min(chunks.width, K) * int64_t{sizeof(T)});
+  const bool fetches = fetches_ahead(tiles.rows, cached, K * int64_t{sizeof(T)});
+  Walk at = {group, kDepth, most, block, chunks.width, area.first, area.last, area.begin, area.end};
+  Walk ahead = ahead_of(at, most * group * min(chunks.width, K) * int64_t{sizeof(T)});
   for (; !at.done(); at.advance()) {
     const int64_t n = at.row, k = at.column, columns = chunks.size(k);
     const T* next = weight + n * K + k;
@@ -193,17 +212,17 @@ void take_area(const Chunks& chunks, const RowTiles& tiles, int64_t N, int64_t K
       ahead.advance();
     }
     for (int64_t t = 0; t < tiles.count; ++t) {
-      kKernels(tiles.size(t),
-               at.rows() / kDepth)({factors.at + t * factors.pitch + (n - factors.first) / kDepth * kMaxRows,
-                                    area.last - n,
-                                    k,
-                                    k + columns,
-                                    K,
-                                    weight + n * K,
-                                    {bits.row(n), bits.stride},
-                                    next + columns / tiles.count * t,
-                                    L / tiles.count,
-                                    chunks.at(sums, k, tiles.begin(t))});
+      Axpys<T> of_group = {factors.at + t * factors.pitch + (n - factors.first) / kDepth * kMaxRows,
+                           area.last - n,
+                           k,
+                           k + columns,
+                           K,
+                           weight + n * K,
+                           {bits.row(n), bits.stride},
+                           next + columns / tiles.count * t,
+                           fetches ? L / tiles.count : 0,
+                           chunks.at(sums, k, tiles.begin(t))};
+      kKernels(tiles.size(t), at.group_rows() / kDepth)(of_group, at.groups());
     }
   }
 }
