@@ -123,6 +123,8 @@ def features(cell: Cell, name: str, path: str, threads: int) -> list[float]:
     computed = positions * weights
     if path == "copy" and groups < C and name != "grad_weight":  # torch's kernels fill blocks of the result's channels
         computed *= in_blocks((O if name == "forward" else C) // groups, 16)
+    if path == "copy" and 1 < groups < C and name == "grad_weight":
+        computed *= in_blocks(C // groups, 16) * (1 if last else in_blocks(O // groups, 16))
     if path == "fused" and name == "grad_weight" and not last:  # whole vectors of a plane
         computed *= in_blocks(out**2, 16)
     value = {
@@ -154,8 +156,11 @@ def packed_taps(cell: Cell, name: str) -> float:
 
 def layout_of(cell: Cell) -> int:
     """Contiguous images that are packed, channels last, contiguous ones that the sparse kernels take as they lie."""
-    (_, _, kernel, size, stride, _), _, _, last = cell
-    return 1 if last else 2 if kernel == stride == 1 and (size**2 % 112 == 0 or size**2 % 128 == 0) else 0
+    (C, O, kernel, size, stride, groups), _, sparsity, last = cell  # noqa: E741
+    if last:
+        return 1
+    collide = size**2 % 1024 == 0 and (1 - sparsity) * C * O / groups >= 14 * max(C, O)  # planes_collide in api.h
+    return 2 if kernel == stride == 1 and (size**2 % 112 == 0 or size**2 % 128 == 0) and not collide else 0
 
 
 def kind_of(cell: Cell) -> int:

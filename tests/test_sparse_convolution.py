@@ -172,6 +172,8 @@ EDGES = [
     # One tap, planes of 7 and 8 vectors of 4, 8 and 16 lanes, and of nearly so many pixels: strips, blocks, panels.
     *(conv((3, 5, 4, w), (6, 5, 1, 1)) for w in (7, 8, 13, 14, 15, 16, 27, 28, 32, 56, 64)),
     *(conv((2, c, 8, 14), (o, c, 1, 1)) for c, o in [(1, 1), (127, 65), (257, 17), (130, 530)]),
+    # Planes whole 4 KB apart, with few and with many weights.
+    *(conv((1, c, 32, 32), (o, c, 1, 1)) for c, o in [(3, 5), (66, 40)]),
     conv((3, 12, 7, 32), (9, 4, 1, 1), groups=3),
     conv((3, 9, 16, 16), (9, 5, 1, 1), transposed=True),
     conv((5, 3, 112), (4, 3, 1)),

@@ -174,7 +174,7 @@ Axis identity_axis(const Convolution& c, int d) {
 
 void conv_spmm(const Team& team, const Convolution& c, const SparseIndex& index, const float* values,
                Images<const float> input, const float* bias, Images<float> output) {
-  if (planes_serve(c, input, {output.data, output.channels_last})) {
+  if (planes_serve(c, index.nnz, input, {output.data, output.channels_last})) {
     return planes_spmm(team, c, index, values, input.data, bias, output.data);
   }
   const bool transposed = index.transposed;
@@ -200,7 +200,7 @@ void conv_spmm(const Team& team, const Convolution& c, const SparseIndex& index,
 
 void conv_sddmm(const Team& team, const Convolution& c, const SparseIndex& index, Images<const float> grad_output,
                 Images<const float> input, float* grad_values) {
-  if (planes_serve(c, input, grad_output)) {
+  if (planes_serve(c, index.nnz, input, grad_output)) {
     return planes_sddmm(team, c, index, grad_output.data, input.data, grad_values);
   }
   const Phase output = {{identity_axis(c, 0), identity_axis(c, 1), identity_axis(c, 2)}};

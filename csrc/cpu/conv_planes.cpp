@@ -67,11 +67,11 @@ void for_blocks(const SparseIndex& index, const Planes& planes, const Planes& pr
 
 }  // namespace
 
-bool planes_serve(const Convolution& c, Images<const float> from, Images<const float> to) {
+bool planes_serve(const Convolution& c, int64_t nnz, Images<const float> from, Images<const float> to) {
   const auto aligned = [](const float* p) { return reinterpret_cast<uintptr_t>(p) % (L * sizeof(float)) == 0; };
   const int64_t pixels = c.input[0] * c.input[1] * c.input[2];
-  return is_pointwise(c) && !from.channels_last && !to.channels_last && aligned(from.data) && aligned(to.data) &&
-         (pixels % (8 * L) == 0 || pixels % (7 * L) == 0);
+  return is_pointwise(c) && !planes_collide(c, double(nnz)) && !from.channels_last && !to.channels_last &&
+         aligned(from.data) && aligned(to.data) && (pixels % (8 * L) == 0 || pixels % (7 * L) == 0);
 }
 
 void planes_spmm(const Team& team, const Convolution& c, const SparseIndex& index, const float* values,

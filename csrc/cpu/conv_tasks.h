@@ -109,13 +109,13 @@ inline int64_t splits_for(int64_t strips, int64_t panels, int threads) {
 }
 
 // body(strips, panels) for all of both. Neighbours share lines of memory: they are one task, as far as there are enough
-// of them.
+// of them. A thread, whose tasks follow each other, has the values of its panels in L2 from strip to strip.
 template <typename Body>
 void for_strips(const Team& team, int64_t strips, int64_t panels, const Body& body) {
   const int64_t splits = splits_for(strips, panels, team.threads);
   const int64_t parts = min(strips, tuning::kStripTasks * team.threads);
   team.for_each(parts * splits, [&](int64_t task) {
-    const int64_t part = task / splits, split = task % splits;
+    const int64_t part = task % parts, split = task / parts;
     body(Span{strips * part / parts, strips * (part + 1) / parts},
          Span{panels * split / splits, panels * (split + 1) / splits});
   });
@@ -131,7 +131,7 @@ void add_up_strips(const Team& team, int64_t strips, const SparseIndex& index, f
   const int64_t splits = splits_for(parts, panels, team.threads);
   float* const partial = static_cast<float*>(scratch(Slot::kValues, size_t((parts - 1) * nnz) * sizeof(float)));
   team.for_each(parts * splits, [&](int64_t task) {
-    const int64_t part = task / splits, split = task % splits;
+    const int64_t part = task % parts, split = task / parts;
     body(Span{strips * part / parts, strips * (part + 1) / parts},
          Span{panels * split / splits, panels * (split + 1) / splits}, part ? partial + (part - 1) * nnz : grad_values);
   });

@@ -245,15 +245,17 @@ inline constexpr double kConvertCost = 0.1, kConvertCall = 5e3;
 // Contiguous images of one tap that the sparse kernels and the masked GEMM both take as they lie: the share of
 // remaining weights below which sparse is faster. At 0.7, five layers of 28 x 28 and 56 x 56 need 0.93 to 1.07 of the
 // GEMM's time in forward, 0.94 to 1.04 in grad_input and 0.78 to 1.08 in grad_weight; at 0.5, 256 -> 64 channels of 56
-// x 56 need 0.75, 0.68 and 0.8.
-inline constexpr double kSparsePlaneDensity = 0.65;
+// x 56 need 0.75, 0.68 and 0.8. The same of planes that lie whole 4 KB apart: 16 -> 64, 32 -> 64 and 64 -> 16 channels
+// of 32 x 32 need 0.6 to 0.9 at 0.2, 0.5 to 1.3 at 0.35, and 0.7 to 1.7 at 0.5.
+inline constexpr double kSparsePlaneDensity = 0.65, kFarPlaneDensity = 0.3;
 
 // Depthwise convolutions: where their own kernels are taken, by the times of torch's over theirs, batch 8, forward,
 // grad_input and grad_weight. Contiguous, 3 x 3 that keeps the size: 144 channels of 56 x 56 4.1, 4.7, 4.8; 512 of 14 x
 // 14 2.9, 3.1, 2.3; 960 of 7 x 7 2.2, 2.5, 1.4, of 2 x 2 1.8, 1.8, 17, of one position 0.9, 0.8, 9. Others: 144 of 56 x
 // 56, stride 2, 2.0, 1.8, 1.9; 240 of 28 x 28, 5 x 5 and stride 2, 0.9, 0.9, 10. Channels last, in the same order: 1.0,
 // 1.2, 1.0; 1.2, 1.15, 0.97; 1.4, 2.2, 1.0 and 1.3, 1.0, 8.7; over masking, then torch's, in batches of 1, 8 and 32 of
-// the first two 1.0 to 2.2 but for grad_weight.
+// the first two 1.0 to 2.2 but for grad_weight, where torch shares out images: of one image 1.2 to 2.5 (32 channels of
+// 112 x 112 to 960 of 7 x 7), of 8 and 32 from 0.8 to 1.6.
 inline constexpr int64_t kSmallKernel = 9, kLeastWidth = 8;
 
 // [kernel of one tap, of more, depthwise][NCHW, channels last][forward, grad_input, grad_weight]

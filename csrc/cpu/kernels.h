@@ -67,7 +67,7 @@ void conv_sddmm(const Team&, const Convolution&, const SparseIndex&, Images<cons
                 Images<const float> input, float* grad_values);
 
 // conv_planes.cpp. Whether it serves between such images, and conv_spmm and conv_sddmm of what it serves.
-bool planes_serve(const Convolution&, Images<const float> from, Images<const float> to);
+bool planes_serve(const Convolution&, int64_t nnz, Images<const float> from, Images<const float> to);
 void planes_spmm(const Team&, const Convolution&, const SparseIndex&, const float* values, const float* input,
                  const float* bias, float* output);
 void planes_sddmm(const Team&, const Convolution&, const SparseIndex&, const float* grad_output, const float* input,
