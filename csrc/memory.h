@@ -5,7 +5,7 @@
 
 namespace masked_ops {
 
-// As at::empty. From 32 MB on, on a CPU, in the memory of a result of this size that is no more, if one is kept, and on
+// As at::empty. From 8 MB on, on a CPU, in the memory of a result of this size that is no more, if one is kept, and on
 // huge pages where the system has them.
 at::Tensor empty_result(at::IntArrayRef sizes, const at::TensorOptions& options,
                         at::MemoryFormat format = at::MemoryFormat::Contiguous);

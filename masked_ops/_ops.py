@@ -222,7 +222,7 @@ def use_path(name: str | None) -> Iterator[None]:
 def cache_info() -> dict[str, int]:
     """What is cached of the masks seen: ``entries``, ``bytes``, ``limit_bytes``, ``hits``, ``misses``, ``repacks``.
 
-    And ``kept_result_bytes``: the memory of results of 32 MB and more that are no more, kept for the next ones of their
+    And ``kept_result_bytes``: the memory of results of 8 MB and more that are no more, kept for the next ones of their
     sizes on the CPU. At most 256 MiB, or the environment's MASKED_OPS_RESULT_BYTES.
 
     Example:
