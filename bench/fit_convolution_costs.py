@@ -8,7 +8,8 @@
 Cells are drawn at random, others for a check than for a fit, from the layers of bench/shapes/convolution.txt, batch 1,
 8 and 32, sparsity 0 to 0.95 and both layouts, until the time is up. In each cell every path that can serve is timed
 against the others and against dense torch, interleaved, and the minimum of each counts. The terms are those of ConvCost
-in csrc/cpu/costs.h. Depthwise convolutions are checked too, but their own kernels are chosen by rules (path.cpp).
+in csrc/cpu/costs.h. Depthwise convolutions are checked too, but their own kernels are chosen by rules
+(path_convolution.cpp).
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def features(cell: Cell, name: str, path: str, threads: int) -> list[float]:
     (C, O, kernel, size, stride, groups), batch, sparsity, last = cell  # noqa: E741
     out = (size + 2 * (kernel // 2) - kernel) // stride + 1
     positions, weights = batch * out * out, O * (C // groups) * kernel**2
-    packed = O if name == "grad_input" else C  # channels that im2col reads, see path.cpp
+    packed = O if name == "grad_input" else C  # channels that im2col reads, see path_convolution.cpp
     if last:
         packed = groups * -(-packed // groups // 16) * 16
     elif stride > 1 and name != "grad_input":
@@ -147,7 +148,7 @@ def in_blocks(n: int, block: int) -> float:
 
 
 def packed_taps(cell: Cell, name: str) -> float:
-    """Taps of a position for which im2col reads, see path.cpp."""
+    """Taps of a position for which im2col reads, see path_convolution.cpp."""
     kernel, stride = cell[0][2], cell[0][4]
     if (name == "grad_input" and stride > 1) or kernel <= stride:
         return kernel**2
@@ -217,7 +218,7 @@ def expected(costs: Costs, path: str, cell: Cell, name: str, threads: int) -> fl
 
 
 def predict(costs: Costs, cell: Cell, results: dict[str, float], name: str, threads: int) -> str:
-    """As choose_convolution in csrc/path.cpp does; where it has rules of its own, what it took."""
+    """As choose_convolution in csrc/path_convolution.cpp does; where it has rules of its own, what it took."""
     if kind_of(cell) == 2:
         return "auto"
     serve = {path for path in PATH_TERMS if path in results}

@@ -7,6 +7,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "inline.h"
+
 namespace masked_ops::cpu {
 
 // Runs body(context, i) for every i in [0, tasks), on the threads that torch owns; returns when all are done. Tasks may
@@ -16,7 +18,7 @@ struct Team {
   void (*run)(int64_t tasks, void* context, void (*body)(void* context, int64_t task));
 
   template <typename Body>
-  void for_each(int64_t tasks, const Body& body) const {
+  MASKED_OPS_INLINE void for_each(int64_t tasks, const Body& body) const {
     run(tasks, const_cast<void*>(static_cast<const void*>(&body)),
         [](void* context, int64_t task) { (*static_cast<const Body*>(context))(task); });
   }
@@ -32,7 +34,7 @@ void release_scratch();                  // of the calling thread
 struct Bits {
   const uint64_t* words;
   int64_t stride;  // words per row
-  const uint64_t* row(int64_t i) const { return words + i * stride; }
+  MASKED_OPS_INLINE const uint64_t* row(int64_t i) const { return words + i * stride; }
 };
 
 enum class Dtype : int8_t { kByte, kInt8, kInt16, kInt32, kInt64, kHalf, kBFloat16, kFloat, kDouble };
@@ -59,7 +61,7 @@ struct Convolution {
 // Whether planes of contiguous images lie whole 4 KB apart, in the same few sets of L1, and meet so many weights that
 // the sparse kernels are faster with a packed copy: batch 8, copy over planes, forward, at 50, 80 and 90%: 64 -> 256
 // channels of 32 x 32 0.47, 0.81, 1.23; 64 -> 64 0.61, 1.12, 1.57; 64 -> 64 of 64 x 64 0.73, 1.03, 1.41.
-inline bool planes_collide(const Convolution& c, double nnz) {
+MASKED_OPS_INLINE bool planes_collide(const Convolution& c, double nnz) {
   const int64_t most_channels = c.in_channels > c.out_channels ? c.in_channels : c.out_channels;
   return c.input[0] * c.input[1] * c.input[2] % 1024 == 0 && nnz >= 14 * double(most_channels);
 }

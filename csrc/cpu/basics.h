@@ -5,9 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
+#include "inline.h"
+
 #define MASKED_OPS_STRING_(x) #x
 #define MASKED_OPS_STRING(x) MASKED_OPS_STRING_(x)
-#define MASKED_OPS_INLINE inline __attribute__((always_inline))
 // GCC unrolls a counted loop whole only when told to; arrays of vectors stay in registers only when it does.
 #define MASKED_OPS_UNROLL _Pragma("GCC unroll 32")
 

@@ -1,4 +1,4 @@
-// Sparse convolution: im2col strip by strip, then the tiles of spmm.cpp and sddmm.cpp.
+// Sparse convolution: im2col strip by strip, then the tiles of spmm_tile.cpp and sddmm.cpp.
 //
 // A task takes a strip of positions through all blocks of columns; of each it packs the strip's input into L1 and
 // multiplies all rows with it, whose sums, [row][lanes], stay in L2. Nothing that it keeps grows with the batch.

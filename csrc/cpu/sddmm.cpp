@@ -15,7 +15,7 @@ constexpr int L = Vec::kLanes;
 using Run = SparseIndex::Run;
 using Segment = SparseIndex::Segment;
 
-// What all runs of a tile have in common (see spmm.cpp).
+// What all runs of a tile have in common (see spmm_tile.cpp).
 struct Operands {
   const Segment* segments;  // the tile's first
   const float* x;           // the block of input
@@ -38,7 +38,7 @@ MASKED_OPS_INLINE Vec dot(const Vec (&dy)[NV], InputBlock<NV, kLayout> x, uint8_
 }
 
 // N <= L entries of each segment of a run, beginning with its entry `first`. Columns and segments are loaded one
-// segment ahead (see spmm.cpp).
+// segment ahead (see spmm_tile.cpp).
 template <int NV, Layout kLayout, int N>
 __attribute__((noinline)) void dots(const Run& run, const uint8_t* columns, const Segment* at, int64_t first,
                                     const Operands& operands) {

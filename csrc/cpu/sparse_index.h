@@ -16,7 +16,9 @@ namespace masked_ops::cpu {
 
 // Columns of a block: at most 256, and so many that a row has a dozen weights or more in one; wider blocks have
 // narrower tiles, which broadcast each value for fewer FMAs.
-inline constexpr int64_t block_cols(double density) { return density >= 0.25 ? 64 : density >= 0.07 ? 128 : 256; }
+MASKED_OPS_INLINE constexpr int64_t block_cols(double density) {
+  return density >= 0.25 ? 64 : density >= 0.07 ? 128 : 256;
+}
 
 struct SparseIndex {
   struct Tile {  // where it begins in the arrays below; it ends where the next one begins
@@ -51,12 +53,12 @@ struct SparseIndex {
   static constexpr int64_t kLookahead = 256;
   static constexpr int kBlockRows = 4;
 
-  int64_t panels_of_group() const { return (group_rows + panel_rows - 1) / panel_rows; }
+  MASKED_OPS_INLINE int64_t panels_of_group() const { return (group_rows + panel_rows - 1) / panel_rows; }
   // The first row of a panel; of panel = panels, the end of the last.
-  int64_t row_of(int64_t panel) const {
+  MASKED_OPS_INLINE int64_t row_of(int64_t panel) const {
     return panel / panels_of_group() * group_rows + panel % panels_of_group() * panel_rows;
   }
-  int64_t rows_of(int64_t panel) const {
+  MASKED_OPS_INLINE int64_t rows_of(int64_t panel) const {
     const int64_t left = group_rows - panel % panels_of_group() * panel_rows;
     return left < panel_rows ? left : panel_rows;
   }

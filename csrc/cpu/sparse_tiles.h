@@ -199,8 +199,8 @@ struct Target {
   bool streams = false;
 };
 
-// spmm.cpp: adds a tile of the index times its block of input, of 1, 2, 4 or 8 vectors. The segments' values count from
-// `values`; column j of the block is x[j][lanes].
+// spmm_tile.cpp: adds a tile of the index times its block of input, of 1, 2, 4 or 8 vectors. The segments' values count
+// from `values`; column j of the block is x[j][lanes].
 void multiply_tile(const SparseIndex&, int64_t tile, int vectors, const float* values, const float* x, Target,
                    Ahead ahead);
 // The same of 7 or 8 vectors, banded or in planes; the pitch counts floats.

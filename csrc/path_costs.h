@@ -1,0 +1,66 @@
+// What the choices of linear layers and of convolutions share.
+#pragma once
+
+#include <limits>
+
+#include "cpu/costs.h"
+#include "parallel.h"
+#include "path.h"
+
+namespace masked_ops {
+
+inline constexpr int kCpuPaths = static_cast<int>(Path::kMaskCopy);
+
+inline bool has_kernels(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
+}
+
+inline constexpr const char* kOtherDtype = "its kernels take float32, bfloat16 and float16";
+inline constexpr const char* kTooLarge = "the weight is larger than an index can address";
+
+// Why a path cannot serve, null where it can; the copy path always can.
+using Obstacles = std::array<const char*, kCpuPaths>;
+
+// Obeys a forced path; else takes what the cost model chose.
+Choice obey(const char* operation, const Obstacles& obstacles, Choice chosen);
+
+// Vectors of four floats, a quarter of what torch's own kernels may find at run time.
+inline bool portable() { return cpu::kernels().lanes == 4; }
+
+// What the paths of one operation of the linear family cost, with M rows, in a dtype that has kernels.
+struct LinearCosts {
+  Pass pass;
+  int64_t M;
+  at::ScalarType dtype;
+  int threads = team_for(std::numeric_limits<int64_t>::max()).threads;
+
+  // Where bfloat16 is converted, float16 tells what our kernels take, and torch's are no faster than for float32.
+  const cpu::CostTable& table(Path path) const {
+    if (portable()) return cpu::kFloatCostsPortable;
+    if (cpu::kernels().lanes == 8) return cpu::kFloatCostsAvx2;
+    if (dtype == at::kFloat) return cpu::kFloatCosts;
+    if (dtype == at::kHalf) return cpu::kHalfCosts;
+    if (cpu::kernels().bf16_dots) return cpu::kBFloat16Costs;
+    return path == Path::kCopy ? cpu::kFloatCosts : cpu::kHalfCosts;
+  }
+
+  double of(Path path, int64_t N, int64_t K, int64_t nnz, bool reads_dense_weight = true, double blocked = 0) const {
+    const int row = path == Path::kSparse ? 2 : path == Path::kFused ? 1 : 0;
+    cpu::Cost c = table(path)[row][2 * static_cast<int>(pass) + (M > cpu::kSmallM)];
+    if (!reads_dense_weight) c.weight = c.memory = 0;
+    c.mac *= float(1 - cpu::kRowBlockGain[static_cast<int>(pass)] * blocked);
+    return c(M, N, K, nnz, threads);
+  }
+
+  double of(Path path, const Pattern& pattern, bool reads_dense_weight = true) const {
+    return of(path, pattern.rows(), pattern.cols(), pattern.nnz(), reads_dense_weight, pattern.blocked());
+  }
+
+  double of_compact(const Pattern& pattern) const {
+    const int64_t N = pattern.live_rows(), K = pattern.live_cols();
+    const int64_t moved = 2 * N * K + M * (N + K + pattern.rows() + pattern.cols());
+    return of(Path::kFused, N, K, pattern.nnz()) + cpu::kGatherCost * double(moved) / threads + cpu::kCompactCall;
+  }
+};
+
+}  // namespace masked_ops
