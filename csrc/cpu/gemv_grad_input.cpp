@@ -205,14 +205,16 @@ Factors factors_of(const RowTiles& tiles, int64_t N, const T* grad_output, int64
   return {at, first, pitch};
 }
 
-// sums, laid out in chunks, += grad_output * weight over an area of the weight.
+// sums, laid out in chunks, += grad_output * weight over an area of the weight: chunk by chunk down all rows, or down
+// blocks of them.
 template <typename T>
 void take_area(const Chunks& chunks, const RowTiles& tiles, int64_t N, int64_t K, const Factors& factors,
-               const T* weight, Bits bits, bool cached, const Area& area, float* sums) {
+               const T* weight, Bits bits, bool all_rows, const Area& area, float* sums) {
   static constexpr KernelTable<AxpysKernel, T> kKernels;
   constexpr int kDepth = Operand<T>::kDepth;
+  const bool cached = N * K * int64_t{sizeof(T)} <= tuning::kCachedBytes;
   const int64_t group = group_rows(tiles, cached) * kDepth;
-  const int64_t block = cached ? N : ceil_div(tuning::kSmallBlock, group) * group;
+  const int64_t block = all_rows ? N : ceil_div(tuning::kSmallBlock, group) * group;
   const int64_t most = groups_of_step(group * min(chunks.width, K) * int64_t{sizeof(T)});
   const bool fetches = fetches_ahead(tiles.rows, cached, K * int64_t{sizeof(T)});
   Walk at = {group, kDepth, most, block, chunks.width, area.first, area.last, area.begin, area.end};
