@@ -6,9 +6,11 @@ import io
 import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from generators import SANITIZED
 from paths import RunPython
 from torch import Tensor
 
@@ -189,5 +191,25 @@ def test_a_child_has_its_own(run_python: RunPython) -> None:
         c = masked_ops.apply_mask(w * 3, mask)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert c.eq(3).all() and held.eq(1).all()
+        """
+    )
+
+
+@pytest.mark.skipif(SANITIZED, reason="the sanitizer keeps memory that was freed")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="limits memory as Linux does")
+def test_what_is_kept_goes_before_memory_runs_out(run_python: RunPython) -> None:
+    run_python(
+        f"""
+        import resource, torch, masked_ops
+        from pathlib import Path
+        torch.set_num_threads(1)
+        w, larger = torch.ones({ROWS}, {COLS}), torch.ones(16 * {ROWS}, {COLS})
+        results = [masked_ops.apply_mask(w, w) for _ in range(20)]
+        del results
+        assert masked_ops.cache_info()["kept_result_bytes"] == 20 * {BYTES}
+        size = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmSize"))
+        resource.setrlimit(resource.RLIMIT_AS, (int(size.split()[1]) * 1024 + (16 << 20), -1))
+        assert torch.equal(masked_ops.apply_mask(larger, larger), larger)
+        assert masked_ops.cache_info()["kept_result_bytes"] == 0
         """
     )
