@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import textwrap
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,17 @@ def weight() -> Tensor:
 @pytest.fixture(scope="module")
 def mask() -> Tensor:
     return torch.arange(ROWS * COLS).remainder(3).ne(0).view(ROWS, COLS)
+
+
+@pytest.fixture
+def succeeds(run_python: RunPython) -> Callable[[str], None]:
+    """Runs code in an interpreter of its own, which must end well."""
+
+    def run(code: str) -> None:
+        done = run_python(textwrap.dedent(code))
+        assert done.returncode == 0, done.stderr
+
+    return run
 
 
 def kept() -> int:
@@ -89,9 +101,9 @@ def test_at_most_the_limit_is_kept(weight: Tensor, mask: Tensor) -> None:
     assert kept() == (256 << 20) // BYTES * BYTES
 
 
-def test_larger_than_the_limit_is_not_kept(run_python: RunPython) -> None:
+def test_larger_than_the_limit_is_not_kept(succeeds: Callable[[str], None]) -> None:
     for limit in (BYTES - 1, "0", "-1", "nonsense"):
-        run_python(
+        succeeds(
             f"""
             import os
             os.environ["MASKED_OPS_RESULT_BYTES"] = "{limit}"
@@ -173,8 +185,8 @@ def test_threads_never_share_a_result(weight: Tensor, mask: Tensor) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_child_has_its_own(run_python: RunPython) -> None:
-    run_python(
+def test_a_child_has_its_own(succeeds: Callable[[str], None]) -> None:
+    succeeds(
         f"""
         import os, torch, masked_ops
         torch.set_num_threads(1)
@@ -197,8 +209,8 @@ def test_a_child_has_its_own(run_python: RunPython) -> None:
 
 @pytest.mark.skipif(SANITIZED, reason="the sanitizer keeps memory that was freed")
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="limits memory as Linux does")
-def test_what_is_kept_goes_before_memory_runs_out(run_python: RunPython) -> None:
-    run_python(
+def test_what_is_kept_goes_before_memory_runs_out(succeeds: Callable[[str], None]) -> None:
+    succeeds(
         f"""
         import resource, torch, masked_ops
         from pathlib import Path
@@ -209,7 +221,8 @@ def test_what_is_kept_goes_before_memory_runs_out(run_python: RunPython) -> None
         assert masked_ops.cache_info()["kept_result_bytes"] == 20 * {BYTES}
         size = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmSize"))
         resource.setrlimit(resource.RLIMIT_AS, (int(size.split()[1]) * 1024 + (16 << 20), -1))
-        assert torch.equal(masked_ops.apply_mask(larger, larger), larger)
+        result = masked_ops.apply_mask(larger, larger)
         assert masked_ops.cache_info()["kept_result_bytes"] == 0
+        assert torch.equal(result, larger)
         """
     )
