@@ -18,10 +18,10 @@ namespace masked_ops {
 namespace {
 
 // The C library gives memory from 32 MB on back to the system when it is freed, and less of it when more is free than
-// twice the largest piece, so that such a result is mapped anew:
-// 16384 page faults for the gradient of a 4096 x 4096 weight, which outlast its computing. Huge pages make 32 of them,
-// which the system zeroes: 13.8 ms at M = 128. In memory that is kept it is 8.5. (MADV_FREE on what is kept would let
-// the system have it back when it needs memory, and costs up to 0.7 of that.)
+// twice the largest piece, so that such a result is mapped anew: 16384 page faults for the gradient of a 4096 x 4096
+// weight, which outlast its computing. Huge pages make 32 of them, which the system zeroes: 13.8 ms at M = 128. In
+// memory that is kept it is 8.5. (MADV_FREE on what is kept would let the system have it back when it needs memory, and
+// costs up to 0.7 of that.)
 constexpr size_t kLargeBytes = size_t{8} << 20;
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kKeptResults = 32;  // of all threads together: those of a model come back at once, at zero_grad
