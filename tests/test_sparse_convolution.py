@@ -30,7 +30,6 @@ from masked_ops import _ops
 pytestmark = [compiled_only]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-every_16_bit = pytest.mark.parametrize("dtype", DTYPES[1:], ids=name_of)
 DENSITIES = (0.0, 0.03, 0.1, 0.3, 0.7, 1.0)
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -144,16 +143,6 @@ def test_random_geometries(capability: str) -> None:
             check(problem, density, layout=layout, bias=bias, dtype=draw.choice(DTYPES))
 
 
-@every_16_bit
-@pytest.mark.parametrize("layout", [0, 7], ids=["contiguous", "channels_last"])
-def test_16_bit_images_some_at_a_time(layout: int, dtype: torch.dtype) -> None:
-    """They pass through the kernels as floats, 16 MB of them at a time: 32 of these images, 3 of those."""
-    with running_on("sparse"), poisoned():
-        check(conv((67, 16, 64, 64), (16, 16, 1, 1)), 0.2, layout=layout, bias=True, dtype=dtype)
-        check(conv((4, 3, 700, 700), (1, 3, 2, 2)), 0.5, layout=layout, bias=True, dtype=dtype)
-        check(conv((3, 1, 1500, 1500), (1, 1, 1, 1)), 1.0, layout=layout, bias=False, dtype=dtype)
-
-
 # Around the edges of what the kernels cut: vectors of 4, 8 and 16 lanes, through the ends of images; strips of 4, 7 and
 # 8 vectors, which are rows where taps share them; blocks of 64 to 256 columns, panels of 16 to 512 rows, all taps of a
 # kernel.
@@ -196,11 +185,12 @@ EDGES = [
 
 
 @every_capability
-@pytest.mark.parametrize("layout", [0, 7])
-def test_edges(layout: int, capability: str) -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("layout", [0, 7], ids=["contiguous", "channels_last"])
+def test_edges(layout: int, dtype: torch.dtype, capability: str) -> None:
     with running_on("sparse", capability), poisoned():
         for problem, density in zip(EDGES, itertools.cycle((0.3, 0.1, 0.9))):
-            check(problem, density, layout=layout, bias=layout == 0)
+            check(problem, density, layout=layout, bias=layout == 0, dtype=dtype)
 
 
 @every_capability

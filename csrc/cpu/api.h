@@ -149,13 +149,13 @@ struct Kernels {
   // a matrix. The index depends on channels, groups, kernel, stride and dilation; null if the matrix is beyond what it
   // can address. Scratch is bounded and does not grow with the batch.
   SparseIndex* (*make_conv_index)(const Team&, Bits, const Convolution&, const int64_t* offsets, bool transposed);
-  // output = convolution of input + bias[out_channels] (may be null). With a transposed index the gradient with respect
-  // to the input: from images like output to images like input, with bias[in_channels].
-  void (*conv_spmm)(const Team&, const Convolution&, const SparseIndex&, const float* values, Images<const float> input,
-                    const float* bias, Images<float> output);
+  // output = convolution of input + bias[out_channels] (may be null), images of the dtype. With a transposed index the
+  // gradient with respect to the input: from images like output to images like input, with bias[in_channels].
+  void (*conv_spmm)(const Team&, const Convolution&, const SparseIndex&, Dtype, const float* values,
+                    Images<const void> input, const float* bias, Images<void> output);
   // grad_values[nnz] = the remaining weights' gradient; the index is not transposed.
-  void (*conv_sddmm)(const Team&, const Convolution&, const SparseIndex&, Images<const float> grad_output,
-                     Images<const float> input, float* grad_values);
+  void (*conv_sddmm)(const Team&, const Convolution&, const SparseIndex&, Dtype, Images<const void> grad_output,
+                     Images<const void> input, float* grad_values);
 
   // pointwise_planes.cpp: the three operations of gemm.cpp on images [batch][K or N][positions], contiguous, with
   // weight [N][K] under its bits; float.

@@ -1,7 +1,8 @@
 // Sparse convolution: im2col strip by strip, then the tiles of spmm_tile.cpp and sddmm.cpp.
 //
 // A task takes a strip of positions through all blocks of columns; of each it packs the strip's input into L1 and
-// multiplies all rows with it, whose sums, [row][lanes], stay in L2. Nothing that it keeps grows with the batch.
+// multiplies all rows with it, whose sums, [row][lanes], stay in L2. Nothing that it keeps grows with the batch. Images
+// of 16 bits become floats as they are packed, and sums are rounded as they are stored.
 #include "conv_tasks.h"
 #include "im2col.h"
 #include "kernels.h"
@@ -50,22 +51,23 @@ struct Columns {
 // Adds the lines of a strip's pixels in some channels of images that it is stored to, or that lie like those.
 template <typename T>
 void add_lines(PieceList& list, const Strip& strip, const Memory<T>& in, int64_t channel, int64_t channels) {
-  constexpr int64_t kFloats = Ahead::kFloats;
+  constexpr int64_t kElements = Ahead::kFloats * int64_t{sizeof(float) / sizeof(T)};  // of a line
   int64_t offsets[Strip::kMostLines];
   const int64_t count = strip.lines(in, offsets);
   const T* const base = in.data + channel * in.channel;
   if (in.channels_last) {
-    list.add(base, offsets, count, kFloats, ceil_div(channels + kFloats - 1, kFloats));
+    list.add(base, offsets, count, kElements, ceil_div(channels + kElements - 1, kElements));
   } else {
     list.add(base, offsets, count, in.channel, channels);
   }
 }
 
+template <typename T>
 struct Multiplication {
   const SparseIndex& index;
   const float* values;  // in order, if the index is transposed
-  Memory<const float> from;
-  Memory<float> to;
+  Memory<const T> from;
+  Memory<T> to;
   bool fetches_input, fetches_output;  // ahead of their use; input only if a position reads the pixel that it is
   bool streams;                        // the output
 
@@ -120,13 +122,14 @@ struct Multiplication {
   }
 };
 
+template <typename T>
 struct Sampling {
   const SparseIndex& index;
   const Cut& cut;     // of the positions of the output
   const Cut& output;  // the same, each of which reads itself
   const TapBlocks& itself;
   const Columns& columns;
-  Memory<const float> input, grad_output;
+  Memory<const T> input, grad_output;
 
   // Sets the panels' results to what the strips give.
   void run(Span strips, Span all_panels, float* results) const {
@@ -170,20 +173,21 @@ Axis identity_axis(const Convolution& c, int d) {
   return {c.output[d], 1, c.output[d], 1, 0, 0, c.output[d], 0, 1, 0, 1};
 }
 
-}  // namespace
-
-void conv_spmm(const Team& team, const Convolution& c, const SparseIndex& index, const float* values,
-               Images<const float> input, const float* bias, Images<float> output) {
-  if (planes_serve(c, index.nnz, input, {output.data, output.channels_last})) {
-    return planes_spmm(team, c, index, values, input.data, bias, output.data);
+template <typename T>
+void multiply_images(const Team& team, const Convolution& c, const SparseIndex& index, const float* values,
+                     Images<const T> input, const float* bias, Images<T> output) {
+  if constexpr (kIsFloat<T>) {
+    if (planes_serve(c, index.nnz, input, {output.data, output.channels_last})) {
+      return planes_spmm(team, c, index, values, input.data, bias, output.data);
+    }
   }
   const bool transposed = index.transposed;
-  const Memory<const float> from(input, transposed ? c.out_channels : c.in_channels, transposed ? c.output : c.input);
-  const Memory<float> to(output, transposed ? c.in_channels : c.out_channels, transposed ? c.input : c.output);
+  const Memory<const T> from(input, transposed ? c.out_channels : c.in_channels, transposed ? c.output : c.input);
+  const Memory<T> to(output, transposed ? c.in_channels : c.out_channels, transposed ? c.input : c.output);
   // With one tap, memory is what limits if few weights meet an element.
   const bool pointwise = is_pointwise(c), few = index.nnz < tuning::kFewProducts * max(c.in_channels, c.out_channels);
-  const bool streams = c.batch * to.image * int64_t{sizeof(float)} >= tuning::kStreamedStripBytes;
-  const Multiplication multiplication = {
+  const bool streams = kIsFloat<T> && c.batch * to.image * int64_t{sizeof(T)} >= tuning::kStreamedStripBytes;
+  const Multiplication<T> multiplication = {
       index,   in_order(team, index, values),          from,
       to,      pointwise && few && from.channels_last, !streams && (few || !pointwise),
       streams,
@@ -198,10 +202,13 @@ void conv_spmm(const Team& team, const Convolution& c, const SparseIndex& index,
   });
 }
 
-void conv_sddmm(const Team& team, const Convolution& c, const SparseIndex& index, Images<const float> grad_output,
-                Images<const float> input, float* grad_values) {
-  if (planes_serve(c, index.nnz, input, grad_output)) {
-    return planes_sddmm(team, c, index, grad_output.data, input.data, grad_values);
+template <typename T>
+void correlate_images(const Team& team, const Convolution& c, const SparseIndex& index, Images<const T> grad_output,
+                      Images<const T> input, float* grad_values) {
+  if constexpr (kIsFloat<T>) {
+    if (planes_serve(c, index.nnz, input, grad_output)) {
+      return planes_sddmm(team, c, index, grad_output.data, input.data, grad_values);
+    }
   }
   const Phase output = {{identity_axis(c, 0), identity_axis(c, 1), identity_axis(c, 2)}};
   const Phase phase = {{forward_axis(c, 0), forward_axis(c, 1), forward_axis(c, 2)}};
@@ -210,16 +217,40 @@ void conv_sddmm(const Team& team, const Convolution& c, const SparseIndex& index
   Cut of_output = cut;
   of_output.phase = &output;
   const TapBlocks itself = output.blocks(1);
-  const Sampling sampling = {index,
-                             cut,
-                             of_output,
-                             itself,
-                             columns,
-                             Memory<const float>(input, c.in_channels, c.input),
-                             Memory<const float>(grad_output, c.out_channels, c.output)};
+  const Sampling<T> sampling = {index,
+                                cut,
+                                of_output,
+                                itself,
+                                columns,
+                                Memory<const T>(input, c.in_channels, c.input),
+                                Memory<const T>(grad_output, c.out_channels, c.output)};
 
   add_up_strips(team, cut.strips(), index, grad_values,
                 [&](Span strips, Span panels, float* results) { sampling.run(strips, panels, results); });
+}
+
+template <typename T>
+Images<const T> images_of(Images<const void> images, T) {
+  return {static_cast<const T*>(images.data), images.channels_last};
+}
+
+}  // namespace
+
+void conv_spmm(const Team& team, const Convolution& c, const SparseIndex& index, Dtype dtype, const float* values,
+               Images<const void> input, const float* bias, Images<void> output) {
+  with_element(dtype, [&](auto element) {
+    using T = decltype(element);
+    multiply_images<T>(team, c, index, values, images_of(input, element), bias,
+                       {static_cast<T*>(output.data), output.channels_last});
+  });
+}
+
+void conv_sddmm(const Team& team, const Convolution& c, const SparseIndex& index, Dtype dtype,
+                Images<const void> grad_output, Images<const void> input, float* grad_values) {
+  with_element(dtype, [&](auto element) {
+    using T = decltype(element);
+    correlate_images<T>(team, c, index, images_of(grad_output, element), images_of(input, element), grad_values);
+  });
 }
 
 }  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY

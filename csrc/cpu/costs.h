@@ -237,9 +237,8 @@ inline constexpr double kCompactMargin = 0.93;
 // How much faster torch convolves in float16 than in float32 where the CPU has no arithmetic for it: the four stages of
 // ResNet took 170 to 240 ms, in float32 4.
 inline constexpr double kHalfConvSpeedup = 1.0 / 20;
-// The sparse kernels take 16-bit images as floats, so many bytes of them at a time. Where torch converts too, at
-// nanoseconds for an element on one thread, and for the calls.
-inline constexpr int64_t kConvertedBytes = int64_t{16} << 20;
+// What 16-bit images cost the sparse kernels besides, where torch has no arithmetic for them either: nanoseconds for an
+// element on one thread, and for the calls.
 inline constexpr double kConvertCost = 0.1, kConvertCall = 5e3;
 
 // Contiguous images of one tap that the sparse kernels and the masked GEMM both take as they lie: the share of
@@ -467,7 +466,7 @@ inline constexpr ConvCosts kFloatConvCostsAvx2 = {
     // float32 convolution, AVX2: end
 };
 
-// Where the CPU multiplies 16-bit floats. The images' conversion for the sparse kernels is part of their costs.
+// Where the CPU multiplies 16-bit floats.
 inline constexpr ConvCosts kBFloat16ConvCosts = {
     // bfloat16 convolution: begin
     {

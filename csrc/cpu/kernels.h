@@ -61,10 +61,10 @@ void spmv_transposed(const Team&, const Rows&, int64_t cols, Dtype, const void* 
 void sampled_outer(const Team&, const Rows&, int64_t cols, Dtype, const void* dy, const void* x, void* grad_values);
 
 SparseIndex* make_conv_index(const Team&, Bits, const Convolution&, const int64_t* offsets, bool transposed);
-void conv_spmm(const Team&, const Convolution&, const SparseIndex&, const float* values, Images<const float> input,
-               const float* bias, Images<float> output);
-void conv_sddmm(const Team&, const Convolution&, const SparseIndex&, Images<const float> grad_output,
-                Images<const float> input, float* grad_values);
+void conv_spmm(const Team&, const Convolution&, const SparseIndex&, Dtype, const float* values,
+               Images<const void> input, const float* bias, Images<void> output);
+void conv_sddmm(const Team&, const Convolution&, const SparseIndex&, Dtype, Images<const void> grad_output,
+                Images<const void> input, float* grad_values);
 
 // conv_planes.cpp. Whether it serves between such images, and conv_spmm and conv_sddmm of what it serves.
 bool planes_serve(const Convolution&, int64_t nnz, Images<const float> from, Images<const float> to);

@@ -11,10 +11,11 @@ class PieceList {
 
   void clear() { count_ = 0; }
   // Those at the offsets from base, then a step further, and so on; what is too much is left out.
-  void add(const float* base, const int64_t* offsets, int64_t count, int64_t step, int64_t repeats) {
+  template <typename T>
+  void add(const T* base, const int64_t* offsets, int64_t count, int64_t step, int64_t repeats) {
     repeats = min(repeats, (kMost - count_) / max<int64_t>(count, 1));
     for (int64_t r = 0; r < repeats; ++r, base += step) {
-      for (int64_t i = 0; i < count; ++i) pieces_[count_++] = base + offsets[i];
+      for (int64_t i = 0; i < count; ++i) pieces_[count_++] = reinterpret_cast<const float*>(base + offsets[i]);
     }
   }
   // All of them, spread over the segments.

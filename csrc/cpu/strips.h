@@ -3,7 +3,7 @@
 #pragma once
 
 #include "conv_geometry.h"
-#include "simd.h"
+#include "elements.h"
 #include "sparse_tiles.h"
 
 namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
@@ -125,9 +125,10 @@ class Strip {
     return count;
   }
 
-  // c[row][lanes] to the images' channels from `channel` on; reads whole vectors of rows. Streamed, whole lines go past
-  // the caches.
-  void store(const float* c, int64_t channel, int64_t rows, const Memory<float>& to, bool streams) const {
+  // c[row][lanes] to the images' channels from `channel` on; reads whole vectors of rows. Streamed, whole lines of
+  // floats go past the caches.
+  template <typename T>
+  void store(const float* c, int64_t channel, int64_t rows, const Memory<T>& to, bool streams) const {
     if (to.channels_last) {
       store_pixels(c, rows, to.data + channel, to, streams);
     } else {
@@ -144,11 +145,17 @@ class Strip {
     return row.image * to.image + (line * axes[2].to_size + at(2, row.w)) * to.pixel;
   }
 
-  static MASKED_OPS_INLINE bool is_aligned(const float* p) {
-    return reinterpret_cast<uintptr_t>(p) % (L * sizeof(float)) == 0;
+  // Whether whole lines can go past the caches.
+  template <typename T>
+  static MASKED_OPS_INLINE bool can_stream(const T* p) {
+    return kIsFloat<T> && reinterpret_cast<uintptr_t>(p) % (L * sizeof(float)) == 0;
   }
+  static MASKED_OPS_INLINE void stream(Vec x, float* p) { x.stream(p); }
+  template <typename T>
+  static MASKED_OPS_INLINE void stream(Vec, T*) {}
 
-  void store_lines(const float* c, int64_t rows, float* to, const Memory<float>& memory, bool streams) const {
+  template <typename T>
+  void store_lines(const float* c, int64_t rows, T* to, const Memory<T>& memory, bool streams) const {
     const int64_t step = phase_.axes[2].to_step;
     for (int64_t r = 0; r < row_count_;) {
       const int64_t lane = rows_[r].lane, offset = target(rows_[r], memory);
@@ -159,28 +166,37 @@ class Strip {
       }
       for (int64_t i = 0; i < rows; ++i) {
         const float* const from = c + i * width() + lane;
-        float* const out = to + i * memory.channel + offset;
-        if (step == 2) {
-          for (int64_t w = 0; w < count; w += L) {
-            Vec::loadu(Vec::first(count - w), from + w).store_even(Vec::first(count - w), out + 2 * w);
-          }
-          continue;
-        }
-        if (step > 2) {
-          for (int64_t w = 0; w < count; ++w) out[w * step] = from[w];
+        T* const out = to + i * memory.channel + offset;
+        if (step > 1) {
+          store_apart(from, count, step, out);
           continue;
         }
         int64_t w = 0;
-        if (streams && is_aligned(out)) {
-          for (; w + L <= count; w += L) Vec::loadu(from + w).stream(out + w);
+        if (streams && can_stream(out)) {
+          for (; w + L <= count; w += L) stream(Vec::loadu(from + w), out + w);
         }
-        for (; w + L <= count; w += L) Vec::loadu(from + w).storeu(out + w);
-        if (w < count) Vec::loadu(Vec::first(count - w), from + w).storeu(Vec::first(count - w), out + w);
+        for (; w + L <= count; w += L) store_floats(Vec::loadu(from + w), out + w);
+        if (w < count) store_floats(Vec::loadu(Vec::first(count - w), from + w), count - w, out + w);
       }
     }
   }
 
-  void store_pixels(const float* c, int64_t rows, float* to, const Memory<float>& memory, bool streams) const {
+  // out[i * step] = from[i].
+  template <typename T>
+  static void store_apart(const float* from, int64_t count, int64_t step, T* out) {
+    if constexpr (kIsFloat<T>) {
+      if (step == 2) {
+        for (int64_t w = 0; w < count; w += L) {
+          Vec::loadu(Vec::first(count - w), from + w).store_even(Vec::first(count - w), out + 2 * w);
+        }
+        return;
+      }
+    }
+    for (int64_t w = 0; w < count; ++w) store_float(from[w], out + w * step);
+  }
+
+  template <typename T>
+  void store_pixels(const float* c, int64_t rows, T* to, const Memory<T>& memory, bool streams) const {
     int64_t offsets[kMaxLanes];
     for (int64_t& offset : offsets) offset = -1;
     for (int64_t r = 0; r < row_count_; ++r) {
@@ -189,18 +205,17 @@ class Strip {
         offsets[rows_[r].lane + w] = offset + w * phase_.axes[2].to_step * memory.pixel;
       }
     }
-    const bool whole_lines = streams && is_aligned(to) && memory.pixel % L == 0;
+    const bool whole_lines = streams && can_stream(to) && memory.pixel % L == 0;
     for (int64_t j = 0; j < width(); j += L) {
       for (int64_t r = 0; r < rows; r += L) {
-        const Vec::Predicate some = Vec::first(rows - r);
         Vec tile[L];
         MASKED_OPS_UNROLL
         for (int i = 0; i < L; ++i) tile[i] = Vec::load(c + (r + i) * width() + j);
         transpose(tile);
-        const bool stream = whole_lines && rows - r >= L;
+        const bool streamed = whole_lines && rows - r >= L;
         for (int i = 0; i < L; ++i) {
-          float* const out = to + offsets[j + i] + r;
-          if (offsets[j + i] >= 0) stream ? tile[i].stream(out) : tile[i].storeu(some, out);
+          T* const out = to + offsets[j + i] + r;
+          if (offsets[j + i] >= 0) streamed ? stream(tile[i], out) : store_floats(tile[i], rows - r, out);
         }
       }
     }
