@@ -25,11 +25,11 @@ constexpr int64_t kPanelABytes = int64_t{4} << 20;
 // Rows of a task below which splitting a panel of B among threads costs more (B is packed twice) than it gains.
 constexpr int64_t kMinRowsPerTask = 64;
 
-// Tall products: bytes of a thread's block of packed A, half of L2; the rows below which, and the bytes of B beyond
-// which, it is not worth packing B for each block. 25088, 256 -> 64: 330 GF/s, and 150 with all of A at once; 2048,
-// 512 -> 2048 the same either way; bfloat16 4096, 512 -> 4096 0.8 times as fast.
-constexpr int64_t kRowBlockBytes = int64_t{512} << 10;
-constexpr int64_t kLeastRowBlock = 256;
+// Tall products: depth and bytes of a thread's block of packed A, half of L2; the rows below which, and the bytes of B
+// beyond which, it is not worth packing B for each block. 25088, 256 -> 64: 330 GF/s, and 150 with all of A at once;
+// 2048, 512 -> 2048 the same either way; bfloat16 4096, 512 -> 4096 0.8 times as fast.
+constexpr int64_t kRowBlockDepth = 512, kRowBlockBytes = int64_t{512} << 10;
+constexpr int64_t kLeastRowBlock = 128;
 constexpr int64_t kMostRepackedBytes = int64_t{2} << 20;
 
 // Packing of B: depths per run of a few rows, and how many steps the prefetch is ahead, from rows (a step is a vector
