@@ -27,7 +27,8 @@ constexpr int64_t kMinRowsPerTask = 64;
 
 // Tall products: depth and bytes of a thread's block of packed A, half of L2; the rows below which, and the bytes of B
 // beyond which, it is not worth packing B for each block. 25088, 256 -> 64: 330 GF/s, and 150 with all of A at once;
-// 2048, 512 -> 2048 the same either way; bfloat16 4096, 512 -> 4096 0.8 times as fast.
+// 2048, 4096 -> 128: 5.1 ms and 5.4, or 5.3 and 8.4 where the cores are far apart (bfloat16 2.5 and 4.1); 2048, 512 ->
+// 2048 the same either way; bfloat16 4096, 512 -> 4096 0.8 times as fast.
 constexpr int64_t kRowBlockDepth = 512, kRowBlockBytes = int64_t{512} << 10;
 constexpr int64_t kLeastRowBlock = 128;
 constexpr int64_t kMostRepackedBytes = int64_t{2} << 20;
