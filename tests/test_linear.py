@@ -473,7 +473,9 @@ def test_any_number_of_threads(threads: int, path: str) -> None:
     """As many as share the tasks, fewer tasks than threads, and more threads than have shares of their own."""
     torch.set_num_threads(threads)
     with running_on(path), poisoned():
-        for n, shape in enumerate([(130, 200, 300), (129, 1700, 130), (9, 900, 700), (2, 70, 3000), (1, 2050, 512)]):
+        for n, shape in enumerate(
+            [(130, 200, 300), (129, 1700, 130), (577, 100, 300), (9, 900, 700), (2, 70, 3000), (1, 2050, 512)]
+        ):
             case = make_case(shape, 5 + n, integers, torch.float32)
             for op, exact in case.exact().items():
                 for _ in range(2):

@@ -3,172 +3,15 @@
 // Packed A (shared by the team) is cut into blocks of kKC depths and panels of kMR rows, B into panels of kNR columns
 // and the same blocks. A worker takes one panel of B through K and runs the microkernel down the rows of A, so that the
 // block of B comes from L2, the panel of A from L1 or L2, and the C tile from registers. The microkernel packs on the
-// side: bit by bit, from lines that it has prefetched, the block of B that is next.
+// side: bit by bit, from lines that it has prefetched, the block of B that is next. Tall and small products go the
+// other way round: a worker packs a block of A for itself and takes all of B through it.
 //
 // Elements of 16 bits become operands (elements.h) while they are packed; sums are floats, and rounded once.
 #include "kernels.h"
-#include "pack.h"
+#include "microkernel.h"
 
 namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
 namespace {
-
-using tuning::kMR;
-using tuning::kNR;
-using tuning::kNV;
-
-template <typename T>
-struct Tile {
-  T* C;  // the tile's corner
-  int64_t ldc;
-  float* sums;  // what one block of K leaves for the next; C itself, if that is of floats
-  int64_t ld_sums;
-  int64_t columns;       // valid ones, at most kNR
-  bool first, last;      // of the blocks of K
-  const T* bias;         // added to the first; null for none
-  const uint64_t* bits;  // of the tile's first row, set on the last block of K if C is to be masked; else null
-  int64_t bits_stride;   // words
-  int64_t column;        // of the tile's corner in its row of bits
-};
-
-template <bool kFull, typename T, int MR, int NV>
-MASKED_OPS_INLINE void load_sums(const Tile<T>& tile, Vec (&c)[MR][NV]) {
-  constexpr int L = Vec::kLanes;
-  const float* row = opaque(tile.sums);
-  const int64_t ld = opaque(tile.ld_sums), columns = tile.columns;
-  MASKED_OPS_UNROLL
-  for (int i = 0; i < MR; ++i) {
-    MASKED_OPS_UNROLL
-    for (int j = 0; j < NV; ++j) {
-      c[i][j] = kFull ? Vec::loadu(row + j * L) : Vec::loadu(Vec::first(columns - j * L), row + j * L);
-    }
-    row += ld;
-  }
-}
-
-// To C or to the sums, where all vectors are whole.
-template <bool kMasked, typename T, typename To, int MR, int NV>
-MASKED_OPS_INLINE void store_tile(const Tile<T>& tile, To* to, int64_t ld_to, const Vec (&c)[MR][NV]) {
-  constexpr int L = Vec::kLanes;
-  To* row = opaque(to);
-  const uint64_t* bits = opaque(tile.bits);
-  const int64_t ld = opaque(ld_to), bits_stride = opaque(tile.bits_stride), column = tile.column;
-  MASKED_OPS_UNROLL
-  for (int i = 0; i < MR; ++i) {
-    MASKED_OPS_UNROLL
-    for (int j = 0; j < NV; ++j) {
-      store_floats(kMasked ? c[i][j].select(Vec::predicate(bits, column + j * L)) : c[i][j], row + j * L);
-    }
-    row += ld;
-    bits += bits_stride;
-  }
-}
-
-// The same where they are not, from [rows][width] in memory: the code is one for all microkernels.
-template <typename T, typename To>
-__attribute__((noinline)) void store_partial(const Tile<T>& tile, bool masked, To* to, int64_t ld, const float* c,
-                                             int rows, int64_t width) {
-  for (int i = 0; i < rows; ++i, to += ld, c += width) {
-    const uint64_t* const bits = masked ? tile.bits + i * tile.bits_stride : nullptr;
-    for (int64_t j = 0; j < tile.columns; j += Vec::kLanes) {
-      const Vec v = Vec::load(c + j);
-      store_floats(masked ? v.select(Vec::predicate(bits, tile.column + j)) : v, tile.columns - j, to + j);
-    }
-  }
-}
-
-// Takes `steps` steps of packing on the side.
-template <int MR, int NV, typename T, typename Packer>
-__attribute__((noinline)) void microkernel(int64_t depth, const float* A, const float* B, const Tile<T>& tile,
-                                           Packer& packer, int64_t steps) {
-  constexpr int L = Vec::kLanes;
-  const bool full = tile.columns == NV * L;
-  Vec c[MR][NV];
-  if (tile.first) {
-    MASKED_OPS_UNROLL
-    for (int j = 0; j < NV; ++j) {
-      const Vec bias = tile.bias ? load_first(tile.columns - j * L, tile.bias + j * L) : Vec::zero();
-      MASKED_OPS_UNROLL
-      for (int i = 0; i < MR; ++i) c[i][j] = bias;
-    }
-  } else if (full) {
-    load_sums<true>(tile, c);
-  } else {
-    load_sums<false>(tile, c);
-  }
-  MASKED_OPS_UNROLL
-  for (int i = 0; i < MR; ++i) {  // of the tile below, which is next
-    MASKED_OPS_UNROLL
-    for (int j = 0; j < NV; ++j) prefetch(tile.C + (MR + i) * tile.ldc + j * L);
-  }
-
-  const int64_t period = steps > 0 ? max<int64_t>(depth / steps, 1) : depth;
-  for (int64_t k = 0; k < depth;) {
-    for (const int64_t end = min(k + period, depth); k < end; ++k) {
-      Vec b[NV];
-      MASKED_OPS_UNROLL
-      for (int j = 0; j < NV; ++j) b[j] = Vec::load(B + j * L);
-      MASKED_OPS_UNROLL
-      for (int i = 0; i < MR; ++i) {
-        const Vec a = Vec::set1(A[i]);
-        MASKED_OPS_UNROLL
-        for (int j = 0; j < NV; ++j) c[i][j] = Operand<T>::multiply_add(a, b[j], c[i][j]);
-      }
-      A += kMR;
-      B += kNR;
-    }
-    if (steps > 0) {
-      packer.step();
-      --steps;
-    }
-  }
-
-  const bool to_sums = !kIsFloat<T> && !tile.last, masked = !Packer::kMasksB && tile.bits;
-  if (!full) {
-    alignas(64) float sums[MR * NV * L];
-    MASKED_OPS_UNROLL
-    for (int i = 0; i < MR; ++i) {
-      MASKED_OPS_UNROLL
-      for (int j = 0; j < NV; ++j) c[i][j].store(sums + (i * NV + j) * L);
-    }
-    to_sums ? store_partial(tile, false, tile.sums, tile.ld_sums, sums, MR, NV * L)
-            : store_partial(tile, masked, tile.C, tile.ldc, sums, MR, NV * L);
-  } else if (to_sums) {
-    store_tile<false>(tile, tile.sums, tile.ld_sums, c);
-  } else if (masked) {
-    store_tile<true>(tile, tile.C, tile.ldc, c);
-  } else {
-    store_tile<false>(tile, tile.C, tile.ldc, c);
-  }
-  for (; steps > 0; --steps) packer.step();
-}
-
-// Fewer rows than these are the last panel's, or there are few of all; narrow microkernels for them would only take
-// time to compile.
-constexpr int kLeastNarrowRows = kMR * 3 / 4;
-
-template <int NV, typename T, typename Packer, int MR = kMR>
-void run_microkernel(int64_t rows, int64_t depth, const float* A, const float* B, const Tile<T>& tile, Packer& packer,
-                     int64_t steps) {
-  if constexpr (MR > 1) {
-    constexpr int kNext = MR == kLeastNarrowRows ? kNV : NV;
-    if (rows < MR) return run_microkernel<kNext, T, Packer, MR - 1>(rows, depth, A, B, tile, packer, steps);
-  }
-  microkernel<MR, NV>(depth, A, B, tile, packer, steps);
-}
-
-template <typename T, typename Packer>
-auto microkernel_for(int64_t columns) {
-  static_assert(kNV == 3);
-  // Each width costs seconds of compilation; where one is missing, the last vectors of the next are empty.
-  const int64_t vectors = ceil_div(columns, Vec::kLanes);
-  if constexpr (kIsFloat<T>) {
-    if (vectors == 1) return run_microkernel<1, T, Packer>;
-  }
-  if constexpr (kIsFloat<T> || Operand<T>::kDepth > 1) {
-    if (vectors <= 2) return run_microkernel<2, T, Packer>;
-  }
-  return run_microkernel<3, T, Packer>;
-}
 
 // The rows of A in packed form: first blocks of K, in each the panels, in each [k][kMR]. K counts operands.
 struct PackedA {
@@ -177,13 +20,48 @@ struct PackedA {
   int64_t panels;
   int64_t height;  // rows of a panel: equal ones, at most kMR
 
-  PackedA(int64_t rows, int64_t K) : rows(rows), K(K), panels(ceil_div(rows, kMR)), height(ceil_div(rows, panels)) {
-    const int64_t blocks = ceil_div(K, tuning::kKC);
-    block = ceil_div(ceil_div(K, blocks), 64) * 64;  // whole words of bits
-  }
-  int64_t pitch(int64_t k0) const { return ceil_div(min(block, K - k0), kDepthOfA) * kDepthOfA * kMR; }
+  PackedA(int64_t rows, int64_t K, int64_t most_depth)
+      : rows(rows),
+        K(K),
+        block(depth_of_block(K, most_depth)),
+        panels(ceil_div(rows, kMR)),
+        height(ceil_div(rows, panels)) {}
+  int64_t blocks() const { return ceil_div(K, block); }
+  int64_t depth(int64_t k0) const { return min(block, K - k0); }
+  int64_t pitch(int64_t k0) const { return ceil_div(depth(k0), kDepthOfA) * kDepthOfA * kMR; }
   int64_t offset(int64_t panel, int64_t k0) const { return k0 * panels * kMR + panel * pitch(k0); }
   int64_t size() const { return offset(panels, (K - 1) / block * block); }
+
+  static int64_t depth_of_block(int64_t K, int64_t most) {
+    return ceil_div(ceil_div(K, ceil_div(K, most)), 64) * 64;  // whole words of bits
+  }
+};
+
+// A from the rows of a matrix, kPanels panels at a time.
+template <typename T>
+struct RowsOfA {
+  static constexpr int64_t kPanels = 1;
+  const T* matrix;
+  int64_t ld;
+
+  void pack(const PackedA& layout, int64_t m0, int64_t panel, int64_t k0, float* A) const {
+    const int64_t m = panel * layout.height;
+    pack_row_panel(matrix, ld, m0 + m, min(layout.height, layout.rows - m), k0, layout.depth(k0), A);
+  }
+};
+
+// A from the columns of a matrix, several panels at a time: whole cache lines.
+template <typename T>
+struct ColumnsOfA {
+  static constexpr int64_t kPanels = 16;
+  const T* matrix;
+  int64_t rows, ld;
+
+  void pack(const PackedA& layout, int64_t m0, int64_t panel, int64_t k0, float* A) const {
+    const int64_t m = panel * layout.height;
+    pack_column_panels(matrix, rows, ld, m0 + m, min(kPanels * layout.height, layout.rows - m), layout.height, k0,
+                       layout.depth(k0), A, layout.pitch(k0));
+  }
 };
 
 // How C is cut into units of work: a panel of B by a range of panels of A. Every thread gets an equal share of columns
@@ -220,121 +98,171 @@ class Partition {
   int64_t shares_ = 1, panels_, splits_ = 1;
 };
 
-// pack_A(A, m0, layout): fills A with rows [m0, m0 + layout.rows).
-// packer: a class of pack.h that gives B.
-template <typename T, typename PackA, typename Packer>
-void gemm(const Team& team, int64_t M, int64_t N, int64_t depth, const PackA& pack_A, const Packer& operand_B,
-          const T* bias, const Bits* mask, T* C) {
-  const int64_t K = ceil_div(depth, Operand<T>::kDepth);
-  const int64_t chunk = max<int64_t>(ceil_div(tuning::kPanelABytes, K * int64_t{sizeof(float)} * kMR), 8) * kMR;
-  for (int64_t m0 = 0; m0 < M; m0 += chunk) {
-    const PackedA layout(min(chunk, M - m0), K);
-    float* const A = static_cast<float*>(scratch(Slot::kPanelA, layout.size() * sizeof(float)));
-    pack_A(layout, m0, A);
+// C[M][N] = A^T B. A is RowsOfA or ColumnsOfA, B a class of pack.h.
+template <typename T, typename OperandA, typename Packer>
+class Gemm {
+ public:
+  Gemm(int64_t M, int64_t N, int64_t depth, const OperandA& A, const Packer& B, const T* bias, const Bits* mask, T* C)
+      : M_(M), N_(N), K_(ceil_div(depth, Operand<T>::kDepth)), A_(A), B_(B), bias_(bias), mask_(mask), C_(C) {}
 
-    const Partition partition(N, layout, team.threads);
+  void run(const Team& team) const {
+    // Where A is tall and B small, every thread takes rows of its own.
+    const int64_t most = tuning::kRowBlockBytes / (row_depth() * int64_t{sizeof(float)});
+    const int64_t blocks = ceil_div(ceil_div(M_, most), team.threads) * team.threads;
+    const bool small_B = N_ * K_ * int64_t{sizeof(float)} <= tuning::kMostRepackedBytes;
+    if (small_B && M_ / blocks >= tuning::kLeastRowBlock) {
+      const int64_t rows = ceil_div(ceil_div(M_, blocks), kMR) * kMR;
+      team.for_each(ceil_div(M_, rows), [&](int64_t i) { multiply_rows(i * rows, min(rows, M_ - i * rows)); });
+      return;
+    }
+    const int64_t chunk = max<int64_t>(ceil_div(tuning::kPanelABytes, K_ * int64_t{sizeof(float)} * kMR), 8) * kMR;
+    for (int64_t m0 = 0; m0 < M_; m0 += chunk) multiply_chunk(team, m0, min(chunk, M_ - m0));
+  }
+
+ private:
+  using Unit = Partition::Unit;
+
+  // The sums of a unit between two blocks of K, if they do not stand in C.
+  struct Sums {
+    float* corner;
+    int64_t ld;
+  };
+
+  int64_t row_depth() const { return PackedA::depth_of_block(K_, tuning::kRowBlockDepth); }
+
+  static Block first_block(const Unit& unit, const PackedA& layout) {
+    return {unit.column, unit.columns, 0, layout.depth(0)};
+  }
+
+  // A block of K of a unit of C. B is packed, and packer takes all its steps meanwhile. A is that of the block.
+  void multiply_block(const PackedA& layout, int64_t m0, const Unit& unit, const Block& block, const float* A,
+                      const float* B, Sums sums, Packer& packer) const {
+    const auto run = microkernel_for<T, Packer>(unit.columns);
+    const bool last = block.k0 + block.depth == K_;
+    const int64_t calls = unit.last - unit.first, steps = packer.steps();
+    for (int64_t call = 0; call < calls; ++call) {
+      const int64_t panel = unit.first + call, m = m0 + panel * layout.height;
+      Tile<T> tile = {};
+      tile.C = C_ + m * N_ + unit.column;
+      tile.ldc = N_;
+      tile.columns = unit.columns;
+      tile.first = block.k0 == 0;
+      tile.last = last;
+      tile.bias = bias_ ? bias_ + unit.column : nullptr;
+      tile.column = unit.column;
+      if constexpr (kIsFloat<T>) {
+        tile.sums = tile.C;
+        tile.ld_sums = N_;
+      } else if (sums.corner) {
+        tile.sums = sums.corner + call * layout.height * sums.ld;
+        tile.ld_sums = sums.ld;
+      }
+      if (mask_ && last) {
+        tile.bits = mask_->row(m);
+        tile.bits_stride = mask_->stride;
+      }
+      run(min(layout.height, m0 + layout.rows - m), block.depth, A + panel * layout.pitch(block.k0), B, tile, packer,
+          steps * (call + 1) / calls - steps * call / calls);
+    }
+  }
+
+  // Two blocks of B: one is multiplied while the other is packed.
+  struct Buffers {
+    float* of[2];
+    int turn = 0;
+
+    explicit Buffers(const PackedA& layout) {
+      of[0] = static_cast<float*>(scratch(Slot::kPanelB, 2 * layout.block * kNR * sizeof(float)));
+      of[1] = of[0] + layout.block * kNR;
+    }
+    float* now() const { return of[turn]; }
+    float* next() const { return of[turn ^ 1]; }
+    Packer first(const Packer& operand, const Block& block) const {
+      Packer packer = operand;
+      packer.start(block, now());
+      for (int64_t step = packer.steps(); step > 0; --step) packer.step();
+      return packer;
+    }
+  };
+
+  // A is packed by the team; a thread takes a panel of B through all of K, then another.
+  void multiply_chunk(const Team& team, int64_t m0, int64_t rows) const {
+    const PackedA layout(rows, K_, tuning::kKC);
+    float* const A = static_cast<float*>(scratch(Slot::kPanelA, layout.size() * sizeof(float)));
+    const int64_t groups = ceil_div(layout.panels, OperandA::kPanels);
+    team.for_each(groups * layout.blocks(), [&](int64_t task) {
+      const int64_t k0 = task / groups * layout.block, panel = task % groups * OperandA::kPanels;
+      A_.pack(layout, m0, panel, k0, A + layout.offset(panel, k0));
+    });
+
+    const Partition partition(N_, layout, team.threads);
     const int64_t workers = min<int64_t>(team.threads, partition.units());
     TaskQueue queue(partition.units(), workers);
     team.for_each(workers, [&](int64_t number) {
       TaskQueue::Worker worker(queue, number);
-      const int64_t block = layout.block;
-      float* buffer = static_cast<float*>(scratch(Slot::kPanelB, 2 * block * kNR * sizeof(float)));
-      float* buffers[2] = {buffer, buffer + block * kNR};
       int64_t index = worker.take();
       if (index < 0) return;
-      typename Partition::Unit unit = partition[index];
-      Block now = {unit.column, unit.columns, 0, min(block, K)};
-      Packer packer = operand_B;
-      packer.start(now, buffers[0]);
-      for (int64_t step = packer.steps(); step > 0; --step) packer.step();
-
-      float* sums = nullptr;
-      if (!kIsFloat<T> && block < K) {
-        const int64_t rows = ceil_div(layout.panels, partition.splits()) * layout.height;
-        sums = static_cast<float*>(scratch(Slot::kAccumulator, rows * kNR * sizeof(float)));
+      Unit unit = partition[index];
+      Buffers buffers(layout);
+      Block now = first_block(unit, layout);
+      Packer packer = buffers.first(B_, now);
+      Sums sums = {nullptr, kNR};
+      if (!kIsFloat<T> && layout.block < K_) {
+        const int64_t most_rows = ceil_div(layout.panels, partition.splits()) * layout.height;
+        sums.corner = static_cast<float*>(scratch(Slot::kAccumulator, most_rows * kNR * sizeof(float)));
       }
-      for (int turn = 0; now.depth > 0; turn ^= 1) {
-        const bool last_block = now.k0 + now.depth == K;
-        Block next = {now.column, now.columns, now.k0 + now.depth, min(block, K - now.k0 - now.depth)};
-        typename Partition::Unit unit_after = unit;
-        if (last_block && (index = worker.take()) >= 0) {
+      for (; now.depth > 0; buffers.turn ^= 1) {
+        const int64_t k1 = now.k0 + now.depth;
+        Block next = {now.column, now.columns, k1, min(layout.block, K_ - k1)};
+        Unit unit_after = unit;
+        if (k1 == K_ && (index = worker.take()) >= 0) {
           unit_after = partition[index];
-          next = {unit_after.column, unit_after.columns, 0, min(block, K)};
+          next = first_block(unit_after, layout);
         }
-        packer.start(next, buffers[turn ^ 1]);
-        const auto run = microkernel_for<T, Packer>(unit.columns);
-        const int64_t calls = unit.last - unit.first, steps = packer.steps();
-        for (int64_t call = 0; call < calls; ++call) {
-          const int64_t panel = unit.first + call, m = m0 + panel * layout.height;
-          Tile<T> tile = {};
-          tile.C = C + m * N + unit.column;
-          tile.ldc = N;
-          tile.columns = unit.columns;
-          tile.first = now.k0 == 0;
-          tile.last = last_block;
-          tile.bias = bias ? bias + unit.column : nullptr;
-          tile.column = unit.column;
-          if constexpr (kIsFloat<T>) {
-            tile.sums = tile.C;
-            tile.ld_sums = N;
-          } else if (block < K) {
-            tile.sums = sums + call * layout.height * kNR;
-            tile.ld_sums = kNR;
-          }
-          if (mask && last_block) {
-            tile.bits = mask->row(m);
-            tile.bits_stride = mask->stride;
-          }
-          run(min(layout.height, m0 + layout.rows - m), now.depth, A + layout.offset(panel, now.k0), buffers[turn],
-              tile, packer, steps * (call + 1) / calls - steps * call / calls);
-        }
+        packer.start(next, buffers.next());
+        multiply_block(layout, m0, unit, now, A + layout.offset(0, now.k0), buffers.now(), sums, packer);
         unit = unit_after;
         now = next;
       }
     });
   }
-}
 
-// Packs A from the rows of a matrix.
-template <typename T>
-auto from_rows(const Team& team, const T* matrix, int64_t ld) {
-  return [=, &team](const PackedA& layout, int64_t m0, float* A) {
-    const int64_t blocks = ceil_div(layout.K, layout.block);
-    team.for_each(layout.panels * blocks, [&](int64_t task) {
-      const int64_t k0 = task / layout.panels * layout.block, panel = task % layout.panels, m = panel * layout.height;
-      pack_row_panel(matrix, ld, m0 + m, min(layout.height, layout.rows - m), k0, min(layout.block, layout.K - k0),
-                     A + layout.offset(panel, k0));
-    });
-  };
-}
+  // One thread packs a block of K of rows of A at a time, which stays in its L2, and takes all panels of B through it.
+  void multiply_rows(int64_t m0, int64_t rows) const {
+    const PackedA layout(rows, K_, row_depth());
+    float* const A = static_cast<float*>(scratch(Slot::kPanelA, layout.panels * layout.pitch(0) * sizeof(float)));
+    const Partition partition(N_, layout, 1);
+    Buffers buffers(layout);
+    Block now = first_block(partition[0], layout);
+    Packer packer = buffers.first(B_, now);
+    const int64_t ld_sums = partition.units() * kNR;
+    float* sums = nullptr;
+    if (!kIsFloat<T> && layout.block < K_) {
+      sums = static_cast<float*>(scratch(Slot::kAccumulator, layout.panels * layout.height * ld_sums * sizeof(float)));
+    }
+    for (int64_t k0 = 0; k0 < K_; k0 += layout.block) {
+      for (int64_t panel = 0; panel < layout.panels; panel += OperandA::kPanels) {
+        A_.pack(layout, m0, panel, k0, A + panel * layout.pitch(k0));
+      }
+      for (int64_t i = 0; i < partition.units(); ++i, buffers.turn ^= 1) {
+        const bool last = i + 1 == partition.units();
+        const Unit unit = partition[i], after = partition[last ? 0 : i + 1];
+        const int64_t k1 = last ? k0 + now.depth : k0;
+        const Block next = {after.column, after.columns, k1, max<int64_t>(min(layout.block, K_ - k1), 0)};
+        packer.start(next, buffers.next());
+        multiply_block(layout, m0, unit, now, A, buffers.now(), {sums ? sums + i * kNR : nullptr, ld_sums}, packer);
+        now = next;
+      }
+    }
+  }
 
-// Packs A from the columns of a matrix, several panels at a time: whole cache lines.
-template <typename T>
-auto from_columns(const Team& team, const T* matrix, int64_t rows, int64_t ld) {
-  return [=, &team](const PackedA& layout, int64_t m0, float* A) {
-    constexpr int64_t kPanels = 16;
-    const int64_t groups = ceil_div(layout.panels, kPanels), blocks = ceil_div(layout.K, layout.block);
-    team.for_each(groups * blocks, [&](int64_t task) {
-      const int64_t k0 = task / groups * layout.block, panel = task % groups * kPanels, m = panel * layout.height;
-      pack_column_panels(matrix, rows, ld, m0 + m, min(kPanels * layout.height, layout.rows - m), layout.height, k0,
-                         min(layout.block, layout.K - k0), A + layout.offset(panel, k0), layout.pitch(k0));
-    });
-  };
-}
-
-// gemm(team, first, rows) for all M rows of C: where A has many and short ones and B is small, every thread takes
-// blocks of them that stay in its L2 once they are packed, and packs B for each; else all at once.
-template <typename Gemm>
-void by_rows(const Team& team, int64_t M, int64_t N, int64_t depth, const Gemm& gemm) {
-  const int64_t block = tuning::kRowBlockBytes / (depth * int64_t{sizeof(float)}) / kMR * kMR;
-  const int64_t blocks = ceil_div(M, max<int64_t>(block, 1));
-  const bool small_B = N * depth * int64_t{sizeof(float)} <= tuning::kMostRepackedBytes;
-  if (block < tuning::kLeastRowBlock || blocks < 2 * team.threads || !small_B) return gemm(team, 0, M);
-  constexpr Team alone = {1, [](int64_t tasks, void* context, void (*body)(void*, int64_t)) {
-                            for (int64_t task = 0; task < tasks; ++task) body(context, task);
-                          }};
-  team.for_each(blocks, [&](int64_t i) { gemm(alone, M * i / blocks, M * (i + 1) / blocks - M * i / blocks); });
-}
+  int64_t M_, N_, K_;
+  OperandA A_;
+  Packer B_;
+  const T* bias_;
+  const Bits* mask_;
+  T* C_;
+};
 
 // The three operations in one element type. The pointers of api.h, typed.
 template <typename T>
@@ -344,22 +272,19 @@ struct Linear {
 
   static void forward(const Team& team, int64_t M, int64_t N, int64_t K, const void* input, const void* weight,
                       Bits bits, const void* bias, void* output) {
-    by_rows(team, M, N, K, [&](const Team& of_block, int64_t m, int64_t rows) {
-      gemm(of_block, rows, N, K, from_rows(of_block, in(input) + m * K, K), MaskedRows<T>(in(weight), K, bits),
-           in(bias), nullptr, out(output) + m * N);
-    });
+    const RowsOfA<T> A = {in(input), K};
+    Gemm(M, N, K, A, MaskedRows<T>(in(weight), K, bits), in(bias), nullptr, out(output)).run(team);
   }
   static void grad_input(const Team& team, int64_t M, int64_t N, int64_t K, const void* grad_output, const void* weight,
                          Bits bits, void* grad_input) {
-    by_rows(team, M, K, N, [&](const Team& of_block, int64_t m, int64_t rows) {
-      gemm(of_block, rows, K, N, from_rows(of_block, in(grad_output) + m * N, N),
-           Columns<T, true>(in(weight), N, K, bits), in(nullptr), nullptr, out(grad_input) + m * K);
-    });
+    const RowsOfA<T> A = {in(grad_output), N};
+    Gemm(M, K, N, A, Columns<T, true>(in(weight), N, K, bits), in(nullptr), nullptr, out(grad_input)).run(team);
   }
   static void grad_weight(const Team& team, int64_t M, int64_t N, int64_t K, const void* grad_output, const void* input,
                           Bits bits, void* grad_weight) {
-    gemm(team, N, K, M, from_columns(team, in(grad_output), M, N), Columns<T, false>(in(input), M, K, {nullptr, 0}),
-         in(nullptr), &bits, out(grad_weight));
+    const ColumnsOfA<T> A = {in(grad_output), M, N};
+    const Columns<T, false> B(in(input), M, K, {nullptr, 0});
+    Gemm(N, K, M, A, B, in(nullptr), &bits, out(grad_weight)).run(team);
   }
 };
 

@@ -1,9 +1,9 @@
 // SDDMM: the remaining weights' entries of grad_output^T * input, as values in row-major order.
 //
-// Both operands are packed into tiles [features][lanes]. A task takes a panel of rows through all blocks of columns
-// (see sparse_index.h): a row of grad_output is in registers while the segment's entries are taken, the block of input
-// in L1. As many dot products as a vector has lanes are summed across at a time. Values of 16 bits are summed as floats
-// and rounded at the end.
+// Each thread packs both operands into tiles [features][lanes]. A task takes a panel of rows through all blocks of
+// columns (see sparse_index.h): a row of grad_output is in registers while the segment's entries are taken, the block
+// of input in L1. As many dot products as a vector has lanes are summed across at a time. Values of 16 bits are summed
+// as floats and rounded at the end.
 #include "kernels.h"
 #include "sparse_tiles.h"
 
@@ -21,9 +21,8 @@ struct Operands {
   const float* x;           // the block of input
   int64_t pitch;
   const float* dy;  // the panel's [row][lanes]
-  int64_t dy_row;   // from a row to the next, and from its first vector to its fifth
-  int64_t dy_upper;
-  float* results;  // segment.value counts from here
+  int64_t dy_row;   // from a row to the next
+  float* results;   // segment.value counts from here
   bool accumulate;
   Ahead ahead;  // from the first segment on
 };
@@ -63,7 +62,7 @@ __attribute__((noinline)) void dots(const Run& run, const uint8_t* columns, cons
     if (kLayout == Layout::kPlanes) ahead.prefetch_at<x.kPiece>(s);
     Vec dy[NV];
     MASKED_OPS_UNROLL
-    for (int j = 0; j < NV; ++j) dy[j] = Vec::load(j < 4 ? row + j * L : row + o.dy_upper + (j - 4) * L);
+    for (int j = 0; j < NV; ++j) dy[j] = Vec::load(row + j * L);
     if ((s & further) == further) columns += stride;
     Vec quads[L / 4];
     uint64_t word = 0;
@@ -118,7 +117,7 @@ void sample(const SparseIndex& index, int64_t tile, const Operands& o) {
 
 Operands operands(const SparseIndex& index, int64_t tile, const float* x, int64_t pitch, const float* dy,
                   int64_t dy_row, float* results, bool accumulate, Ahead ahead) {
-  return {index.segments + index.tiles[tile].segment, x, pitch, dy, dy_row, 4 * L, results, accumulate, ahead};
+  return {index.segments + index.tiles[tile].segment, x, pitch, dy, dy_row, results, accumulate, ahead};
 }
 
 template <Layout kLayout>
@@ -129,9 +128,8 @@ void sample_pitched(const SparseIndex& index, int64_t tile, int vectors, const O
 }  // namespace
 
 void sample_tile(const SparseIndex& index, int64_t tile, int vectors, const float* x, const float* dy, float* results,
-                 bool accumulate, int64_t dy_tile) {
-  Operands o = operands(index, tile, x, 0, dy, (dy_tile ? 4 : vectors) * L, results, accumulate, {});
-  if (dy_tile) o.dy_upper = dy_tile;
+                 bool accumulate) {
+  const Operands o = operands(index, tile, x, 0, dy, vectors * L, results, accumulate, {});
   with_vectors(vectors, [&](auto nv) { sample<decltype(nv)::value, Layout::kPacked>(index, tile, o); });
 }
 
@@ -149,50 +147,74 @@ void sample_planes(const SparseIndex& index, int64_t tile, int vectors, const fl
 
 namespace {
 
-// grad_output and input of the rows that are taken at a time, packed.
-struct Packed {
-  Tiles tiles;  // of input
-  const float* x;
-  const float* dy;
-  bool halves;  // dy is in tiles of four vectors
-
-  // From a row's fourth vector of dy to its fifth, if they are in two tiles.
-  int64_t dy_tile(int64_t rows, int64_t tile) const { return halves && tiles.vectors_of(tile) == 8 ? 4 * L * rows : 0; }
-};
-
 // The rows that are taken at a time.
 int64_t chunk_of(const SparseIndex& index) {
   return rows_at_a_time(index, max<int64_t>(max(index.rows, index.cols), 1), tuning::kMaxVectors * L);
 }
 
-void sample_packed(const Team& team, const SparseIndex& index, const Packed& packed, float* sums, bool accumulate) {
-  const Tiles tiles = packed.tiles;
-  // A task is a panel, or some of its blocks where panels are few: every entry is one task's.
-  const int64_t parts = min(ceil_div(tuning::kTasksPerThread * team.threads, index.panels), index.blocks);
-  team.for_each(index.panels * parts, [&](int64_t task) {
-    const int64_t panel = task / parts, part = task % parts;
-    float* const results = sums + index.panel_values[panel];
-    for (int64_t t = 0; t < tiles.count(); ++t) {
-      const int64_t lanes = tiles.vectors_of(t) * L, dy_tile = packed.dy_tile(index.rows, t);
-      const float* const x_tile = packed.x + tiles.offset(t, index.cols);
-      const float* const dy_panel =
-          packed.dy + tiles.offset(t, index.rows) + panel * index.panel_rows * (dy_tile ? 4 * L : lanes);
-      for (int64_t block = part * index.blocks / parts; block < (part + 1) * index.blocks / parts; ++block) {
-        const int64_t tile = panel * index.blocks + block;
-        prefetch_tile(index, tile + 1);
-        sample_tile(index, tile, tiles.vectors_of(t), x_tile + block * index.block_cols * lanes, dy_panel, results,
-                    accumulate || t > 0, dy_tile);
+// sums[r] (+)= all lanes of dy[r], which has whole vectors of rows.
+void add_up_rows(const float* dy, int64_t rows, int vectors, float* sums, bool accumulate) {
+  for (int64_t r = 0; r < rows; r += L) {
+    Vec quads[L / 4];
+    for (int q = 0; q < L / 4; ++q) {
+      Vec sum[4];
+      for (int i = 0; i < 4; ++i) {
+        const float* const row = dy + (r + 4 * q + i) * vectors * L;
+        sum[i] = Vec::load(row);
+        for (int j = 1; j < vectors; ++j) sum[i] = sum[i] + Vec::load(row + j * L);
       }
+      quads[q] = sum_quads(sum[0], sum[1], sum[2], sum[3]);
     }
-  });
+    const auto valid = Vec::first(rows - r);
+    Vec total = sum_across_quads(quads);
+    if (accumulate) total = total + Vec::loadu(valid, sums + r);
+    total.storeu(valid, sums + r);
+  }
 }
 
+// What is sampled for some rows of input and grad_output, and how it is cut into tasks: panels of rows of the weight,
+// or some of their blocks where panels are few. Every entry is one task's.
 template <typename T>
-float* packed_tiles(const Team& team, Slot slot, const T* matrix, Tiles tiles, int64_t depth) {
-  float* const packed = static_cast<float*>(scratch(slot, tiles.offset(tiles.count(), depth) * sizeof(float)));
-  pack_tiles(team, matrix, tiles, depth, packed);
-  return packed;
-}
+struct Sampling {
+  const SparseIndex& index;
+  Tiles tiles;
+  const T* grad_output;
+  const T* input;
+  float* sums;
+  float* grad_bias;  // null if it is not wanted
+  bool accumulate;
+
+  int64_t parts(int threads) const {
+    const int64_t wanted =
+        max(ceil_div(tuning::kTasksPerThread * threads, index.panels), index.cols > index.rows ? int64_t{threads} : 1);
+    return min(wanted, index.blocks);
+  }
+  int64_t tasks(int threads) const { return index.panels * parts(threads); }
+
+  // The tasks that fall to one thread.
+  void work(int threads, TaskQueue& queue, int64_t number) const {
+    OwnTiles<T> x(Slot::kPanelA, input, tiles, index.cols, index.block_cols);
+    const int64_t padded = ceil_div(min(index.panel_rows, index.rows), L) * L;
+    float* const dy = static_cast<float*>(scratch(Slot::kPanelB, padded * tiles.width() * sizeof(float)));
+    TaskQueue::Worker worker(queue, number);
+    const int64_t of_panel = parts(threads);
+    for (int64_t task; (task = worker.take()) >= 0;) {
+      const int64_t panel = task % index.panels, part = task / index.panels;
+      const int64_t row = panel * index.panel_rows, rows = min(index.panel_rows, index.rows - row);
+      for (int64_t t = 0; t < tiles.count(); ++t) {
+        const int vectors = tiles.vectors_of(t);
+        const bool adds = accumulate || t > 0;
+        pack_tile(grad_output + t * tiles.width() * index.rows + row, index.rows, tiles.lanes(t), vectors, rows, dy);
+        if (grad_bias && part == 0) add_up_rows(dy, rows, vectors, grad_bias + row, adds);
+        for (int64_t block = part * index.blocks / of_panel; block < (part + 1) * index.blocks / of_panel; ++block) {
+          const int64_t tile = panel * index.blocks + block;
+          prefetch_tile(index, tile + 1);
+          sample_tile(index, tile, vectors, x.block(t, block), dy, sums + index.panel_values[panel], adds);
+        }
+      }
+    }
+  }
+};
 
 template <typename T>
 void sample_all(const Team& team, const SparseIndex& index, int64_t M, const T* grad_output, const T* input,
@@ -206,9 +228,10 @@ void sample_all(const Team& team, const SparseIndex& index, int64_t M, const T* 
   }
   for (int64_t m = 0; m < M; m += chunk) {
     const Tiles tiles = {min(chunk, M - m), tuning::kMaxVectors};
-    const float* const x = packed_tiles(team, Slot::kPanelA, input + m * index.cols, tiles, index.cols);
-    const float* const dy = packed_tiles(team, Slot::kPanelB, grad_output + m * index.rows, tiles, index.rows);
-    sample_packed(team, index, {tiles, x, dy, false}, sums, m > 0);
+    const Sampling<T> sampling = {index,   tiles, grad_output + m * index.rows, input + m * index.cols, sums,
+                                  nullptr, m > 0};
+    TaskQueue queue(sampling.tasks(team.threads), team.threads);
+    team.for_each(team.threads, [&](int64_t number) { sampling.work(team.threads, queue, number); });
   }
   if constexpr (!kIsFloat<T>) {
     team.for_each(ceil_div(nnz, tuning::kPassGrain), [&](int64_t task) {
@@ -216,14 +239,6 @@ void sample_all(const Team& team, const SparseIndex& index, int64_t M, const T* 
       round_floats(sums + first, min(tuning::kPassGrain, nnz - first), grad_values + first);
     });
   }
-}
-
-// Whether tiles of grad_output that are packed for SpMM, so many vectors wide, serve SDDMM: where they are its own, or
-// halves of its own.
-bool share_tiles(Tiles tiles, int vectors) {
-  const int last = tiles.vectors_of(tiles.count() - 1);
-  const int64_t half = 4 * L;
-  return vectors == 8 || (vectors == 4 && (last <= 4 || tiles.lanes(tiles.count() - 1) - half > half / 2));
 }
 
 }  // namespace
@@ -240,22 +255,18 @@ void sddmm(const Team& team, const SparseIndex& index, Dtype dtype, int64_t M, c
 void sparse_gradients(const Team& team, const SparseIndex& index, const SparseIndex& transposed, const float* values,
                       int64_t M, const float* grad_output, const float* input, float* grad_input, float* grad_values,
                       float* grad_bias) {
-  const int64_t N = index.rows, K = index.cols, chunk = chunk_of(index);
-  const int vectors = tile_vectors(transposed);
+  const int64_t chunk = chunk_of(index), threads = team.threads;
   for (int64_t m = 0; m < M; m += chunk) {
-    const Tiles tiles = {min(chunk, M - m), tuning::kMaxVectors}, narrow = {tiles.M, vectors};
-    const bool shared = share_tiles(tiles, vectors);
-    const float* const rows = grad_output + m * N;
-    float* dy = static_cast<float*>(scratch(Slot::kPanelB, narrow.offset(narrow.count(), N) * sizeof(float)));
-    if (grad_bias) {
-      pack_and_add_up_tiles(team, rows, narrow, N, dy, grad_bias, m > 0);
-    } else {
-      pack_tiles(team, rows, narrow, N, dy);
-    }
-    spmm_packed(team, transposed, values, narrow, dy, grad_input + m * K);
-    if (!shared) dy = packed_tiles(team, Slot::kPanelB, rows, tiles, N);
-    const float* const x = packed_tiles(team, Slot::kPanelA, input + m * K, tiles, K);
-    sample_packed(team, index, {tiles, x, dy, shared && vectors == 4}, grad_values, m > 0);
+    const int64_t rows = min(chunk, M - m);
+    const Tiles tiles = {rows, tile_vectors(transposed)};
+    const float *const dy = grad_output + m * index.rows, *const x = input + m * index.cols;
+    const Sampling<float> sampling = {index, {rows, tuning::kMaxVectors}, dy, x, grad_values, grad_bias, m > 0};
+    TaskQueue products(spmm_tasks(transposed, tiles, team.threads), threads);
+    TaskQueue samples(sampling.tasks(team.threads), threads);
+    team.for_each(threads, [&](int64_t number) {
+      spmm_worker(transposed, values, tiles, dy, grad_input + m * index.cols, team.threads, products, number);
+      sampling.work(team.threads, samples, number);
+    });
   }
 }
 

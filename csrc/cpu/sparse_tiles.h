@@ -4,6 +4,7 @@
 
 #include "elements.h"
 #include "sparse_index.h"
+#include "tasks.h"
 #include "tuning.h"
 
 namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
@@ -97,14 +98,14 @@ inline void prefetch_tile(const SparseIndex& index, int64_t tile) {
   if (index.transposed) touch(index.positions + begin.entry, index.positions + end.entry);
 }
 
-// packed[d][lane] = matrix[lane][d] for columns [d0, d1) of lanes rows; zero from there to the last vector's end.
+// packed[d][lane] = matrix[lane][d] for d < depth and so many rows; zero from there to the last vector's end.
 template <typename T>
-inline void pack_tile(const T* matrix, int64_t ld, int64_t lanes, int vectors, int64_t d0, int64_t d1, float* packed) {
+inline void pack_tile(const T* matrix, int64_t ld, int64_t lanes, int vectors, int64_t depth, float* packed) {
   constexpr int L = Vec::kLanes;
   for (int v = 0; v < vectors; ++v) {
     const int64_t rows = min<int64_t>(L, lanes - v * L);
-    for (int64_t d = d0; d < d1; d += L) {
-      const int64_t columns = min<int64_t>(L, d1 - d);
+    for (int64_t d = 0; d < depth; d += L) {
+      const int64_t columns = min<int64_t>(L, depth - d);
       const T* in = matrix + v * L * ld + d;
       float* out = packed + d * vectors * L + v * L;
       Vec tile[L];
@@ -124,37 +125,57 @@ inline void pack_tile(const T* matrix, int64_t ld, int64_t lanes, int vectors, i
   }
 }
 
-// All tiles of matrix[M][depth], by the team.
+// A matrix [M][depth] in tiles, of which a thread packs each block of columns for itself when it first comes to it.
+// Threads that packed for each other would wait for each other's caches: 128 x 3072 floats take 33 us on one thread,
+// and by two 34, or 105 where their cores are far apart.
 template <typename T>
-inline void pack_tiles(const Team& team, const T* matrix, Tiles tiles, int64_t depth, float* packed) {
-  const int64_t slices = ceil_div(depth, tuning::kPackSlice);
-  team.for_each(tiles.count() * slices, [=](int64_t task) {
-    const int64_t tile = task / slices, d0 = task % slices * tuning::kPackSlice;
-    pack_tile(matrix + tile * tiles.width() * depth, depth, tiles.lanes(tile), tiles.vectors_of(tile), d0,
-              min(depth, d0 + tuning::kPackSlice), packed + tiles.offset(tile, depth));
-  });
-}
+class OwnTiles {
+ public:
+  OwnTiles(Slot slot, const T* matrix, Tiles tiles, int64_t depth, int64_t block_cols)
+      : matrix_(matrix),
+        tiles_(tiles),
+        depth_(depth),
+        block_cols_(block_cols),
+        blocks_(max<int64_t>(ceil_div(depth, block_cols), 1)) {
+    const int64_t flags = ceil_div(tiles.count() * blocks_, kLine) * kLine;
+    char* const memory = static_cast<char*>(scratch(slot, flags + tiles.offset(tiles.count(), depth) * sizeof(float)));
+    is_packed_ = reinterpret_cast<bool*>(memory);
+    packed_ = reinterpret_cast<float*>(memory + flags);
+    std::memset(is_packed_, 0, flags);
+  }
 
-// The same, and sums[depth] (+)= the rows of matrix, each tile's by itself first.
-inline void pack_and_add_up_tiles(const Team& team, const float* matrix, Tiles tiles, int64_t depth, float* packed,
-                                  float* sums, bool accumulate) {
-  constexpr int64_t L = Vec::kLanes;
-  team.for_each(ceil_div(depth, tuning::kPackSlice), [=](int64_t task) {
-    const int64_t d0 = task * tuning::kPackSlice, d1 = min(depth, d0 + tuning::kPackSlice);
-    for (int64_t tile = 0; tile < tiles.count(); ++tile) {
-      const float* const from = matrix + tile * tiles.width() * depth;
-      const int64_t lanes = tiles.lanes(tile);
-      pack_tile(from, depth, lanes, tiles.vectors_of(tile), d0, d1, packed + tiles.offset(tile, depth));
-      for (int64_t d = d0; d < d1; d += L) {
-        const auto valid = Vec::first(d1 - d);
-        Vec sum = Vec::zero();
-        for (int64_t i = 0; i < lanes; ++i) sum = sum + Vec::loadu(valid, from + i * depth + d);
-        if (accumulate || tile > 0) sum = sum + Vec::loadu(valid, sums + d);
-        sum.storeu(valid, sums + d);
-      }
+  // [column][lanes] of a block of a tile.
+  MASKED_OPS_INLINE const float* block(int64_t tile, int64_t block) {
+    bool& is_packed = is_packed_[tile * blocks_ + block];
+    if (!is_packed) {
+      pack(tile, block);
+      is_packed = true;
     }
-  });
-}
+    return place(tile, block);
+  }
+  // The same if it is packed, else null.
+  MASKED_OPS_INLINE const float* if_packed(int64_t tile, int64_t block) const {
+    return block < blocks_ && is_packed_[tile * blocks_ + block] ? place(tile, block) : nullptr;
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+
+  MASKED_OPS_INLINE float* place(int64_t tile, int64_t block) const {
+    return packed_ + tiles_.offset(tile, depth_) + block * block_cols_ * tiles_.vectors_of(tile) * Vec::kLanes;
+  }
+  __attribute__((noinline)) void pack(int64_t tile, int64_t block) {
+    const int64_t first = block * block_cols_, columns = min(block_cols_, depth_ - first);
+    pack_tile(matrix_ + tile * tiles_.width() * depth_ + first, depth_, tiles_.lanes(tile), tiles_.vectors_of(tile),
+              columns, place(tile, block));
+  }
+
+  const T* matrix_;
+  Tiles tiles_;
+  int64_t depth_, block_cols_, blocks_;
+  bool* is_packed_;  // [tile][block]
+  float* packed_;
+};
 
 // [row][lanes] of a panel, before anything is added.
 template <typename T>
@@ -209,13 +230,15 @@ void multiply_banded(const SparseIndex&, int64_t tile, int vectors, const float*
 void multiply_planes(const SparseIndex&, int64_t tile, int vectors, const float* values, const float* x, int64_t pitch,
                      Target, Ahead ahead);
 
-// spmm.cpp: all of a product, of input that is packed for the index.
-void spmm_packed(const Team&, const SparseIndex&, const float* values, Tiles, const float* x, float* output);
+// spmm.cpp: the number of tasks of a product, and what one of the team's threads does of them.
+int64_t spmm_tasks(const SparseIndex&, Tiles, int threads);
+void spmm_worker(const SparseIndex&, const float* values, Tiles, const float* input, float* output, int threads,
+                 TaskQueue& queue, int64_t number);
 
 // sddmm.cpp: the tile's entries of dy * x^T, for the panel's dy[row][lanes]; the segments' results count from
-// `results`. Of 8 vectors of dy, the last four may be in a tile of their own: so many floats beyond the first.
+// `results`.
 void sample_tile(const SparseIndex&, int64_t tile, int vectors, const float* x, const float* dy, float* results,
-                 bool accumulate, int64_t dy_tile = 0);
+                 bool accumulate);
 void sample_banded(const SparseIndex&, int64_t tile, int vectors, const float* x, int64_t pitch, const float* dy,
                    float* results, bool accumulate);
 void sample_planes(const SparseIndex&, int64_t tile, int vectors, const float* x, int64_t pitch, const float* dy,

@@ -25,11 +25,12 @@ constexpr int64_t kPanelABytes = int64_t{4} << 20;
 // Rows of a task below which splitting a panel of B among threads costs more (B is packed twice) than it gains.
 constexpr int64_t kMinRowsPerTask = 64;
 
-// Tall products: bytes of a thread's block of packed A, half of L2; the rows below which, and the bytes of B beyond
-// which, it is not worth packing B for each block. 25088, 256 -> 64: 330 GF/s, and 150 with all of A at once; 2048,
-// 512 -> 2048 the same either way; bfloat16 4096, 512 -> 4096 0.8 times as fast.
-constexpr int64_t kRowBlockBytes = int64_t{512} << 10;
-constexpr int64_t kLeastRowBlock = 256;
+// Tall products: depth and bytes of a thread's block of packed A, half of L2; the rows below which, and the bytes of B
+// beyond which, it is not worth packing B for each block. 25088, 256 -> 64: 330 GF/s, and 150 with all of A at once;
+// 2048, 4096 -> 128: 5.1 ms and 5.4, or 5.3 and 8.4 where the cores are far apart (bfloat16 2.5 and 4.1); 2048, 512 ->
+// 2048 the same either way; bfloat16 4096, 512 -> 4096 0.8 times as fast.
+constexpr int64_t kRowBlockDepth = 512, kRowBlockBytes = int64_t{512} << 10;
+constexpr int64_t kLeastRowBlock = 128;
 constexpr int64_t kMostRepackedBytes = int64_t{2} << 20;
 
 // Packing of B: depths per run of a few rows, and how many steps the prefetch is ahead, from rows (a step is a vector
@@ -142,7 +143,11 @@ constexpr int64_t kTasksPerThread = 2;
 // and 9.2 with 16, of 512, 4096 x 4096 14.2 and 12.4.
 constexpr int64_t kPackedBytes = int64_t{4} << 20, kMostPackedBytes = int64_t{16} << 20;
 constexpr int64_t kPackedBytesPerEntry = 8;
-constexpr int64_t kPackSlice = 128;  // columns packed by one task
+// Elements of packed input for each entry, from which on spmm's threads take rows of their own. Two near threads, at
+// 90%, own rows and own panels: 128, 768 -> 768 63 and 70 us, 3072 -> 768 241 and 251, 768 -> 3072 253 and 251;
+// gathered, 256, 3072 -> 768 (3.3) 522 and 524, 128 (1.7) 297 and 276. The same with more input than is packed at a
+// time: gathered, 512, 3072 -> 768 at 50% 3.67 and 4.12 ms.
+constexpr int64_t kPackedPerEntry = 1, kPackedPerGathered = 3;
 
 // Convolution: vectors that packing prefetches ahead of itself.
 constexpr int64_t kVectorsAhead = 128;

@@ -1,0 +1,167 @@
+// The microkernel of the masked GEMM: a tile of C from a panel of packed A and a block of a panel of packed B. It packs
+// on the side, bit by bit, the block of B that is next.
+#pragma once
+
+#include "pack.h"
+
+namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
+
+using tuning::kMR;
+using tuning::kNR;
+using tuning::kNV;
+
+template <typename T>
+struct Tile {
+  T* C;  // the tile's corner
+  int64_t ldc;
+  float* sums;  // what one block of K leaves for the next; C itself, if that is of floats
+  int64_t ld_sums;
+  int64_t columns;       // valid ones, at most kNR
+  bool first, last;      // of the blocks of K
+  const T* bias;         // added to the first; null for none
+  const uint64_t* bits;  // of the tile's first row, set on the last block of K if C is to be masked; else null
+  int64_t bits_stride;   // words
+  int64_t column;        // of the tile's corner in its row of bits
+};
+
+template <bool kFull, typename T, int MR, int NV>
+MASKED_OPS_INLINE void load_sums(const Tile<T>& tile, Vec (&c)[MR][NV]) {
+  constexpr int L = Vec::kLanes;
+  const float* row = opaque(tile.sums);
+  const int64_t ld = opaque(tile.ld_sums), columns = tile.columns;
+  MASKED_OPS_UNROLL
+  for (int i = 0; i < MR; ++i) {
+    MASKED_OPS_UNROLL
+    for (int j = 0; j < NV; ++j) {
+      c[i][j] = kFull ? Vec::loadu(row + j * L) : Vec::loadu(Vec::first(columns - j * L), row + j * L);
+    }
+    row += ld;
+  }
+}
+
+// To C or to the sums, where all vectors are whole.
+template <bool kMasked, typename T, typename To, int MR, int NV>
+MASKED_OPS_INLINE void store_tile(const Tile<T>& tile, To* to, int64_t ld_to, const Vec (&c)[MR][NV]) {
+  constexpr int L = Vec::kLanes;
+  To* row = opaque(to);
+  const uint64_t* bits = opaque(tile.bits);
+  const int64_t ld = opaque(ld_to), bits_stride = opaque(tile.bits_stride), column = tile.column;
+  MASKED_OPS_UNROLL
+  for (int i = 0; i < MR; ++i) {
+    MASKED_OPS_UNROLL
+    for (int j = 0; j < NV; ++j) {
+      store_floats(kMasked ? c[i][j].select(Vec::predicate(bits, column + j * L)) : c[i][j], row + j * L);
+    }
+    row += ld;
+    bits += bits_stride;
+  }
+}
+
+// The same where they are not, from [rows][width] in memory: the code is one for all microkernels.
+template <typename T, typename To>
+__attribute__((noinline)) void store_partial(const Tile<T>& tile, bool masked, To* to, int64_t ld, const float* c,
+                                             int rows, int64_t width) {
+  for (int i = 0; i < rows; ++i, to += ld, c += width) {
+    const uint64_t* const bits = masked ? tile.bits + i * tile.bits_stride : nullptr;
+    for (int64_t j = 0; j < tile.columns; j += Vec::kLanes) {
+      const Vec v = Vec::load(c + j);
+      store_floats(masked ? v.select(Vec::predicate(bits, tile.column + j)) : v, tile.columns - j, to + j);
+    }
+  }
+}
+
+// Takes `steps` steps of packing on the side.
+template <int MR, int NV, typename T, typename Packer>
+__attribute__((noinline)) void microkernel(int64_t depth, const float* A, const float* B, const Tile<T>& tile,
+                                           Packer& packer, int64_t steps) {
+  constexpr int L = Vec::kLanes;
+  const bool full = tile.columns == NV * L;
+  Vec c[MR][NV];
+  if (tile.first) {
+    MASKED_OPS_UNROLL
+    for (int j = 0; j < NV; ++j) {
+      const Vec bias = tile.bias ? load_first(tile.columns - j * L, tile.bias + j * L) : Vec::zero();
+      MASKED_OPS_UNROLL
+      for (int i = 0; i < MR; ++i) c[i][j] = bias;
+    }
+  } else if (full) {
+    load_sums<true>(tile, c);
+  } else {
+    load_sums<false>(tile, c);
+  }
+  MASKED_OPS_UNROLL
+  for (int i = 0; i < MR; ++i) {  // of the tile below, which is next
+    MASKED_OPS_UNROLL
+    for (int j = 0; j < NV; ++j) prefetch(tile.C + (MR + i) * tile.ldc + j * L);
+  }
+
+  const int64_t period = steps > 0 ? max<int64_t>(depth / steps, 1) : depth;
+  for (int64_t k = 0; k < depth;) {
+    for (const int64_t end = min(k + period, depth); k < end; ++k) {
+      Vec b[NV];
+      MASKED_OPS_UNROLL
+      for (int j = 0; j < NV; ++j) b[j] = Vec::load(B + j * L);
+      MASKED_OPS_UNROLL
+      for (int i = 0; i < MR; ++i) {
+        const Vec a = Vec::set1(A[i]);
+        MASKED_OPS_UNROLL
+        for (int j = 0; j < NV; ++j) c[i][j] = Operand<T>::multiply_add(a, b[j], c[i][j]);
+      }
+      A += kMR;
+      B += kNR;
+    }
+    if (steps > 0) {
+      packer.step();
+      --steps;
+    }
+  }
+
+  const bool to_sums = !kIsFloat<T> && !tile.last, masked = !Packer::kMasksB && tile.bits;
+  if (!full) {
+    alignas(64) float sums[MR * NV * L];
+    MASKED_OPS_UNROLL
+    for (int i = 0; i < MR; ++i) {
+      MASKED_OPS_UNROLL
+      for (int j = 0; j < NV; ++j) c[i][j].store(sums + (i * NV + j) * L);
+    }
+    to_sums ? store_partial(tile, false, tile.sums, tile.ld_sums, sums, MR, NV * L)
+            : store_partial(tile, masked, tile.C, tile.ldc, sums, MR, NV * L);
+  } else if (to_sums) {
+    store_tile<false>(tile, tile.sums, tile.ld_sums, c);
+  } else if (masked) {
+    store_tile<true>(tile, tile.C, tile.ldc, c);
+  } else {
+    store_tile<false>(tile, tile.C, tile.ldc, c);
+  }
+  for (; steps > 0; --steps) packer.step();
+}
+
+// Fewer rows than these are the last panel's, or there are few of all; narrow microkernels for them would only take
+// time to compile.
+constexpr int kLeastNarrowRows = kMR * 3 / 4;
+
+template <int NV, typename T, typename Packer, int MR = kMR>
+void run_microkernel(int64_t rows, int64_t depth, const float* A, const float* B, const Tile<T>& tile, Packer& packer,
+                     int64_t steps) {
+  if constexpr (MR > 1) {
+    constexpr int kNext = MR == kLeastNarrowRows ? kNV : NV;
+    if (rows < MR) return run_microkernel<kNext, T, Packer, MR - 1>(rows, depth, A, B, tile, packer, steps);
+  }
+  microkernel<MR, NV>(depth, A, B, tile, packer, steps);
+}
+
+template <typename T, typename Packer>
+auto microkernel_for(int64_t columns) {
+  static_assert(kNV == 3);
+  // Each width costs seconds of compilation; where one is missing, the last vectors of the next are empty.
+  const int64_t vectors = ceil_div(columns, Vec::kLanes);
+  if constexpr (kIsFloat<T>) {
+    if (vectors == 1) return run_microkernel<1, T, Packer>;
+  }
+  if constexpr (kIsFloat<T> || Operand<T>::kDepth > 1) {
+    if (vectors <= 2) return run_microkernel<2, T, Packer>;
+  }
+  return run_microkernel<3, T, Packer>;
+}
+
+}  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY
