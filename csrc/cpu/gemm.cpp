@@ -378,13 +378,14 @@ void linear(const Team& team, Dtype dtype, int64_t M, int64_t N, int64_t K, cons
 
 void linear_grad_input(const Team& team, Dtype dtype, int64_t M, int64_t N, int64_t K, const void* grad_output,
                        const void* weight, Bits bits, void* grad_input) {
-  const int64_t bytes = N * K * (dtype == Dtype::kFloat ? 4 : 2);
-  const int64_t most_from_caches = dtype == Dtype::kFloat ? tuning::kSmallGradRows : tuning::kSmallGradRows16;
-  if (M <= (bytes > tuning::kCachedBytes ? tuning::kSmallRows : most_from_caches)) {
-    return linear_grad_input_small(team, dtype, M, N, K, grad_output, weight, bits, grad_input);
-  }
   with_element(dtype, [&](auto element) {
-    Linear<decltype(element)>::grad_input(team, M, N, K, grad_output, weight, bits, grad_input);
+    using T = decltype(element);
+    const bool cached = N * K * int64_t{sizeof(T)} <= tuning::kCachedBytes;
+    const int64_t most = kConverts<T> ? tuning::kSmallGradRowsConverted : tuning::kSmallGradRows;
+    if (M <= (cached ? most : tuning::kSmallRows)) {
+      return linear_grad_input_small(team, dtype, M, N, K, grad_output, weight, bits, grad_input);
+    }
+    Linear<T>::grad_input(team, M, N, K, grad_output, weight, bits, grad_input);
   });
 }
 

@@ -48,12 +48,13 @@ constexpr int64_t kSmallRows = 16;
 // row are added up across lanes too often. bfloat16, one thread, 16, 128 -> 2048: 48 us without packing, 31 with it.
 constexpr int64_t kShortRows16 = 128;
 // Of the gradients, if the weight comes from caches. AVX2, one thread, 16, 1024 -> 1024: grad_input 510 us without
-// packing, 335 with it; grad_weight 480, 317; forward 394, 437. Each tile of rows expands the bits again. Of 16 bits,
-// grad_input, 16, 768 -> 3072: 206 us without packing, 139 with it. From memory, 16, 4096 -> 4096: 1.17 ms, 1.96.
+// packing, 335 with it; grad_weight 480, 317; forward 394, 437. Each tile of rows expands the bits again, and converts
+// elements again: float16, grad_input, 16, 1024 -> 1024: 388 us without packing, 345 with it; bfloat16 159 and 247,
+// float32 272 and 365.
 #if defined(__AVX512F__)
-constexpr int64_t kSmallGradRows = 16, kSmallGradRows16 = 12;
+constexpr int64_t kSmallGradRows = 16, kSmallGradRowsConverted = 12;
 #else
-constexpr int64_t kSmallGradRows = 8, kSmallGradRows16 = 8;
+constexpr int64_t kSmallGradRows = 8, kSmallGradRowsConverted = 8;
 #endif
 #if defined(__AVX512F__)
 constexpr int kSmallTile = 8, kSmallSums = 24;
@@ -65,13 +66,20 @@ constexpr int kSmallTile = 4, kSmallSums = 9;
 constexpr int64_t kRowChunk = 4096, kTileChunk = 768, kTilesChunk = 384, kSumsChunk = 512;
 // Vectors of sums of forward that wait for the next chunk (12 KB), and rows of a block of grad_input.
 constexpr int64_t kWaitingSums = 192, kSmallBlock = 24;
-// From caches, grad_input of more than kAxpyRows rows goes by tiles of columns, in strips and down blocks of rows.
-constexpr int64_t kAxpyRows = 3, kSmallStrip = 512, kTileRows = 32;
+// From caches, grad_input of more than kAxpyRows rows (of operands) goes by tiles of columns, in strips and down blocks
+// of rows: kDownTile rows of input, and as many vectors as keep the sums in registers. A sum that is loaded and stored
+// for each 32 rows of the weight costs a third of the time: 12, 768 -> 2048, bfloat16, one thread, 160 us, 80 with 256;
+// they are not more because rows may lie whole 4 KB apart, and then few lines stay in L1 (AVX2, 2048 -> 2048: 128).
+// Rows are fetched just ahead, for the same reason. Where elements are converted, short rows go as they lie.
+constexpr int64_t kAxpyRows = 3, kSmallStrip = 512;
 #if defined(__AVX512F__)
-constexpr int kSmallVectors = 6;
+constexpr int kDownTile = 12, kDownSums = 24, kDownVectors = 6;
+constexpr int64_t kDownRows = 256, kDownAhead = 3;
 #else
-constexpr int kSmallVectors = 4;
+constexpr int kDownTile = 4, kDownSums = 9, kDownVectors = 4;
+constexpr int64_t kDownRows = 128, kDownAhead = 2;
 #endif
+constexpr int64_t kDownColumns = 32, kDownColumnsConverted = 512;  // at least; the first, of each thread
 // How far ahead of itself the weight is fetched, in the order in which it is used; it stays in L1 until then. Fetched
 // 128 KB ahead in the order of memory, into L2, one row of input takes 1.3 times as long.
 constexpr int64_t kSmallAhead = int64_t{12} << 10;
