@@ -6,6 +6,7 @@
 // side: bit by bit, from lines that it has prefetched, the block of B that is next.
 //
 // Elements of 16 bits become operands (elements.h) while they are packed; sums are floats, and rounded once.
+#include "gemm_partition.h"
 #include "kernels.h"
 #include "pack.h"
 
@@ -170,56 +171,6 @@ auto microkernel_for(int64_t columns) {
   return run_microkernel<3, T, Packer>;
 }
 
-// The rows of A in packed form: first blocks of K, in each the panels, in each [k][kMR]. K counts operands.
-struct PackedA {
-  int64_t rows, K;
-  int64_t block;  // depth
-  int64_t panels;
-  int64_t height;  // rows of a panel: equal ones, at most kMR
-
-  PackedA(int64_t rows, int64_t K) : rows(rows), K(K), panels(ceil_div(rows, kMR)), height(ceil_div(rows, panels)) {
-    const int64_t blocks = ceil_div(K, tuning::kKC);
-    block = ceil_div(ceil_div(K, blocks), 64) * 64;  // whole words of bits
-  }
-  int64_t pitch(int64_t k0) const { return ceil_div(min(block, K - k0), kDepthOfA) * kDepthOfA * kMR; }
-  int64_t offset(int64_t panel, int64_t k0) const { return k0 * panels * kMR + panel * pitch(k0); }
-  int64_t size() const { return offset(panels, (K - 1) / block * block); }
-};
-
-// How C is cut into units of work: a panel of B by a range of panels of A. Every thread gets an equal share of columns
-// if whole vectors allow, else of rows.
-class Partition {
- public:
-  Partition(int64_t N, const PackedA& A, int threads)
-      : N_(N), vectors_(ceil_div(N, Vec::kLanes)), row_panels_(A.panels) {
-    if (ceil_div(vectors_, threads) * threads * 15 <= vectors_ * 16) {
-      shares_ = threads;
-    } else {
-      splits_ = max<int64_t>(min<int64_t>(threads, A.rows / tuning::kMinRowsPerTask), 1);
-    }
-    panels_ = ceil_div(ceil_div(vectors_, shares_), kNV);
-  }
-
-  struct Unit {
-    int64_t column, columns;  // of B and C
-    int64_t first, last;      // panels of A
-  };
-
-  int64_t splits() const { return splits_; }
-  int64_t units() const { return shares_ * panels_ * splits_; }
-  Unit operator[](int64_t unit) const {
-    const int64_t split = unit % splits_, panel = unit / splits_ % panels_, share = unit / splits_ / panels_;
-    const int64_t begin = vectors_ * share / shares_, size = vectors_ * (share + 1) / shares_ - begin;
-    const int64_t column = (begin + size * panel / panels_) * Vec::kLanes;
-    const int64_t end = min((begin + size * (panel + 1) / panels_) * Vec::kLanes, N_);
-    return {column, end - column, row_panels_ * split / splits_, row_panels_ * (split + 1) / splits_};
-  }
-
- private:
-  int64_t N_, vectors_, row_panels_;
-  int64_t shares_ = 1, panels_, splits_ = 1;
-};
-
 // pack_A(A, m0, layout): fills A with rows [m0, m0 + layout.rows).
 // packer: a class of pack.h that gives B.
 template <typename T, typename PackA, typename Packer>
@@ -245,8 +196,9 @@ void gemm(const Team& team, int64_t M, int64_t N, int64_t depth, const PackA& pa
       typename Partition::Unit unit = partition[index];
       Block now = {unit.column, unit.columns, 0, min(block, K)};
       Packer packer = operand_B;
+      const bool few = Packer::kAtOnce && layout.few();
       packer.start(now, buffers[0]);
-      for (int64_t step = packer.steps(); step > 0; --step) packer.step();
+      packer.all();
 
       float* sums = nullptr;
       if (!kIsFloat<T> && block < K) {
@@ -261,9 +213,9 @@ void gemm(const Team& team, int64_t M, int64_t N, int64_t depth, const PackA& pa
           unit_after = partition[index];
           next = {unit_after.column, unit_after.columns, 0, min(block, K)};
         }
-        packer.start(next, buffers[turn ^ 1]);
         const auto run = microkernel_for<T, Packer>(unit.columns);
-        const int64_t calls = unit.last - unit.first, steps = packer.steps();
+        packer.start(next, buffers[turn ^ 1]);
+        const int64_t calls = unit.last - unit.first, steps = few ? 0 : packer.steps();
         for (int64_t call = 0; call < calls; ++call) {
           const int64_t panel = unit.first + call, m = m0 + panel * layout.height;
           Tile<T> tile = {};
@@ -288,6 +240,7 @@ void gemm(const Team& team, int64_t M, int64_t N, int64_t depth, const PackA& pa
           run(min(layout.height, m0 + layout.rows - m), now.depth, A + layout.offset(panel, now.k0), buffers[turn],
               tile, packer, steps * (call + 1) / calls - steps * call / calls);
         }
+        if (few && next.depth > 0) packer.all();
         unit = unit_after;
         now = next;
       }
@@ -367,12 +320,14 @@ struct Linear {
 
 void linear(const Team& team, Dtype dtype, int64_t M, int64_t N, int64_t K, const void* input, const void* weight,
             Bits bits, const void* bias, void* output) {
-  const bool short_rows = dtype != Dtype::kFloat && K <= tuning::kShortRows16 && M > tuning::kSmallTile;
-  if (M <= tuning::kSmallRows && !short_rows) {
-    return linear_small(team, dtype, M, N, K, input, weight, bits, bias, output);
-  }
   with_element(dtype, [&](auto element) {
-    Linear<decltype(element)>::forward(team, M, N, K, input, weight, bits, bias, output);
+    using T = decltype(element);
+    const int64_t shortest = kIsFloat<T> ? 0 : kConverts<T> ? tuning::kShortRowsConverted : tuning::kShortRows16;
+    const bool short_rows = M >= tuning::kShortRowsInput && K <= shortest * M;
+    if (M <= tuning::kSmallRows && !short_rows) {
+      return linear_small(team, dtype, M, N, K, input, weight, bits, bias, output);
+    }
+    Linear<T>::forward(team, M, N, K, input, weight, bits, bias, output);
   });
 }
 
@@ -380,9 +335,12 @@ void linear_grad_input(const Team& team, Dtype dtype, int64_t M, int64_t N, int6
                        const void* weight, Bits bits, void* grad_input) {
   with_element(dtype, [&](auto element) {
     using T = decltype(element);
-    const bool cached = N * K * int64_t{sizeof(T)} <= tuning::kCachedBytes;
-    const int64_t most = kConverts<T> ? tuning::kSmallGradRowsConverted : tuning::kSmallGradRows;
-    if (M <= (cached ? most : tuning::kSmallRows)) {
+    const int64_t pitch = K * int64_t{sizeof(T)};
+    int64_t most = tuning::kSmallRows;
+    if (N * pitch <= tuning::kCachedBytes) {
+      most = kConverts<T> ? tuning::kDownMostConverted : pitch % 4096 == 0 ? tuning::kDownMostApart : tuning::kDownMost;
+    }
+    if (M <= most) {
       return linear_grad_input_small(team, dtype, M, N, K, grad_output, weight, bits, grad_input);
     }
     Linear<T>::grad_input(team, M, N, K, grad_output, weight, bits, grad_input);
@@ -391,7 +349,7 @@ void linear_grad_input(const Team& team, Dtype dtype, int64_t M, int64_t N, int6
 
 void linear_grad_weight(const Team& team, Dtype dtype, int64_t M, int64_t N, int64_t K, const void* grad_output,
                         const void* input, Bits bits, void* grad_weight) {
-  if (M <= tuning::kSmallGradRows) {
+  if (M <= tuning::kOuterMost) {
     return linear_grad_weight_small(team, dtype, M, N, K, grad_output, input, bits, grad_weight);
   }
   with_element(dtype, [&](auto element) {
