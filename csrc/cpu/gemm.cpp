@@ -25,6 +25,7 @@ struct Tile {
   int64_t ld_sums;
   int64_t columns;       // valid ones, at most kNR
   bool first, last;      // of the blocks of K
+  bool fetches;          // lines of C, ahead
   const T* bias;         // added to the first; null for none
   const uint64_t* bits;  // of the tile's first row, set on the last block of K if C is to be masked; else null
   int64_t bits_stride;   // words
@@ -96,10 +97,12 @@ __attribute__((noinline)) void microkernel(int64_t depth, const float* A, const 
   } else {
     load_sums<false>(tile, c);
   }
-  MASKED_OPS_UNROLL
-  for (int i = 0; i < MR; ++i) {  // of the tile below, which is next
+  if (tile.fetches) {
     MASKED_OPS_UNROLL
-    for (int j = 0; j < NV; ++j) prefetch(tile.C + (MR + i) * tile.ldc + j * L);
+    for (int i = 0; i < MR; ++i) {  // of the tile below, which is next
+      MASKED_OPS_UNROLL
+      for (int j = 0; j < NV; ++j) prefetch(tile.C + (MR + i) * tile.ldc + j * L);
+    }
   }
 
   const int64_t period = steps > 0 ? max<int64_t>(depth / steps, 1) : depth;
@@ -177,6 +180,7 @@ template <typename T, typename PackA, typename Packer>
 void gemm(const Team& team, int64_t M, int64_t N, int64_t depth, const PackA& pack_A, const Packer& operand_B,
           const T* bias, const Bits* mask, T* C) {
   const int64_t K = ceil_div(depth, Operand<T>::kDepth);
+  const bool fetches = M * N * int64_t{sizeof(T)} >= tuning::kFetchedBytes;
   const int64_t chunk = max<int64_t>(ceil_div(tuning::kPanelABytes, K * int64_t{sizeof(float)} * kMR), 8) * kMR;
   for (int64_t m0 = 0; m0 < M; m0 += chunk) {
     const PackedA layout(min(chunk, M - m0), K);
@@ -224,6 +228,7 @@ void gemm(const Team& team, int64_t M, int64_t N, int64_t depth, const PackA& pa
           tile.columns = unit.columns;
           tile.first = now.k0 == 0;
           tile.last = last_block;
+          tile.fetches = fetches;
           tile.bias = bias ? bias + unit.column : nullptr;
           tile.column = unit.column;
           if constexpr (kIsFloat<T>) {
