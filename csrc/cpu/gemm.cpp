@@ -180,7 +180,7 @@ template <typename T, typename PackA, typename Packer>
 void gemm(const Team& team, int64_t M, int64_t N, int64_t depth, const PackA& pack_A, const Packer& operand_B,
           const T* bias, const Bits* mask, T* C) {
   const int64_t K = ceil_div(depth, Operand<T>::kDepth);
-  const bool fetches = M * N * int64_t{sizeof(T)} >= tuning::kFetchedBytes;
+  const bool fetches = (kIsFloat<T> && K > tuning::kKC) || M * N * int64_t{sizeof(T)} >= tuning::kFetchedBytes;
   const int64_t chunk = max<int64_t>(ceil_div(tuning::kPanelABytes, K * int64_t{sizeof(float)} * kMR), 8) * kMR;
   for (int64_t m0 = 0; m0 < M; m0 += chunk) {
     const PackedA layout(min(chunk, M - m0), K);
@@ -200,7 +200,8 @@ void gemm(const Team& team, int64_t M, int64_t N, int64_t depth, const PackA& pa
       typename Partition::Unit unit = partition[index];
       Block now = {unit.column, unit.columns, 0, min(block, K)};
       Packer packer = operand_B;
-      const bool few = Packer::kAtOnce && layout.few();
+      const bool few = Packer::kAtOnce && layout.panels <= tuning::kFewPanels &&
+                       N * K * int64_t{sizeof(float)} <= tuning::kMostAtOnceBytes;
       packer.start(now, buffers[0]);
       packer.all();
 

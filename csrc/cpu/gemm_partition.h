@@ -17,7 +17,6 @@ struct PackedA {
     const int64_t blocks = ceil_div(K, tuning::kKC);
     block = ceil_div(ceil_div(K, blocks), 64) * 64;  // whole words of bits
   }
-  bool few() const { return panels <= tuning::kFewPanels; }
   int64_t pitch(int64_t k0) const { return ceil_div(min(block, K - k0), kDepthOfA) * kDepthOfA * tuning::kMR; }
   int64_t offset(int64_t panel, int64_t k0) const { return k0 * panels * tuning::kMR + panel * pitch(k0); }
   int64_t size() const { return offset(panels, (K - 1) / block * block); }

@@ -43,10 +43,11 @@ constexpr int64_t kColumnsAhead = 32;
 // 2048 x 2048 1.18 and 1.0, 1024 x 1024 0.215 and 0.229; bfloat16 32, 4096 x 4096 3.3 and 3.0, 24, 2048 x 2048 0.54 to
 // 0.58 and 0.60, 1024 x 1024 0.127 and 0.137.
 constexpr int64_t kFetchedBytes = int64_t{8} << 20;
-// Up to this many panels of A, rows are packed at once, so many vectors ahead, and not on the side: a step takes longer
-// than the multiplications beside it. bfloat16, one thread, us: 17, 1024 -> 1024 136 to 114, 24 154 to 141, 32 and more
-// 5 to 10% longer; float32, 17, 271 to 231.
-constexpr int64_t kFewPanels = 3, kVectorsAheadAtOnce = 2;
+// Up to this many panels of A and bytes of B, rows are packed at once, so many vectors ahead, and not on the side: a
+// step takes longer than the multiplications beside it. bfloat16, one thread, us: 17, 1024 -> 1024 136 to 114, 24 154
+// to 141, 32 and more 5 to 10% longer; float32, 17, 271 to 231. But from memory, where nothing comes during the
+// multiplications, 24, 2048 -> 2048 650 to 705.
+constexpr int64_t kFewPanels = 3, kVectorsAheadAtOnce = 2, kMostAtOnceBytes = int64_t{4} << 20;
 
 // Up to this many rows of input, a weight is not packed (gemv.h); they are taken kSmallTile at a time, with as many
 // sums in registers as leave room for what is multiplied. 4096 -> 4096, where memory gives 50 GB/s (and 90), forward: 1
