@@ -4,11 +4,14 @@
     python bench/fit_convolution_costs.py --minutes 8 --write    # the same, and rewrite csrc/cpu/costs.h
     python bench/fit_convolution_costs.py --check --minutes 8    # only check the constants that are built in
     python bench/fit_convolution_costs.py --minutes 1 --json measured.json    # as often as one likes: it goes on
+    python bench/fit_convolution_costs.py --dtype bfloat16   # the costs of another dtype
+    MASKED_OPS_CAPABILITY=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \\
+        python bench/fit_convolution_costs.py                # for CPUs with AVX2
 
 Cells are drawn at random, others for a check than for a fit, from the layers of bench/shapes/convolution.txt, batch 1,
 8 and 32, sparsity 0 to 0.95 and both layouts, until the time is up. In each cell every path that can serve is timed
 against the others and against dense torch, interleaved, and the minimum of each counts. The terms are those of ConvCost
-in csrc/cpu/costs.h. Depthwise convolutions are checked too, but their own kernels are chosen by rules
+in csrc/cpu/costs.h. Depthwise convolutions in float32 are checked too, but their own kernels are chosen by rules
 (path_convolution.cpp).
 """
 
@@ -20,9 +23,12 @@ import json
 import math
 import random
 import re
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +56,14 @@ FUSED_WEIGHTS = 0.3  # kFusedWeights
 PACKED_ROWS = 8.0  # kPackedRows
 PATHS = (*PATH_TERMS, "compact")
 KINDS = ("one tap", "more taps", "depthwise")
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Setting:
+    threads: int
+    dtype: str
+
 
 Cell = tuple[Shape, int, float, bool]  # shape, batch, sparsity, channels_last
 Samples = dict[Cell, dict[str, dict[str, float]]]
@@ -67,15 +81,15 @@ def grid() -> list[Cell]:
     return cells
 
 
-def measure(cell: Cell, seconds: float) -> dict[str, dict[str, float]]:
+def measure(cell: Cell, seconds: float, dtype: torch.dtype) -> dict[str, dict[str, float]]:
     """Per pass, nanoseconds of each path, of the choice, of dense torch, and of the pass that masks a weight."""
     (C, O, kernel, size, stride, groups), batch, sparsity, last = cell  # noqa: E741
     torch.manual_seed(0)
     geometry = ([stride] * 2, [kernel // 2] * 2, [1, 1], False, [0, 0], groups)
     memory_format = torch.channels_last if last else torch.contiguous_format
-    x = torch.randn(batch, C, size, size).contiguous(memory_format=memory_format)
-    w = torch.randn(O, C // groups, kernel, kernel).contiguous(memory_format=memory_format)
-    mask = (torch.rand(w.shape) >= sparsity).float().contiguous(memory_format=memory_format)
+    x = torch.randn(batch, C, size, size).to(dtype).contiguous(memory_format=memory_format)
+    w = torch.randn(O, C // groups, kernel, kernel).to(dtype).contiguous(memory_format=memory_format)
+    mask = (torch.rand(w.shape) >= sparsity).to(dtype).contiguous(memory_format=memory_format)
     dy = torch.randn_like(torch.ops.aten.convolution(x, w, None, *geometry))
 
     def backward(of_input: bool) -> Callable[[], Any]:
@@ -111,7 +125,7 @@ def measure(cell: Cell, seconds: float) -> dict[str, dict[str, float]]:
     return results
 
 
-def features(cell: Cell, name: str, path: str, threads: int) -> list[float]:
+def features(cell: Cell, name: str, path: str, of: Setting) -> list[float]:
     (C, O, kernel, size, stride, groups), batch, sparsity, last = cell  # noqa: E741
     out = (size + 2 * (kernel // 2) - kernel) // stride + 1
     positions, weights = batch * out * out, O * (C // groups) * kernel**2
@@ -126,16 +140,16 @@ def features(cell: Cell, name: str, path: str, threads: int) -> list[float]:
         computed *= in_blocks((O if name == "forward" else C) // groups, 16)
     if path == "copy" and 1 < groups < C and name == "grad_weight":
         computed *= in_blocks(C // groups, 16) * (1 if last else in_blocks(O // groups, 16))
-    if path == "fused" and name == "grad_weight" and not last:  # whole vectors of a plane
+    if path == "fused" and name == "grad_weight" and not last and of.dtype == "float32":  # whole vectors of a plane
         computed *= in_blocks(out**2, 16)
     value = {
         "call": 1.0,
-        "mac": positions * weights * (1 - sparsity) / threads,
-        "dense": computed / threads,
-        "weight": weights / threads,
-        "value": weights * (1 - sparsity) / threads,
-        "packed": positions * packed_taps(cell, name) * packed / threads,
-        "images": (positions * O + batch * size * size * C) / threads,
+        "mac": positions * weights * (1 - sparsity) / of.threads,
+        "dense": computed / of.threads,
+        "weight": weights / of.threads,
+        "value": weights * (1 - sparsity) / of.threads,
+        "packed": positions * packed_taps(cell, name) * packed / of.threads,
+        "images": (positions * O + batch * size * size * C) / of.threads,
         # A large result is fresh memory, whose page faults all paths have in common: not among the constants.
         "fresh": result if result >= FRESH_FLOATS else 0,
     }
@@ -161,7 +175,9 @@ def layout_of(cell: Cell) -> int:
     if last:
         return 1
     collide = size**2 % 1024 == 0 and (1 - sparsity) * C * O / groups >= 14 * max(C, O)  # planes_collide in api.h
-    return 2 if kernel == stride == 1 and (size**2 % 112 == 0 or size**2 % 128 == 0) and not collide else 0
+    lanes = 8 if _ops._module.capability() == "AVX2" else 16
+    whole = size**2 % (7 * lanes) == 0 or size**2 % (8 * lanes) == 0
+    return 2 if kernel == stride == 1 and whole and not collide else 0
 
 
 def kind_of(cell: Cell) -> int:
@@ -175,16 +191,26 @@ def key_of(path: str, cell: Cell, name: str) -> tuple[Any, ...]:
     return (path, cell[2] > MOST_FULL, layout_of(cell), name) if path == "sparse" else (path, cell[3], name)
 
 
-def may_fuse(cell: Cell) -> bool:
-    """Of one tap; channels last, where the weights are many for the images."""
+def may_fuse(cell: Cell, name: str, of: Setting) -> bool:
+    """See path_convolution.cpp."""
     (C, O, kernel, size, stride, groups), batch, _, last = cell  # noqa: E741
-    return kernel == stride == groups == 1 and (not last or FUSED_WEIGHTS * batch * size**2 * (C + O) <= C * O)
+    if not kernel == stride == groups == 1:
+        return False
+    if not last if of.dtype == "float32" else last and name == "grad_weight" and O < C:
+        return True
+    return FUSED_WEIGHTS * batch * size**2 * (C + O) <= C * O
+
+
+def no_sparse(cell: Cell, name: str, of: Setting) -> bool:
+    """Whether the sparse path is not considered, see loses_in_groups in path_convolution.cpp."""
+    groups = cell[0][5]
+    return of.dtype != "float32" and groups > 1 and (kind_of(cell) == 2 or name != "grad_weight")
 
 
 Costs = dict[tuple[Any, ...], dict[str, float]]
 
 
-def fit(samples: Samples, threads: int) -> Costs:
+def fit(samples: Samples, of: Setting) -> Costs:
     """Non-negative least squares on relative errors.
 
     They count less, the further a path is from the choice, and, from the second of three turns on, where they are
@@ -194,12 +220,14 @@ def fit(samples: Samples, threads: int) -> Costs:
     for cell, results in samples.items():
         for name, path in itertools.product(PASSES, PATH_TERMS):
             times = {p: results[name][p] for p in PATH_TERMS if p in results[name]}
-            if path not in times or (path == "fused" and not may_fuse(cell)):
+            if path not in times or (path == "fused" and not may_fuse(cell, name, of)):
+                continue
+            if path == "sparse" and (kind_of(cell) == 2 or no_sparse(cell, name, of)):
                 continue
             took = times.pop(path)
             counts = math.exp(-abs(math.log(took / min(times.values()))) / 0.6) + 0.04
             rows, ones = systems.setdefault(key_of(path, cell, name), ([], []))
-            rows.append([counts * f / took for f in features(cell, name, path, threads)])
+            rows.append([counts * f / took for f in features(cell, name, path, of)])
             ones.append(counts)
     costs: Costs = {}
     for key, (rows, ones) in systems.items():
@@ -212,23 +240,25 @@ def fit(samples: Samples, threads: int) -> Costs:
     return costs
 
 
-def expected(costs: Costs, path: str, cell: Cell, name: str, threads: int) -> float:
+def expected(costs: Costs, path: str, cell: Cell, name: str, of: Setting) -> float:
     constants = costs[key_of(path, cell, name)]
-    return sum(c * f for c, f in zip(constants.values(), features(cell, name, path, threads), strict=True))
+    return sum(c * f for c, f in zip(constants.values(), features(cell, name, path, of), strict=True))
 
 
-def predict(costs: Costs, cell: Cell, results: dict[str, float], name: str, threads: int) -> str:
+def predict(costs: Costs, cell: Cell, results: dict[str, float], name: str, of: Setting) -> str:
     """As choose_convolution in csrc/path_convolution.cpp does; where it has rules of its own, what it took."""
-    if kind_of(cell) == 2:
+    if kind_of(cell) == 2 and of.dtype == "float32":
         return "auto"
     serve = {path for path in PATH_TERMS if path in results}
-    if not may_fuse(cell):
+    if not may_fuse(cell, name, of):
         serve -= {"fused"}
+    if no_sparse(cell, name, of):
+        serve -= {"sparse"}
     pixels = cell[3] and cell[0][2] == 1 and cell[2] <= MOST_FULL
     margin = FULL_MARGIN if cell[2] < FULL else PIXEL_MARGIN if pixels else 1.0
 
     def nanoseconds(path: str) -> float:
-        return expected(costs, path, cell, name, threads) / (margin if path == "sparse" else 1.0)
+        return expected(costs, path, cell, name, of) / (margin if path == "sparse" else 1.0)
 
     return min(serve, key=nanoseconds)
 
@@ -257,48 +287,55 @@ def assess(samples: Samples, chosen: Callable[[Cell, dict[str, float], str], str
             )
 
 
-def write(costs: Costs) -> None:
+def write(costs: Costs, dtype: str) -> None:
     def numbers(key: tuple[Any, ...]) -> str:
         return "{" + ", ".join(f"{costs[key].get(term, 0.0):.3g}" for term in TERMS) + "}"
 
-    def row(key: tuple[Any, ...], indent: str) -> str:
-        return "".join(f"{indent}    {numbers((*key, name))},  // {name}\n" for name in PASSES)
+    def rows(key: tuple[Any, ...], indent: str) -> str:
+        return "".join(f"{indent}{numbers((*key, name))},  // {name}\n" for name in PASSES)
 
-    dense = fused = sparse = ""
+    body = "    {\n        // dense\n"
     for kind, title in enumerate(KINDS):
-        dense += f"    {{\n        // {title}\n"
+        body += f"        {{\n            // {title}\n"
         for last in (False, True):
-            dense += "        {\n" + row(("copy", kind, last), "        ") + "        },\n"
-        dense += "    },\n"
+            body += "            {\n" + rows(("copy", kind, last), "                ") + "            },\n"
+        body += "        },\n"
+    body += "    },\n    {\n        // fused\n"
     for last in (False, True):
-        fused += "    {\n" + row(("fused", last), "    ") + "    },\n"
+        body += "        {\n" + rows(("fused", last), "            ") + "        },\n"
+    body += "    },\n    {\n        // sparse\n"
     for few in (False, True):
-        sparse += "    {\n"
+        body += "        {\n"
         for layout in range(3):
-            sparse += "        {\n" + row(("sparse", few, layout), "        ") + "        },\n"
-        sparse += "    },\n"
+            body += "            {\n" + rows(("sparse", few, layout), "                ") + "            },\n"
+        body += "        },\n"
+    body += "    },\n"
+    capability = _ops._module.capability()
+    section = f"{dtype} convolution" + ("" if capability.startswith("AVX512") else f", {capability}")
+    begin, end = f"// {section}: begin\n", f"    // {section}: end\n"
     source = COSTS_H.read_text()
-    for which, body in (("dense", dense), ("fused", fused), ("sparse", sparse)):
-        begin, end = f"// {which} convolution: begin\n", f"    // {which} convolution: end\n"
-        source, count = re.subn(f"{begin}.*{end}", lambda _, t=begin + body + end: t, source, flags=re.DOTALL)
-        if count != 1:
-            raise SystemExit(f"{COSTS_H} must hold the markers {begin.strip()} and {end.strip()} once")
+    source, count = re.subn(f"{begin}.*{end}", lambda _: begin + body + end, source, flags=re.DOTALL)
+    if count != 1:
+        raise SystemExit(f"{COSTS_H} must hold the markers {begin.strip()} and {end.strip()} once")
     COSTS_H.write_text(source)
-    print(f"wrote {COSTS_H}")
+    if formatter := shutil.which("clang-format"):
+        subprocess.run([formatter, "-i", str(COSTS_H)], check=True)
+    print(f"wrote {COSTS_H}, {section}")
 
 
-def sample(samples: Samples, minutes: float, seconds: float, check: bool) -> None:
+def sample(samples: Samples, minutes: float, seconds: float, dtype: str, check: bool) -> None:
     """Measures cells that are not among the samples; for a check from the other end."""
     deadline = time.perf_counter() + 60 * minutes
     for cell in reversed(grid()) if check else grid():
         if time.perf_counter() > deadline:
             break
         if cell not in samples:
-            samples[cell] = measure(cell, seconds)
+            samples[cell] = measure(cell, seconds, getattr(torch, dtype))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--seconds", type=float, default=0.15, help="for each cell (default: %(default)s)")
     parser.add_argument("--write", action="store_true", help="rewrite csrc/cpu/costs.h")
@@ -309,12 +346,12 @@ def main() -> None:
     args = parser.parse_args()
     if not masked_ops.is_available():
         sys.exit("the compiled kernels are not available; python -m masked_ops says why")
-    threads = torch.get_num_threads()
+    of = Setting(torch.get_num_threads(), args.dtype)
 
     samples: Samples = {}
     for file in filter(Path.exists, args.json):
         samples |= {(tuple(cell[0]), *cell[1:]): results for cell, results in json.loads(file.read_text())}
-    sample(samples, args.minutes, args.seconds, args.check)
+    sample(samples, args.minutes, args.seconds, of.dtype, args.check)
     if args.json:
         args.json[0].parent.mkdir(parents=True, exist_ok=True)
         args.json[0].write_text(json.dumps(list(samples.items())))
@@ -324,14 +361,14 @@ def main() -> None:
         assess(samples, lambda cell, results, name: "auto")
         return
     held_out = {cell: samples[cell] for cell in list(samples)[::4]}
-    fitted = fit({cell: results for cell, results in samples.items() if cell not in held_out}, threads)
+    fitted = fit({cell: results for cell, results in samples.items() if cell not in held_out}, of)
     print("on the quarter of the cells that was held out:")
-    assess(held_out, lambda cell, results, name: predict(fitted, cell, results, name, threads))
-    costs = fit(samples, threads)
+    assess(held_out, lambda cell, results, name: predict(fitted, cell, results, name, of))
+    costs = fit(samples, of)
     for key, constants in costs.items():
         print(*key, {term: float(f"{value:.3g}") for term, value in constants.items()})
     if args.write:
-        write(costs)
+        write(costs, of.dtype)
 
 
 if __name__ == "__main__":

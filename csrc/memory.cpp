@@ -26,8 +26,6 @@ constexpr size_t kLargeBytes = size_t{8} << 20;
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kKeptResults = 32;  // of all threads together: those of a model come back at once, at zero_grad
 
-constexpr size_t kKeptScratchBytes = size_t{64} << 20;
-
 // Whole huge pages.
 struct Block {
   at::DataPtr memory;
@@ -152,13 +150,14 @@ void release_kept_scratch() { kept_scratch = {}; }
 
 Scratch::Scratch(const at::Tensor& like) {
   const size_t bytes = like.nbytes();
-  if (bytes > kKeptScratchBytes) {
+  if (bytes >= kLargeBytes) {
     tensor_ = empty_result_like(like);
     return;
   }
   c10::Storage lent = std::move(kept_scratch);
   if (!lent || lent.nbytes() < bytes) {
-    lent = at::empty({static_cast<int64_t>(bytes)}, like.options().dtype(at::kByte)).storage();
+    lent = bytes >= kHugePage ? large_storage(bytes)
+                              : at::empty({static_cast<int64_t>(bytes)}, like.options().dtype(at::kByte)).storage();
   }
   tensor_ = at::empty({0}, like.options()).set_(std::move(lent), 0, like.sizes(), like.strides());
 }
@@ -167,8 +166,7 @@ Scratch::~Scratch() {
   c10::Storage storage = tensor_.storage();
   tensor_.reset();
   const bool returned = storage.use_count() == 1;
-  if (returned && storage.nbytes() <= kKeptScratchBytes &&
-      (!kept_scratch || kept_scratch.nbytes() < storage.nbytes())) {
+  if (returned && storage.nbytes() < kLargeBytes && (!kept_scratch || kept_scratch.nbytes() < storage.nbytes())) {
     kept_scratch = std::move(storage);
   }
 }

@@ -16,9 +16,9 @@ at::Tensor empty_result_like(const at::Tensor& like);
 int64_t kept_result_bytes();
 void release_kept_results();
 
-// A tensor in memory that the thread keeps for the next one: fresh memory would have its pages mapped anew at every
-// call, which outlasts a pass over it. Up to 64 MB are kept a thread; what is larger, or asked for while another one
-// lives, is a result like others. Whoever still holds the tensor at the end keeps its memory.
+// A tensor in memory that the thread keeps for the next one, warm in its caches. What is as large as a large result is
+// one, and what is asked for while another one lives is fresh. Whoever still holds the tensor at the end keeps its
+// memory.
 class Scratch {
  public:
   // Of the shape and the strides of `like`, which is dense and in CPU memory.

@@ -234,11 +234,11 @@ inline constexpr int64_t kChannelBlock = 16;
 inline constexpr double kMoveCost = 0.3, kCompactConvolutionCall = 1e4;
 inline constexpr double kCompactMargin = 0.93;
 
-// How much faster torch convolves in 16 bits where the CPU has arithmetic for them: bfloat16, batch 8, 3 x 3 and 1 x 1,
-// 1.6 to 2.5 times. And in float16 where it has none: the four stages of ResNet took 170 to 240 ms, in float32 4.
-inline constexpr double k16BitConvSpeedup = 2.5, kHalfConvSpeedup = 1.0 / 20;
-// The sparse kernels take 16-bit images as floats, so many bytes of them at a time, at nanoseconds for an element on
-// one thread, and for the calls.
+// How much faster torch convolves in float16 than in float32 where the CPU has no arithmetic for it: the four stages of
+// ResNet took 170 to 240 ms, in float32 4.
+inline constexpr double kHalfConvSpeedup = 1.0 / 20;
+// The sparse kernels take 16-bit images as floats, so many bytes of them at a time. Where torch converts too, at
+// nanoseconds for an element on one thread, and for the calls.
 inline constexpr int64_t kConvertedBytes = int64_t{16} << 20;
 inline constexpr double kConvertCost = 0.1, kConvertCall = 5e3;
 
@@ -258,113 +258,311 @@ inline constexpr double kSparsePlaneDensity = 0.65, kFarPlaneDensity = 0.3;
 // 112 x 112 to 960 of 7 x 7), of 8 and 32 from 0.8 to 1.6.
 inline constexpr int64_t kSmallKernel = 9, kLeastWidth = 8;
 
-// [kernel of one tap, of more, depthwise][NCHW, channels last][forward, grad_input, grad_weight]
-inline constexpr ConvCost kDenseConvCosts[3][2][3] = {
-    // dense convolution: begin
-    {
-        // one tap
-        {
-            {9.04e+03, 0, 0.0088, 0.255, 0, 0, 0.21},    // forward
-            {1.31e+04, 0, 0.009, 0.294, 0, 0, 0.202},    // grad_input
-            {7.79e+03, 0, 0.00936, 0.453, 0, 0, 0.174},  // grad_weight
-        },
-        {
-            {1.17e+04, 0, 0.00773, 0.565, 0, 0, 0.0583},  // forward
-            {1.72e+04, 0, 0.00798, 0.289, 0, 0, 0.0485},  // grad_input
-            {1.03e+04, 0, 0.00883, 0.513, 0, 0, 0.0752},  // grad_weight
-        },
-    },
-    {
-        // more taps
-        {
-            {1.59e+04, 0, 0.00786, 0.401, 0, 0, 0.323},  // forward
-            {1.18e+04, 0, 0.00771, 0.698, 0, 0, 0.403},  // grad_input
-            {1.94e+04, 0, 0.00888, 0.528, 0, 0, 0.196},  // grad_weight
-        },
-        {
-            {2.38e+04, 0, 0.00699, 0.366, 0, 0, 0.159},   // forward
-            {2.46e+04, 0, 0.00712, 0.337, 0, 0, 0.224},   // grad_input
-            {2.08e+04, 0, 0.00828, 0.876, 0, 0, 0.0768},  // grad_weight
-        },
-    },
-    {
-        // depthwise
-        {
-            {0, 0, 0.0762, 0, 0, 0, 0},       // forward
-            {0, 0, 0.104, 6.08, 0, 0, 0},     // grad_input
-            {693, 0, 0.0559, 12.4, 0, 0, 0},  // grad_weight
-        },
-        {
-            {0, 0, 0.0375, 7.87, 0, 0, 0},  // forward
-            {0, 0, 0.0357, 10.6, 0, 0, 0},  // grad_input
-            {0, 0, 0.0404, 2.52, 0, 0, 0},  // grad_weight
-        },
-    },
-    // dense convolution: end
-};
-
-// Convolutions of one tap by the masked GEMM, [NCHW, channels last][forward, grad_input, grad_weight]. Channels last,
-// it is considered where there are so many weights for each element of the images, input and output together: below,
-// torch is ahead by up to three times.
+// Convolutions of one tap by the masked GEMM: but where that is hardly ever slower (may_fuse), it is considered where
+// there are so many weights for each element of the images, input and output together: below, torch is ahead by up to
+// three times.
 inline constexpr double kFusedWeights = 0.3;
-// On AVX2, where torch's take 1.8 times as long, contiguous ones take 1.9, and up to 2.5: 256 -> 64 on 56 x 56 1.3
-// times as fast as torch, 512 -> 512 on 28 x 28 0.85, 256 -> 1024 on 14 x 14 0.87 and 0.7.
-inline constexpr double kAvx2FusedConvCost = 1.3;
-inline constexpr ConvCost kFusedConvCosts[2][3] = {
-    // fused convolution: begin
-    {
-        {5.93e+03, 0, 0.00877, 0.304, 0, 0, 0.0322},  // forward
-        {6.96e+03, 0, 0.00905, 0.389, 0, 0, 0.0296},  // grad_input
-        {5.55e+03, 0, 0.00928, 0.411, 0, 0, 0.0781},  // grad_weight
-    },
-    {
-        {1.44e+04, 0, 0.00814, 0.0559, 0, 0, 0},        // forward
-        {1.15e+04, 0, 0.00799, 0.0169, 0, 0, 0.0606},   // grad_input
-        {1.11e+04, 0, 0.00837, 0.0216, 0, 0, 0.00603},  // grad_weight
-    },
-    // fused convolution: end
+inline constexpr double kFullDensity = 0.25;
+struct ConvCosts {
+  ConvCost dense[3][2][3];   // [kernel of one tap, of more, depthwise][NCHW, channels last][forward, grad_input,
+                             // grad_weight]
+  ConvCost fused[2][3];      // [NCHW, channels last], of one tap
+  ConvCost sparse[2][3][3];  // [density of kFullDensity or more, less][NCHW that is packed, channels last, NCHW of one
+                             // tap that is not]
 };
 
-// [this density or more, less][NCHW that is packed, channels last, NCHW of one tap that is not][forward, grad_input,
-// grad_weight]
-inline constexpr double kFullDensity = 0.25;
-inline constexpr ConvCost kSparseConvCosts[2][3][3] = {
-    // sparse convolution: begin
+// Of AVX-512.
+inline constexpr ConvCosts kFloatConvCosts = {
+    // float32 convolution: begin
     {
+        // dense
         {
-            {7.87e+03, 0.00853, 0, 0.29, 0, 0, 0.309},            // forward
-            {8.85e+03, 0.00981, 0, 0.537, 0.198, 0.0652, 0.213},  // grad_input
-            {7.76e+03, 0.0124, 0, 0.397, 0, 0, 0.222},            // grad_weight
+            // one tap
+            {
+                {9.04e+03, 0, 0.0088, 0.255, 0, 0, 0.21},    // forward
+                {1.31e+04, 0, 0.009, 0.294, 0, 0, 0.202},    // grad_input
+                {7.79e+03, 0, 0.00936, 0.453, 0, 0, 0.174},  // grad_weight
+            },
+            {
+                {1.17e+04, 0, 0.00773, 0.565, 0, 0, 0.0583},  // forward
+                {1.72e+04, 0, 0.00798, 0.289, 0, 0, 0.0485},  // grad_input
+                {1.03e+04, 0, 0.00883, 0.513, 0, 0, 0.0752},  // grad_weight
+            },
         },
         {
-            {6.7e+03, 0.00856, 0, 0.37, 0, 0.066, 0.112},          // forward
-            {8.07e+03, 0.00974, 0, 0.482, 0.491, 0.0659, 0.0951},  // grad_input
-            {7.77e+03, 0.0122, 0, 0.348, 0.351, 0.0351, 0.0948},   // grad_weight
+            // more taps
+            {
+                {1.59e+04, 0, 0.00786, 0.401, 0, 0, 0.323},  // forward
+                {1.18e+04, 0, 0.00771, 0.698, 0, 0, 0.403},  // grad_input
+                {1.94e+04, 0, 0.00888, 0.528, 0, 0, 0.196},  // grad_weight
+            },
+            {
+                {2.38e+04, 0, 0.00699, 0.366, 0, 0, 0.159},   // forward
+                {2.46e+04, 0, 0.00712, 0.337, 0, 0, 0.224},   // grad_input
+                {2.08e+04, 0, 0.00828, 0.876, 0, 0, 0.0768},  // grad_weight
+            },
         },
         {
-            {4.83e+03, 0.0073, 0, 1.39, 0, 0.0322, 0.0721},   // forward
-            {7.72e+03, 0.0103, 0, 0.151, 0, 0.109, 0.00893},  // grad_input
-            {5.89e+03, 0.0103, 0, 1.54, 0, 0, 0.0781},        // grad_weight
+            // depthwise
+            {
+                {0, 0, 0.0762, 0, 0, 0, 0},       // forward
+                {0, 0, 0.104, 6.08, 0, 0, 0},     // grad_input
+                {693, 0, 0.0559, 12.4, 0, 0, 0},  // grad_weight
+            },
+            {
+                {0, 0, 0.0375, 7.87, 0, 0, 0},  // forward
+                {0, 0, 0.0357, 10.6, 0, 0, 0},  // grad_input
+                {0, 0, 0.0404, 2.52, 0, 0, 0},  // grad_weight
+            },
         },
     },
     {
+        // fused
         {
-            {8.86e+03, 0.0143, 0, 0.13, 0.0794, 0, 0.293},       // forward
-            {1.02e+04, 0.0132, 0, 0.173, 0.375, 0.0629, 0.232},  // grad_input
-            {9.16e+03, 0.0163, 0, 0.195, 0, 0, 0.23},            // grad_weight
+            {5.93e+03, 0, 0.00877, 0.304, 0, 0, 0.0322},  // forward
+            {6.96e+03, 0, 0.00905, 0.389, 0, 0, 0.0296},  // grad_input
+            {5.55e+03, 0, 0.00928, 0.411, 0, 0, 0.0781},  // grad_weight
         },
         {
-            {7.77e+03, 0.0127, 0, 0.13, 0.101, 0.0361, 0.142},   // forward
-            {9.26e+03, 0.0137, 0, 0.134, 0.28, 0.0425, 0.129},   // grad_input
-            {8.34e+03, 0.0165, 0, 0.115, 0.182, 0.0286, 0.113},  // grad_weight
-        },
-        {
-            {5.02e+03, 0.00972, 0, 0.0252, 1.27, 0.0281, 0.0755},  // forward
-            {6.52e+03, 0.0143, 0, 0.00671, 0, 0.00926, 0.0618},    // grad_input
-            {6.4e+03, 0.0148, 0, 0.0363, 0, 0.0416, 0.0624},       // grad_weight
+            {1.44e+04, 0, 0.00814, 0.0559, 0, 0, 0},        // forward
+            {1.15e+04, 0, 0.00799, 0.0169, 0, 0, 0.0606},   // grad_input
+            {1.11e+04, 0, 0.00837, 0.0216, 0, 0, 0.00603},  // grad_weight
         },
     },
-    // sparse convolution: end
+    {
+        // sparse
+        {
+            {
+                {7.87e+03, 0.00853, 0, 0.29, 0, 0, 0.309},            // forward
+                {8.85e+03, 0.00981, 0, 0.537, 0.198, 0.0652, 0.213},  // grad_input
+                {7.76e+03, 0.0124, 0, 0.397, 0, 0, 0.222},            // grad_weight
+            },
+            {
+                {6.7e+03, 0.00856, 0, 0.37, 0, 0.066, 0.112},          // forward
+                {8.07e+03, 0.00974, 0, 0.482, 0.491, 0.0659, 0.0951},  // grad_input
+                {7.77e+03, 0.0122, 0, 0.348, 0.351, 0.0351, 0.0948},   // grad_weight
+            },
+            {
+                {4.83e+03, 0.0073, 0, 1.39, 0, 0.0322, 0.0721},   // forward
+                {7.72e+03, 0.0103, 0, 0.151, 0, 0.109, 0.00893},  // grad_input
+                {5.89e+03, 0.0103, 0, 1.54, 0, 0, 0.0781},        // grad_weight
+            },
+        },
+        {
+            {
+                {8.86e+03, 0.0143, 0, 0.13, 0.0794, 0, 0.293},       // forward
+                {1.02e+04, 0.0132, 0, 0.173, 0.375, 0.0629, 0.232},  // grad_input
+                {9.16e+03, 0.0163, 0, 0.195, 0, 0, 0.23},            // grad_weight
+            },
+            {
+                {7.77e+03, 0.0127, 0, 0.13, 0.101, 0.0361, 0.142},   // forward
+                {9.26e+03, 0.0137, 0, 0.134, 0.28, 0.0425, 0.129},   // grad_input
+                {8.34e+03, 0.0165, 0, 0.115, 0.182, 0.0286, 0.113},  // grad_weight
+            },
+            {
+                {5.02e+03, 0.00972, 0, 0.0252, 1.27, 0.0281, 0.0755},  // forward
+                {6.52e+03, 0.0143, 0, 0.00671, 0, 0.00926, 0.0618},    // grad_input
+                {6.4e+03, 0.0148, 0, 0.0363, 0, 0.0416, 0.0624},       // grad_weight
+            },
+        },
+    },
+    // float32 convolution: end
+};
+
+// Of AVX2, torch's held to it.
+inline constexpr ConvCosts kFloatConvCostsAvx2 = {
+    // float32 convolution, AVX2: begin
+    {
+        // dense
+        {
+            // one tap
+            {
+                {6.13e+03, 0, 0.0173, 0.413, 0, 0, 0.226},  // forward
+                {1.08e+04, 0, 0.0172, 0.414, 0, 0, 0.235},  // grad_input
+                {5.43e+03, 0, 0.0178, 0.4, 0, 0, 0.202},    // grad_weight
+            },
+            {
+                {9.94e+03, 0, 0.0157, 0.489, 0, 0, 0.0477},  // forward
+                {1.42e+04, 0, 0.016, 0.315, 0, 0, 0.0264},   // grad_input
+                {8.37e+03, 0, 0.0173, 0.531, 0, 0, 0.0832},  // grad_weight
+            },
+        },
+        {
+            // more taps
+            {
+                {1.35e+04, 0, 0.0161, 0.546, 0, 0, 0.325},  // forward
+                {844, 0, 0.0138, 0.884, 0, 0, 0.892},       // grad_input
+                {1.62e+04, 0, 0.0192, 0.564, 0, 0, 0.299},  // grad_weight
+            },
+            {
+                {1.6e+04, 0, 0.0149, 0.585, 0, 0, 0.187},    // forward
+                {1.55e+04, 0, 0.0141, 0.721, 0, 0, 0.243},   // grad_input
+                {1.27e+04, 0, 0.0194, 0.925, 0, 0, 0.0383},  // grad_weight
+            },
+        },
+        {
+            // depthwise
+            {
+                {1.17e+04, 0, 0.0659, 11.6, 0, 0, 0},  // forward
+                {0, 0, 0.0809, 17.8, 0, 0, 0},         // grad_input
+                {3.47e+04, 0, 0.0505, 2.67, 0, 0, 0},  // grad_weight
+            },
+            {
+                {2.18e+04, 0, 0.0443, 0, 0, 0, 0},     // forward
+                {0, 0, 0.0452, 4.86, 0, 0, 0},         // grad_input
+                {3.86e+03, 0, 0.0451, 5.45, 0, 0, 0},  // grad_weight
+            },
+        },
+    },
+    {
+        // fused
+        {
+            {9.02e+03, 0, 0.0166, 0.427, 0, 0, 0.0224},  // forward
+            {1.01e+04, 0, 0.0169, 0.732, 0, 0, 0.0212},  // grad_input
+            {7.04e+03, 0, 0.0166, 0.37, 0, 0, 0.0603},   // grad_weight
+        },
+        {
+            {1.57e+04, 0, 0.0166, 0.0531, 0, 0, 0},      // forward
+            {1.41e+04, 0, 0.0165, 0.0338, 0, 0, 0},      // grad_input
+            {3.36e+03, 0, 0.0164, 0.0444, 0, 0, 0.149},  // grad_weight
+        },
+    },
+    {
+        // sparse
+        {
+            {
+                {8.41e+03, 0.0192, 0, 0.613, 0, 0.113, 0.209},       // forward
+                {9.22e+03, 0.0186, 0, 0.635, 0.556, 0.0782, 0.296},  // grad_input
+                {8.14e+03, 0.0221, 0, 1.06, 0, 0, 0.364},            // grad_weight
+            },
+            {
+                {8e+03, 0.0187, 0, 0.689, 0.0063, 0.0853, 0.13},     // forward
+                {1.06e+04, 0.0184, 0, 0.991, 0.174, 0.0799, 0.14},   // grad_input
+                {9.15e+03, 0.0218, 0, 1.18, 0.0848, 0.0444, 0.176},  // grad_weight
+            },
+            {
+                {6.49e+03, 0.0182, 0, 0.297, 0, 0.0341, 0.0489},  // forward
+                {7.89e+03, 0.0176, 0, 0.377, 0, 0.169, 0.0154},   // grad_input
+                {6.42e+03, 0.0196, 0, 2.05, 0, 0.0263, 0.0861},   // grad_weight
+            },
+        },
+        {
+            {
+                {1.17e+04, 0.0169, 0, 0, 1.28, 0.026, 0.562},       // forward
+                {1.35e+04, 0.02, 0, 0.0266, 1.61, 0.0925, 0.346},   // grad_input
+                {1.11e+04, 0.026, 0, 0.472, 0.414, 0.0109, 0.369},  // grad_weight
+            },
+            {
+                {8.48e+03, 0.0199, 0, 0.186, 0.342, 0.0832, 0.171},  // forward
+                {1.16e+04, 0.0217, 0, 0.122, 0.807, 0.0808, 0.147},  // grad_input
+                {8.85e+03, 0.0273, 0, 0.468, 0.136, 0.0388, 0.194},  // grad_weight
+            },
+            {
+                {5.22e+03, 0.0116, 0, 0, 0, 0.116, 0.09},             // forward
+                {6.75e+03, 0.0159, 0, 0.0314, 2.16, 0.0117, 0.0871},  // grad_input
+                {6.82e+03, 0.0204, 0, 0, 0, 0.162, 0.0623},           // grad_weight
+            },
+        },
+    },
+    // float32 convolution, AVX2: end
+};
+
+// Where the CPU multiplies 16-bit floats. The images' conversion for the sparse kernels is part of their costs.
+inline constexpr ConvCosts kBFloat16ConvCosts = {
+    // bfloat16 convolution: begin
+    {
+        // dense
+        {
+            // one tap
+            {
+                {3.83e+04, 0, 0.00385, 0.305, 0, 0, 0.316},  // forward
+                {3.74e+04, 0, 0.00391, 0.314, 0, 0, 0.325},  // grad_input
+                {3.32e+04, 0, 0.00467, 0.401, 0, 0, 0.36},   // grad_weight
+            },
+            {
+                {2.47e+04, 0, 0.00398, 0.408, 0, 0, 0.0249},  // forward
+                {2.41e+04, 0, 0.004, 0.352, 0, 0, 0.0279},    // grad_input
+                {2.4e+04, 0, 0.00494, 0.458, 0, 0, 0.0812},   // grad_weight
+            },
+        },
+        {
+            // more taps
+            {
+                {3.89e+04, 0, 0.00376, 0.292, 0, 0, 0.323},  // forward
+                {4.11e+04, 0, 0.00393, 0.407, 0, 0, 0.347},  // grad_input
+                {3.9e+04, 0, 0.00473, 0.464, 0, 0, 0.309},   // grad_weight
+            },
+            {
+                {2.88e+04, 0, 0.00346, 0.348, 0, 0, 0.136},  // forward
+                {3.01e+04, 0, 0.00372, 0.309, 0, 0, 0.14},   // grad_input
+                {3.15e+04, 0, 0.00462, 0.751, 0, 0, 0.113},  // grad_weight
+            },
+        },
+        {
+            // depthwise
+            {
+                {4.02e+04, 0, 0.0824, 0, 0, 0, 0},     // forward
+                {2.68e+04, 0, 0.0897, 5.65, 0, 0, 0},  // grad_input
+                {0, 0, 0.0961, 13.9, 0, 0, 0},         // grad_weight
+            },
+            {
+                {2.06e+04, 0, 0.02, 4.89, 0, 0, 0},    // forward
+                {7.45e+03, 0, 0.0269, 8.32, 0, 0, 0},  // grad_input
+                {0, 0, 0.0807, 2.04, 0, 0, 0},         // grad_weight
+            },
+        },
+    },
+    {
+        // fused
+        {
+            {1.19e+04, 0, 0.0046, 0.0609, 0, 0, 0.331},   // forward
+            {5.5e+03, 0, 0.00419, 0.0853, 0, 0, 0.452},   // grad_input
+            {1.23e+04, 0, 0.00436, 0.0467, 0, 0, 0.356},  // grad_weight
+        },
+        {
+            {1.2e+04, 0, 0.00398, 0.0347, 0, 0, 0},         // forward
+            {1.27e+04, 0, 0.00395, 0.0222, 0, 0, 0.00466},  // grad_input
+            {7.38e+03, 0, 0.00363, 0.0597, 0, 0, 0.0858},   // grad_weight
+        },
+    },
+    {
+        // sparse
+        {
+            {
+                {1.25e+04, 0.00938, 0, 0.266, 0, 0.0153, 0.312},  // forward
+                {1.5e+04, 0.01, 0, 0.0539, 0.813, 0.027, 0.326},  // grad_input
+                {1.48e+04, 0.0123, 0, 0.242, 0.204, 0, 0.277},    // grad_weight
+            },
+            {
+                {1.24e+04, 0.00958, 0, 0.397, 0, 0.0562, 0.186},      // forward
+                {1.48e+04, 0.00976, 0, 0.0571, 1.19, 0.0396, 0.223},  // grad_input
+                {1.32e+04, 0.0125, 0, 0.18, 0.566, 0.0436, 0.175},    // grad_weight
+            },
+            {
+                {9.25e+03, 0.00812, 0, 0.862, 0, 0.000384, 0.202},  // forward
+                {1.05e+04, 0.0101, 0, 0, 0.238, 0.104, 0.138},      // grad_input
+                {9.88e+03, 0.0107, 0, 1.23, 0, 0, 0.192},           // grad_weight
+            },
+        },
+        {
+            {
+                {1.19e+04, 0.0129, 0, 0.0994, 0.0852, 0.00784, 0.381},  // forward
+                {1.3e+04, 0.012, 0, 0.0953, 0.47, 0.0346, 0.395},       // grad_input
+                {1.43e+04, 0.0154, 0, 0.119, 0.214, 0, 0.343},          // grad_weight
+            },
+            {
+                {1.17e+04, 0.013, 0, 0.102, 0.28, 0.0382, 0.216},     // forward
+                {1.39e+04, 0.0122, 0, 0.0888, 0.809, 0.0397, 0.228},  // grad_input
+                {1.16e+04, 0.0163, 0, 0.128, 0.214, 0.0338, 0.202},   // grad_weight
+            },
+            {
+                {7.56e+03, 0.0106, 0, 0, 3.29, 0, 0.232},         // forward
+                {8.28e+03, 0.0115, 0, 0.159, 10.1, 0.0327, 0.2},  // grad_input
+                {7.8e+03, 0.0175, 0, 0.692, 5.3, 0.0296, 0.184},  // grad_weight
+            },
+        },
+    },
+    // bfloat16 convolution: end
 };
 
 }  // namespace masked_ops::cpu
