@@ -268,7 +268,7 @@ struct Operand<BFloat16> {
   // The predicate of 32 elements: bits of a row from column k on, a multiple of 16; or the first n.
   static MASKED_OPS_INLINE uint32_t predicate_of_two(const uint64_t* row, int64_t k) {
     uint32_t bits;
-    std::memcpy(&bits, reinterpret_cast<const char*>(row) + k / 8, sizeof(bits));
+    std::memcpy(&bits, reinterpret_cast<const char*>(row) + (k >> 3), sizeof(bits));
     return bits;
   }
   static MASKED_OPS_INLINE uint32_t first_of_two(int64_t n) { return n >= 32 ? ~0u : (1u << (n > 0 ? n : 0)) - 1; }
@@ -285,5 +285,9 @@ struct Operand<BFloat16> {
   }
 };
 #endif
+
+// Whether elements become floats each time that they are loaded.
+template <typename T>
+constexpr bool kConverts = !kIsFloat<T> && Operand<T>::kDepth == 1;
 
 }  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY

@@ -7,35 +7,12 @@
 // other way round: a worker packs a block of A for itself and takes all of B through it.
 //
 // Elements of 16 bits become operands (elements.h) while they are packed; sums are floats, and rounded once.
+#include "gemm_partition.h"
 #include "kernels.h"
 #include "microkernel.h"
 
 namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
 namespace {
-
-// The rows of A in packed form: first blocks of K, in each the panels, in each [k][kMR]. K counts operands.
-struct PackedA {
-  int64_t rows, K;
-  int64_t block;  // depth
-  int64_t panels;
-  int64_t height;  // rows of a panel: equal ones, at most kMR
-
-  PackedA(int64_t rows, int64_t K, int64_t most_depth)
-      : rows(rows),
-        K(K),
-        block(depth_of_block(K, most_depth)),
-        panels(ceil_div(rows, kMR)),
-        height(ceil_div(rows, panels)) {}
-  int64_t blocks() const { return ceil_div(K, block); }
-  int64_t depth(int64_t k0) const { return min(block, K - k0); }
-  int64_t pitch(int64_t k0) const { return ceil_div(depth(k0), kDepthOfA) * kDepthOfA * kMR; }
-  int64_t offset(int64_t panel, int64_t k0) const { return k0 * panels * kMR + panel * pitch(k0); }
-  int64_t size() const { return offset(panels, (K - 1) / block * block); }
-
-  static int64_t depth_of_block(int64_t K, int64_t most) {
-    return ceil_div(ceil_div(K, ceil_div(K, most)), 64) * 64;  // whole words of bits
-  }
-};
 
 // A from the rows of a matrix, kPanels panels at a time.
 template <typename T>
@@ -62,40 +39,6 @@ struct ColumnsOfA {
     pack_column_panels(matrix, rows, ld, m0 + m, min(kPanels * layout.height, layout.rows - m), layout.height, k0,
                        layout.depth(k0), A, layout.pitch(k0));
   }
-};
-
-// How C is cut into units of work: a panel of B by a range of panels of A. Every thread gets an equal share of columns
-// if whole vectors allow, else of rows.
-class Partition {
- public:
-  Partition(int64_t N, const PackedA& A, int threads)
-      : N_(N), vectors_(ceil_div(N, Vec::kLanes)), row_panels_(A.panels) {
-    if (ceil_div(vectors_, threads) * threads * 15 <= vectors_ * 16) {
-      shares_ = threads;
-    } else {
-      splits_ = max<int64_t>(min<int64_t>(threads, A.rows / tuning::kMinRowsPerTask), 1);
-    }
-    panels_ = ceil_div(ceil_div(vectors_, shares_), kNV);
-  }
-
-  struct Unit {
-    int64_t column, columns;  // of B and C
-    int64_t first, last;      // panels of A
-  };
-
-  int64_t splits() const { return splits_; }
-  int64_t units() const { return shares_ * panels_ * splits_; }
-  Unit operator[](int64_t unit) const {
-    const int64_t split = unit % splits_, panel = unit / splits_ % panels_, share = unit / splits_ / panels_;
-    const int64_t begin = vectors_ * share / shares_, size = vectors_ * (share + 1) / shares_ - begin;
-    const int64_t column = (begin + size * panel / panels_) * Vec::kLanes;
-    const int64_t end = min((begin + size * (panel + 1) / panels_) * Vec::kLanes, N_);
-    return {column, end - column, row_panels_ * split / splits_, row_panels_ * (split + 1) / splits_};
-  }
-
- private:
-  int64_t N_, vectors_, row_panels_;
-  int64_t shares_ = 1, panels_, splits_ = 1;
 };
 
 // C[M][N] = A^T B. A is RowsOfA or ColumnsOfA, B a class of pack.h.
@@ -134,12 +77,14 @@ class Gemm {
     return {unit.column, unit.columns, 0, layout.depth(0)};
   }
 
-  // A block of K of a unit of C. B is packed, and packer takes all its steps meanwhile. A is that of the block.
+  // A block of K of a unit of C. B is packed, and packer takes `steps` steps meanwhile. A is that of the block.
   void multiply_block(const PackedA& layout, int64_t m0, const Unit& unit, const Block& block, const float* A,
-                      const float* B, Sums sums, Packer& packer) const {
+                      const float* B, Sums sums, Packer& packer, int64_t steps) const {
     const auto run = microkernel_for<T, Packer>(unit.columns);
     const bool last = block.k0 + block.depth == K_;
-    const int64_t calls = unit.last - unit.first, steps = packer.steps();
+    const bool has_sums = kIsFloat<T> && layout.block < K_;
+    const bool fetches = has_sums || M_ * N_ * int64_t{sizeof(T)} >= tuning::kFetchedBytes;
+    const int64_t calls = unit.last - unit.first;
     for (int64_t call = 0; call < calls; ++call) {
       const int64_t panel = unit.first + call, m = m0 + panel * layout.height;
       Tile<T> tile = {};
@@ -148,6 +93,7 @@ class Gemm {
       tile.columns = unit.columns;
       tile.first = block.k0 == 0;
       tile.last = last;
+      tile.fetches = fetches;
       tile.bias = bias_ ? bias_ + unit.column : nullptr;
       tile.column = unit.column;
       if constexpr (kIsFloat<T>) {
@@ -180,7 +126,7 @@ class Gemm {
     Packer first(const Packer& operand, const Block& block) const {
       Packer packer = operand;
       packer.start(block, now());
-      for (int64_t step = packer.steps(); step > 0; --step) packer.step();
+      packer.all();
       return packer;
     }
   };
@@ -206,6 +152,8 @@ class Gemm {
       Buffers buffers(layout);
       Block now = first_block(unit, layout);
       Packer packer = buffers.first(B_, now);
+      const bool at_once = Packer::kAtOnce && layout.panels <= tuning::kFewPanels &&
+                           N_ * K_ * int64_t{sizeof(float)} <= tuning::kMostAtOnceBytes;
       Sums sums = {nullptr, kNR};
       if (!kIsFloat<T> && layout.block < K_) {
         const int64_t most_rows = ceil_div(layout.panels, partition.splits()) * layout.height;
@@ -220,7 +168,9 @@ class Gemm {
           next = first_block(unit_after, layout);
         }
         packer.start(next, buffers.next());
-        multiply_block(layout, m0, unit, now, A + layout.offset(0, now.k0), buffers.now(), sums, packer);
+        multiply_block(layout, m0, unit, now, A + layout.offset(0, now.k0), buffers.now(), sums, packer,
+                       at_once ? 0 : packer.steps());
+        if (at_once && next.depth > 0) packer.all();
         unit = unit_after;
         now = next;
       }
@@ -250,7 +200,8 @@ class Gemm {
         const int64_t k1 = last ? k0 + now.depth : k0;
         const Block next = {after.column, after.columns, k1, max<int64_t>(min(layout.block, K_ - k1), 0)};
         packer.start(next, buffers.next());
-        multiply_block(layout, m0, unit, now, A, buffers.now(), {sums ? sums + i * kNR : nullptr, ld_sums}, packer);
+        multiply_block(layout, m0, unit, now, A, buffers.now(), {sums ? sums + i * kNR : nullptr, ld_sums}, packer,
+                       packer.steps());
         now = next;
       }
     }
@@ -292,30 +243,36 @@ struct Linear {
 
 void linear(const Team& team, Dtype dtype, int64_t M, int64_t N, int64_t K, const void* input, const void* weight,
             Bits bits, const void* bias, void* output) {
-  const bool short_rows = dtype != Dtype::kFloat && K <= tuning::kShortRows16 && M > tuning::kSmallTile;
-  if (M <= tuning::kSmallRows && !short_rows) {
-    return linear_small(team, dtype, M, N, K, input, weight, bits, bias, output);
-  }
   with_element(dtype, [&](auto element) {
-    Linear<decltype(element)>::forward(team, M, N, K, input, weight, bits, bias, output);
+    using T = decltype(element);
+    const int64_t shortest = kIsFloat<T> ? 0 : kConverts<T> ? tuning::kShortRowsConverted : tuning::kShortRows16;
+    const bool short_rows = M >= tuning::kShortRowsInput && K <= shortest * M;
+    if (M <= tuning::kSmallRows && !short_rows) {
+      return linear_small(team, dtype, M, N, K, input, weight, bits, bias, output);
+    }
+    Linear<T>::forward(team, M, N, K, input, weight, bits, bias, output);
   });
 }
 
 void linear_grad_input(const Team& team, Dtype dtype, int64_t M, int64_t N, int64_t K, const void* grad_output,
                        const void* weight, Bits bits, void* grad_input) {
-  const int64_t bytes = N * K * (dtype == Dtype::kFloat ? 4 : 2);
-  const int64_t most_from_caches = dtype == Dtype::kFloat ? tuning::kSmallGradRows : tuning::kSmallGradRows16;
-  if (M <= (bytes > tuning::kCachedBytes ? tuning::kSmallRows : most_from_caches)) {
-    return linear_grad_input_small(team, dtype, M, N, K, grad_output, weight, bits, grad_input);
-  }
   with_element(dtype, [&](auto element) {
-    Linear<decltype(element)>::grad_input(team, M, N, K, grad_output, weight, bits, grad_input);
+    using T = decltype(element);
+    const int64_t pitch = K * int64_t{sizeof(T)};
+    int64_t most = tuning::kSmallRows;
+    if (N * pitch <= tuning::kCachedBytes) {
+      most = kConverts<T> ? tuning::kDownMostConverted : pitch % 4096 == 0 ? tuning::kDownMostApart : tuning::kDownMost;
+    }
+    if (M <= most) {
+      return linear_grad_input_small(team, dtype, M, N, K, grad_output, weight, bits, grad_input);
+    }
+    Linear<T>::grad_input(team, M, N, K, grad_output, weight, bits, grad_input);
   });
 }
 
 void linear_grad_weight(const Team& team, Dtype dtype, int64_t M, int64_t N, int64_t K, const void* grad_output,
                         const void* input, Bits bits, void* grad_weight) {
-  if (M <= tuning::kSmallGradRows) {
+  if (M <= tuning::kOuterMost) {
     return linear_grad_weight_small(team, dtype, M, N, K, grad_output, input, bits, grad_weight);
   }
   with_element(dtype, [&](auto element) {

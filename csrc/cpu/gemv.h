@@ -23,10 +23,11 @@ constexpr bool is_group(int weights) {
   return weights == 1;
 }
 
-// Tiles of equal height, at most kMaxRows.
+// Tiles of equal height.
 struct RowTiles {
   int64_t rows, count, height;
-  explicit RowTiles(int64_t M) : rows(M), count(ceil_div(M, kMaxRows)), height(ceil_div(M, count)) {}
+  explicit RowTiles(int64_t M, int64_t most = kMaxRows)
+      : rows(M), count(ceil_div(M, most)), height(ceil_div(M, count)) {}
   int64_t begin(int64_t tile) const { return tile * height; }
   int64_t size(int64_t tile) const { return min(height, rows - tile * height); }
 };

@@ -16,30 +16,7 @@ struct Area {
 };
 
 // Vectors of columns of the weight beside rows of input.
-constexpr int tile_vectors(int rows) { return min(tuning::kSmallSums / rows, tuning::kSmallVectors); }
-
-// What a block of rows of the weight prefetches of the next: its lines, row by row.
-template <typename T>
-class Ahead {
- public:
-  Ahead(const T* first, int64_t ld, int64_t rows, int64_t columns)
-      : row_(first), at_(first), ld_(ld), rows_(rows), columns_(columns) {}
-
-  MASKED_OPS_INLINE void lines(int n) {
-    if (rows_ <= 0) return;
-    for (int i = 0; i < n; ++i) prefetch(at_ + i * kLine);
-    at_ += n * kLine;
-    if (at_ >= row_ + columns_) {
-      at_ = row_ += ld_;
-      --rows_;
-    }
-  }
-
- private:
-  static constexpr int kLine = 64 / sizeof(T);
-  const T *row_, *at_;
-  int64_t ld_, rows_, columns_;
-};
+constexpr int tile_vectors(int rows) { return min(tuning::kDownSums / rows, tuning::kDownVectors); }
 
 template <typename T>
 struct Tile {
@@ -57,20 +34,30 @@ struct Tile {
 // dx[m][tile] (+)= sum over the block's rows of dy[m][row] * weight[row][tile].
 // Unless kFull, the last vectors of the tile may be empty.
 template <int M, bool kFull, typename T>
-__attribute__((noinline)) void sum_down(const Tile<T>& o, Ahead<T>& ahead) {
+__attribute__((noinline)) void sum_down(const Tile<T>& tile) {
   constexpr int kDepth = Operand<T>::kDepth, NV = tile_vectors(M);
+  const Tile<T> o = tile;  // which no store can change
   Vec sum[M][NV];
-  const auto valid = [&](int j) { return Vec::first(o.columns - j * L); };
-  MASKED_OPS_UNROLL
-  for (int m = 0; m < M; ++m) {
+  const auto valid = [&](int j) __attribute__((always_inline)) { return Vec::first(o.columns - j * L); };
+  if (o.accumulate) {
+    const float* row = o.dx;
     MASKED_OPS_UNROLL
-    for (int j = 0; j < NV; ++j) {
-      sum[m][j] = o.accumulate ? Vec::loadu(valid(j), o.dx + m * o.ldx + j * L) : Vec::zero();
+    for (int m = 0; m < M; ++m, row += o.ldx) {
+      MASKED_OPS_UNROLL
+      for (int j = 0; j < NV; ++j) sum[m][j] = kFull ? Vec::loadu(row + j * L) : Vec::loadu(valid(j), row + j * L);
+    }
+  } else {
+    MASKED_OPS_UNROLL
+    for (int m = 0; m < M; ++m) {
+      MASKED_OPS_UNROLL
+      for (int j = 0; j < NV; ++j) sum[m][j] = Vec::zero();
     }
   }
-  const auto step = [&](int64_t n, auto rows) __attribute__((always_inline)) {
+  constexpr int kLines = ceil_div(NV * L * int{sizeof(T)}, 64);  // of a row of the weight
+  const T *w = o.weight, *dy = o.dy;
+  const uint64_t* bits = o.bits.row(0);
+  const auto step = [&](auto rows) __attribute__((always_inline)) {
     constexpr int kRows = decltype(rows)::value;
-    const T* const w = o.weight + n * o.ldw;
     Vec v[NV];
     constexpr int kPaired = Operand<T>::kHasAcrossTwo && kFull && kRows == kDepth ? NV / 2 * 2 : 0;
     if constexpr (kPaired > 0) {
@@ -78,7 +65,9 @@ __attribute__((noinline)) void sum_down(const Tile<T>& o, Ahead<T>& ahead) {
       for (int j = 0; j < kPaired; j += 2) {
         uint32_t two[kDepth];
         MASKED_OPS_UNROLL
-        for (int d = 0; d < kDepth; ++d) two[d] = Operand<T>::predicate_of_two(o.bits.row(n + d), o.column + j * L);
+        for (int d = 0; d < kDepth; ++d) {
+          two[d] = Operand<T>::predicate_of_two(bits + d * o.bits.stride, o.column + j * L);
+        }
         Vec pair[2];
         Operand<T>::across_two(two, w + j * L, o.ldw, pair);
         v[j] = pair[0];
@@ -90,25 +79,31 @@ __attribute__((noinline)) void sum_down(const Tile<T>& o, Ahead<T>& ahead) {
       Vec::Predicate lanes[kDepth] = {};
       MASKED_OPS_UNROLL
       for (int d = 0; d < kRows; ++d) {
-        if (kFull || j * L < o.columns) lanes[d] = Vec::predicate(o.bits.row(n + d), o.column + j * L);
+        if (kFull || j * L < o.columns) lanes[d] = Vec::predicate(bits + d * o.bits.stride, o.column + j * L);
       }
       v[j] = Operand<T>::across(lanes, o.columns - j * L, w + j * L, o.ldw);
     }
-    ahead.lines(ceil_div(kDepth * NV * L * int{sizeof(T)}, 64));
+    MASKED_OPS_UNROLL
+    for (int i = 0; i < kDepth * kLines; ++i) {
+      prefetch(w + (tuning::kDownAhead + i / kLines) * o.ldw + i % kLines * (64 / int{sizeof(T)}));
+    }
     MASKED_OPS_UNROLL
     for (int m = 0; m < M; ++m) {
-      const Vec dy = Operand<T>::broadcast(kRows, o.dy + m * o.ldy + n);
+      const Vec factor = Operand<T>::broadcast(kRows, dy + m * o.ldy);
       MASKED_OPS_UNROLL
-      for (int j = 0; j < NV; ++j) sum[m][j] = Operand<T>::multiply_add(dy, v[j], sum[m][j]);
+      for (int j = 0; j < NV; ++j) sum[m][j] = Operand<T>::multiply_add(factor, v[j], sum[m][j]);
     }
+    w += kRows * o.ldw;
+    bits += kRows * o.bits.stride;
+    dy += kRows;
   };
-  int64_t n = 0;
-  for (; n + kDepth <= o.rows; n += kDepth) step(n, Int<kDepth>());
-  if (n < o.rows) step(n, Int<1>());
+  for (int64_t n = kDepth; n <= o.rows; n += kDepth) step(Int<kDepth>());
+  if (o.rows % kDepth > 0) step(Int<1>());
+  float* row = o.dx;
   MASKED_OPS_UNROLL
-  for (int m = 0; m < M; ++m) {
+  for (int m = 0; m < M; ++m, row += o.ldx) {
     MASKED_OPS_UNROLL
-    for (int j = 0; j < NV; ++j) sum[m][j].storeu(valid(j), o.dx + m * o.ldx + j * L);
+    for (int j = 0; j < NV; ++j) kFull ? sum[m][j].storeu(row + j * L) : sum[m][j].storeu(valid(j), row + j * L);
   }
 }
 
@@ -266,16 +261,13 @@ void take_tiles(const RowTiles& tiles, int64_t N, int64_t K, const T* grad_outpu
                 const Area& area, float* sums, int64_t ld) {
   const auto [first, last, begin, end] = area;
   const int64_t width = tile_vectors(int(tiles.height)) * L;
-  for (int64_t n = first; n < last; n += tuning::kTileRows) {
-    const int64_t rows = min(tuning::kTileRows, last - n), next = n + tuning::kTileRows;
-    Ahead<T> ahead(weight + next * K + begin, K, min(tuning::kTileRows, last - next), end - begin);
+  for (int64_t n = first; n < last; n += tuning::kDownRows) {
     for (int64_t k = begin; k < end; k += width) {
-      Ahead<T> none(nullptr, 0, 0, 0);
       for (int64_t t = 0; t < tiles.count; ++t) {
         const int64_t m = tiles.begin(t);
         const Tile<T> o = {grad_output + m * N + n,
                            N,
-                           rows,
+                           min(tuning::kDownRows, last - n),
                            weight + n * K + k,
                            K,
                            {bits.row(n), bits.stride},
@@ -284,10 +276,9 @@ void take_tiles(const RowTiles& tiles, int64_t N, int64_t K, const T* grad_outpu
                            n > first,
                            sums + m * ld + k - begin,
                            ld};
-        with_int<kMaxRows>(tiles.size(t), [&](auto height) {
+        with_int<tuning::kDownTile>(tiles.size(t), [&](auto height) {
           constexpr int kRows = decltype(height)::value;
-          Ahead<T>& lines = t == 0 ? ahead : none;
-          o.columns == tile_vectors(kRows) * L ? sum_down<kRows, true>(o, lines) : sum_down<kRows, false>(o, lines);
+          o.columns == tile_vectors(kRows) * L ? sum_down<kRows, true>(o) : sum_down<kRows, false>(o);
         });
       }
     }
@@ -298,7 +289,7 @@ void take_tiles(const RowTiles& tiles, int64_t N, int64_t K, const T* grad_outpu
 template <typename T>
 void by_tiles(const Team& team, int64_t M, int64_t N, int64_t K, const T* grad_output, const T* weight, Bits bits,
               T* grad_input) {
-  const RowTiles tiles(M);
+  const RowTiles tiles(M, tuning::kDownTile);
   const int64_t unit = tile_vectors(int(tiles.height)) * L;
   const int64_t least = ceil_div(ceil_div(K, tuning::kSmallStrip), team.threads) * team.threads;
   const int64_t strip = ceil_div(ceil_div(K, least), unit) * unit;
@@ -361,8 +352,9 @@ void linear_grad_input_small(const Team& team, Dtype dtype, int64_t M, int64_t N
                              const void* weight, Bits bits, void* dx) {
   with_element(dtype, [&](auto element) {
     using T = decltype(element);
+    const int64_t least = kConverts<T> ? tuning::kDownColumnsConverted : tuning::kDownColumns * team.threads;
     const bool tiles =
-        M > tuning::kAxpyRows && K >= tuning::kSmallStrip && N * K * int64_t{sizeof(T)} <= tuning::kCachedBytes;
+        M > tuning::kAxpyRows / Operand<T>::kDepth && K >= least && N * K * int64_t{sizeof(T)} <= tuning::kCachedBytes;
     (tiles ? by_tiles<T> : by_rows<T>)(team, M, N, K, static_cast<const T*>(dy), static_cast<const T*>(weight), bits,
                                        static_cast<T*>(dx));
   });

@@ -18,6 +18,7 @@ struct Tile {
   int64_t ld_sums;
   int64_t columns;       // valid ones, at most kNR
   bool first, last;      // of the blocks of K
+  bool fetches;          // lines of C, ahead
   const T* bias;         // added to the first; null for none
   const uint64_t* bits;  // of the tile's first row, set on the last block of K if C is to be masked; else null
   int64_t bits_stride;   // words
@@ -89,10 +90,12 @@ __attribute__((noinline)) void microkernel(int64_t depth, const float* A, const 
   } else {
     load_sums<false>(tile, c);
   }
-  MASKED_OPS_UNROLL
-  for (int i = 0; i < MR; ++i) {  // of the tile below, which is next
+  if (tile.fetches) {
     MASKED_OPS_UNROLL
-    for (int j = 0; j < NV; ++j) prefetch(tile.C + (MR + i) * tile.ldc + j * L);
+    for (int i = 0; i < MR; ++i) {  // of the tile below, which is next
+      MASKED_OPS_UNROLL
+      for (int j = 0; j < NV; ++j) prefetch(tile.C + (MR + i) * tile.ldc + j * L);
+    }
   }
 
   const int64_t period = steps > 0 ? max<int64_t>(depth / steps, 1) : depth;

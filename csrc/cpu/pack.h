@@ -25,6 +25,7 @@ template <typename T>
 class MaskedRows {
  public:
   static constexpr bool kMasksB = true;
+  static constexpr bool kAtOnce = true;  // where there are few panels of A, all() takes less than steps on the side
 
   MaskedRows(const T* weight, int64_t ldw, Bits bits) : weight_(weight), ldw_(ldw), bits_(bits) {}
 
@@ -62,6 +63,28 @@ class MaskedRows {
     }
     store_transposed(rows, B_ + at_.k * tuning::kNR + at_.row, tuning::kNR);
     at_.advance(block_);
+  }
+
+  // All steps at once, with all registers for it: whole vectors of B at a time.
+  __attribute__((noinline)) void all() {
+    for (int64_t r = 0; r < block_.columns; r += L) {
+      for (int64_t k = 0; k < block_.depth; k += L) {
+        Vec rows[L];
+        if (block_.columns - r >= L) {
+          MASKED_OPS_UNROLL
+          for (int i = 0; i < L; ++i) {
+            rows[i] = load(r + i, k);
+            prefetch(row(r + i) + (k + tuning::kVectorsAheadAtOnce * L) * kDepth);
+          }
+        } else {
+          MASKED_OPS_UNROLL
+          for (int i = 0; i < L; ++i) rows[i] = r + i < block_.columns ? load(r + i, k) : Vec::zero();
+        }
+        transpose(rows);
+        MASKED_OPS_UNROLL
+        for (int i = 0; i < L; ++i) rows[i].store(B_ + (k + i) * tuning::kNR + r);
+      }
+    }
   }
 
  private:
@@ -110,6 +133,7 @@ template <typename T, bool kMasked>
 class Columns {
  public:
   static constexpr bool kMasksB = kMasked;  // else the result of the product is what is masked
+  static constexpr bool kAtOnce = false;
 
   Columns(const T* matrix, int64_t rows, int64_t ld, Bits bits) : matrix_(matrix), rows_(rows), ld_(ld), bits_(bits) {}
 
@@ -175,6 +199,11 @@ class Columns {
     at_ += kDepth * ld_;
     if constexpr (kMasked) at_bits_ += kDepth * bits_.stride;
     B_ += tuning::kNR;
+  }
+
+  // All steps at once.
+  __attribute__((noinline)) void all() {
+    for (int64_t i = steps_; i > 0; --i) step();
   }
 
  private:

@@ -39,22 +39,32 @@ constexpr int64_t kMostRepackedBytes = int64_t{2} << 20;
 constexpr int64_t kPackRun = 64;
 constexpr int64_t kRowsAhead = 12;
 constexpr int64_t kColumnsAhead = 32;
+// Bytes of C from which on a tile's lines are fetched while the one above is computed; of smaller ones the instructions
+// take longer than the lines. grad_weight, one thread, ms, without and with it: 24, 4096 x 4096, float32 6.0 and 4.5,
+// 2048 x 2048 1.18 and 1.0, 1024 x 1024 0.215 and 0.229; bfloat16 32, 4096 x 4096 3.3 and 3.0, 24, 2048 x 2048 0.54 to
+// 0.58 and 0.60, 1024 x 1024 0.127 and 0.137.
+constexpr int64_t kFetchedBytes = int64_t{8} << 20;
+// Up to this many panels of A and bytes of B, rows are packed at once, so many vectors ahead, and not on the side: a
+// step takes longer than the multiplications beside it. bfloat16, one thread, us: 17, 1024 -> 1024 136 to 114, 24 154
+// to 141, 32 and more 5 to 10% longer; float32, 17, 271 to 231. But from memory, where nothing comes during the
+// multiplications, 24, 2048 -> 2048 650 to 705.
+constexpr int64_t kFewPanels = 3, kVectorsAheadAtOnce = 2, kMostAtOnceBytes = int64_t{4} << 20;
 
 // Up to this many rows of input, a weight is not packed (gemv.h); they are taken kSmallTile at a time, with as many
 // sums in registers as leave room for what is multiplied. 4096 -> 4096, where memory gives 50 GB/s (and 90), forward: 1
 // row 1.25 ms (0.8), 8 rows 1.6 (1.0 to 1.35), 16 rows 1.7 (1.5 to 1.75); reading it in the order of its rows, as one
 // row does, takes 1.25 (0.8).
 constexpr int64_t kSmallRows = 16;
-// Of 16 bits, more than one tile of input and rows of the weight as short as these are packed after all: the sums of a
-// row are added up across lanes too often. bfloat16, one thread, 16, 128 -> 2048: 48 us without packing, 31 with it.
-constexpr int64_t kShortRows16 = 128;
-// Of the gradients, if the weight comes from caches. AVX2, one thread, 16, 1024 -> 1024: grad_input 510 us without
-// packing, 335 with it; grad_weight 480, 317; forward 394, 437. Each tile of rows expands the bits again. Of 16 bits,
-// grad_input, 16, 768 -> 3072: 206 us without packing, 139 with it. From memory, 16, 4096 -> 4096: 1.17 ms, 1.96.
+// Of 16 bits, from kShortRowsInput rows of input on, a weight whose rows have so few elements for each row of input is
+// packed after all: the sums of a row are added up across lanes too often. bfloat16, one thread, us, without packing
+// and with it: 8, 64 -> 3072 28 and 14, 16, 128 -> 4096 96 and 54, 16, 256 -> 4096 124 and 110, 8, 256 -> 4096 67 and
+// 81; float16, 16, 128 -> 4096 129 and 103, 16, 256 -> 4096 196 and 202.
+constexpr int64_t kShortRowsInput = 4, kShortRows16 = 16, kShortRowsConverted = 12;
+// grad_weight. AVX2, one thread, 16, 1024 -> 1024: 480 us without packing, 317 with it.
 #if defined(__AVX512F__)
-constexpr int64_t kSmallGradRows = 16, kSmallGradRows16 = 12;
+constexpr int64_t kOuterMost = 16;
 #else
-constexpr int64_t kSmallGradRows = 8, kSmallGradRows16 = 8;
+constexpr int64_t kOuterMost = 8;
 #endif
 #if defined(__AVX512F__)
 constexpr int kSmallTile = 8, kSmallSums = 24;
@@ -66,13 +76,24 @@ constexpr int kSmallTile = 4, kSmallSums = 9;
 constexpr int64_t kRowChunk = 4096, kTileChunk = 768, kTilesChunk = 384, kSumsChunk = 512;
 // Vectors of sums of forward that wait for the next chunk (12 KB), and rows of a block of grad_input.
 constexpr int64_t kWaitingSums = 192, kSmallBlock = 24;
-// From caches, grad_input of more than kAxpyRows rows goes by tiles of columns, in strips and down blocks of rows.
-constexpr int64_t kAxpyRows = 3, kSmallStrip = 512, kTileRows = 32;
+// From caches, grad_input of more than kAxpyRows rows (of operands) goes by tiles of columns, in strips and down blocks
+// of rows: kDownTile rows of input, and as many vectors as keep the sums in registers. A sum that is loaded and stored
+// for each 32 rows of the weight costs a third of the time: 12, 768 -> 2048, bfloat16, one thread, 160 us, 80 with 256;
+// they are not more because rows may lie whole 4 KB apart, and then few lines stay in L1 (AVX2, 2048 -> 2048: 128).
+// Rows are fetched just ahead, for the same reason. Where elements are converted, short rows go as they lie.
+// The most rows of input, one thread, us, packed and not: 24, 768 -> 1024 bfloat16 95 and 80, float32 164 and 157; 24,
+// 2048 -> 2048, whole 4 KB apart, bfloat16 606 and 696; float16, 16, 1024 -> 1024, 345 and 388; AVX2, 16, 335 and 510.
+constexpr int64_t kAxpyRows = 3, kSmallStrip = 512;
 #if defined(__AVX512F__)
-constexpr int kSmallVectors = 6;
+constexpr int kDownTile = 12, kDownSums = 24, kDownVectors = 6;
+constexpr int64_t kDownRows = 256, kDownAhead = 3;
+constexpr int64_t kDownMost = 24, kDownMostApart = 16, kDownMostConverted = 12;
 #else
-constexpr int kSmallVectors = 4;
+constexpr int kDownTile = 4, kDownSums = 9, kDownVectors = 4;
+constexpr int64_t kDownRows = 128, kDownAhead = 2;
+constexpr int64_t kDownMost = 8, kDownMostApart = 8, kDownMostConverted = 8;
 #endif
+constexpr int64_t kDownColumns = 32, kDownColumnsConverted = 512;  // at least; the first, of each thread
 // How far ahead of itself the weight is fetched, in the order in which it is used; it stays in L1 until then. Fetched
 // 128 KB ahead in the order of memory, into L2, one row of input takes 1.3 times as long.
 constexpr int64_t kSmallAhead = int64_t{12} << 10;
