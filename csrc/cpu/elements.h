@@ -286,6 +286,15 @@ struct Operand<BFloat16> {
 };
 #endif
 
+// Stores two vectors, masked by 32 bits, where there is an instruction that rounds both.
+template <typename T>
+constexpr bool kStoresTwo = Operand<T>::kHasAcrossTwo;
+#if defined(__AVX512BF16__)
+MASKED_OPS_INLINE void store_two(uint32_t m, const Vec (&x)[2], BFloat16* p) {
+  _mm512_storeu_si512(p, _mm512_maskz_mov_epi16(m, (__m512i)_mm512_cvtne2ps_pbh(x[1].v, x[0].v)));
+}
+#endif
+
 // Whether elements become floats each time that they are loaded.
 template <typename T>
 constexpr bool kConverts = !kIsFloat<T> && Operand<T>::kDepth == 1;

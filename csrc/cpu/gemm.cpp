@@ -3,8 +3,8 @@
 // Packed A (shared by the team) is cut into blocks of kKC depths and panels of kMR rows, B into panels of kNR columns
 // and the same blocks. A worker takes one panel of B through K and runs the microkernel down the rows of A, so that the
 // block of B comes from L2, the panel of A from L1 or L2, and the C tile from registers. The microkernel packs on the
-// side: bit by bit, from lines that it has prefetched, the block of B that is next. Tall and small products go the
-// other way round: a worker packs a block of A for itself and takes all of B through it.
+// side: bit by bit, from lines that it has prefetched, the block of B that is next (with few rows: at once, before).
+// Tall and small products go the other way round: a worker packs a block of A for itself and takes all of B through it.
 //
 // Elements of 16 bits become operands (elements.h) while they are packed; sums are floats, and rounded once.
 #include "gemm_partition.h"

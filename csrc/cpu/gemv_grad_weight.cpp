@@ -66,6 +66,14 @@ __attribute__((noinline)) void outer(const Outer<T>& o) {
   for (int r = 0; r < R; ++r) {
     const uint64_t* const bits = o.bits.row(r);
     T* const to = o.dw + r * o.ldw;
+    if constexpr (kFull && kStoresTwo<T>) {
+      static_assert(NV % 2 == 0);
+      MASKED_OPS_UNROLL
+      for (int j = 0; j < NV; j += 2) {
+        store_two(Operand<T>::predicate_of_two(bits, o.column + j * L), {sum[r][j], sum[r][j + 1]}, to + j * L);
+      }
+      continue;
+    }
     MASKED_OPS_UNROLL
     for (int j = 0; j < NV; ++j) {
       if (!kFull && j * L >= o.columns) break;
@@ -84,7 +92,7 @@ void outer_row(const Outer<T>& operands) {
   for (int s = 0; s < kSteps; ++s) dy[s] = Vec::set1(o.dy.at[s * o.dy.ld]);
   for (int64_t k = 0; k < o.columns; k += 64) {
     const uint64_t word = o.bits.words[k / 64];
-    const auto step = [&](int j, auto tail) __attribute__((always_inline)) {
+    const auto sum_at = [&](int j, auto tail) __attribute__((always_inline)) {
       const int64_t left = o.columns - k - j;
       Vec sum = Vec::zero();
       MASKED_OPS_UNROLL
@@ -92,10 +100,22 @@ void outer_row(const Outer<T>& operands) {
         const float* const x = o.x.at + s * o.x.ld + k + j;
         sum = Operand<T>::multiply_add(dy[s], decltype(tail)::value ? load_first(left, x) : Vec::loadu(x), sum);
       }
+      return sum;
+    };
+    const auto step = [&](int j, auto tail) __attribute__((always_inline)) {
+      const int64_t left = o.columns - k - j;
+      Vec sum = sum_at(j, tail);
       sum = sum.select(Vec::predicate(word, o.bits.words + k / 64, j));
       decltype(tail)::value ? store_floats(sum, left, o.dw + k + j) : store_floats(sum, o.dw + k + j);
     };
     if (o.columns - k >= 64) {
+      if constexpr (kStoresTwo<T>) {
+        MASKED_OPS_UNROLL
+        for (int j = 0; j < 64; j += 2 * L) {
+          store_two(uint32_t(word >> j), {sum_at(j, Int<0>()), sum_at(j + L, Int<0>())}, o.dw + k + j);
+        }
+        continue;
+      }
       MASKED_OPS_UNROLL
       for (int j = 0; j < 64; j += L) step(j, Int<0>());
     } else {
@@ -117,7 +137,7 @@ void grad_weight(const Team& team, int64_t M, int64_t N, int64_t K, const T* gra
   const int64_t rows = max(ceil_div(tuning::kSmallGrain, K), kRows) / kRows * kRows;  // of a task
   team.for_each(ceil_div(N, rows), [&](int64_t task) {
     const int64_t last = min(N, (task + 1) * rows);
-    if (steps <= tuning::kOuterByRow) {
+    if (steps <= (kStoresTwo<T> ? tuning::kOuterByRowStoresTwo : tuning::kOuterByRow)) {
       for (int64_t n = task * rows; n < last; ++n) {
         with_int<tuning::kOuterByRow>(steps, [&](auto s) { outer_row<decltype(s)::value>(tile(n, 0, K)); });
       }

@@ -49,8 +49,16 @@ MASKED_OPS_INLINE void store_tile(const Tile<T>& tile, To* to, int64_t ld_to, co
   const int64_t ld = opaque(ld_to), bits_stride = opaque(tile.bits_stride), column = tile.column;
   MASKED_OPS_UNROLL
   for (int i = 0; i < MR; ++i) {
+    constexpr int kPaired = kStoresTwo<To> ? NV / 2 * 2 : 0;
+    if constexpr (kPaired > 0) {
+      MASKED_OPS_UNROLL
+      for (int j = 0; j < kPaired; j += 2) {
+        const uint32_t m = kMasked ? Operand<To>::predicate_of_two(bits, column + j * L) : ~0u;
+        store_two(m, {c[i][j], c[i][j + 1]}, row + j * L);
+      }
+    }
     MASKED_OPS_UNROLL
-    for (int j = 0; j < NV; ++j) {
+    for (int j = kPaired; j < NV; ++j) {
       store_floats(kMasked ? c[i][j].select(Vec::predicate(bits, column + j * L)) : c[i][j], row + j * L);
     }
     row += ld;
