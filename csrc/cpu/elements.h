@@ -1,5 +1,5 @@
 // Elements in memory that are not floats: how vectors of floats are loaded from them and rounded to them (to nearest,
-// ties to even), and what the microkernel multiplies. Beside simd.h the only file with intrinsics.
+// ties to even), and what the microkernel multiplies. Beside simd.h and lanes.h the only file with intrinsics.
 #pragma once
 
 #include "api.h"

@@ -137,9 +137,10 @@ void grad_weight(const Team& team, int64_t M, int64_t N, int64_t K, const T* gra
   const int64_t rows = max(ceil_div(tuning::kSmallGrain, K), kRows) / kRows * kRows;  // of a task
   team.for_each(ceil_div(N, rows), [&](int64_t task) {
     const int64_t last = min(N, (task + 1) * rows);
-    if (steps <= (kStoresTwo<T> ? tuning::kOuterByRowStoresTwo : tuning::kOuterByRow)) {
+    constexpr int kByRow = kStoresTwo<T> ? tuning::kOuterByRowStoresTwo : tuning::kOuterByRow;
+    if (steps <= kByRow) {
       for (int64_t n = task * rows; n < last; ++n) {
-        with_int<tuning::kOuterByRow>(steps, [&](auto s) { outer_row<decltype(s)::value>(tile(n, 0, K)); });
+        with_int<kByRow>(steps, [&](auto s) { outer_row<decltype(s)::value>(tile(n, 0, K)); });
       }
       return;
     }
