@@ -171,6 +171,10 @@ constexpr int64_t kPackedBytesPerEntry = 8;
 // gathered, 256, 3072 -> 768 (3.3) 522 and 524, 128 (1.7) 297 and 276. The same with more input than is packed at a
 // time: gathered, 512, 3072 -> 768 at 50% 3.67 and 4.12 ms.
 constexpr int64_t kPackedPerEntry = 1, kPackedPerGathered = 3;
+// Where they do, and this times the rows of input are those of the weight, the weight is compressed in a pass of its own,
+// and not panel by panel for threads that all pack. Two near threads, at 90%, us: 1024, 256 -> 128 72 to 54; 256, 3072
+// -> 768 702 to 648; 256, 1024 -> 1024 296 and 296, 128, 768 -> 768 100 and 107.
+constexpr int64_t kPackedPerWeight = 3;
 
 // Convolution: vectors that packing prefetches ahead of itself.
 constexpr int64_t kVectorsAhead = 128;
