@@ -85,6 +85,7 @@ struct PackedPanel {
 
   MASKED_OPS_INLINE Vec operand(int i) const { return Vec::set1(A[i]); }
   MASKED_OPS_INLINE void advance() { A += kMR; }
+  MASKED_OPS_INLINE void fetch_next() const {}
 };
 
 // kMR rows of a matrix as they lie, whose elements, or pairs of them, are operands; ld counts those.
@@ -100,6 +101,15 @@ struct DirectPanel {
     return Vec::set1(i % 4 == 3 ? row[three_ld] : row[i % 4 * ld]);
   }
   MASKED_OPS_INLINE void advance() { ++A, ++fourth; }
+  // Where the panel below begins; from there on the hardware follows.
+  MASKED_OPS_INLINE void fetch_next() const {
+    const Operand32* row = A + kMR * ld;
+    MASKED_OPS_UNROLL
+    for (int i = 0; i < kMR; ++i, row += ld) {
+      MASKED_OPS_UNROLL
+      for (int j = 0; j < tuning::kDirectLinesAhead; ++j) prefetch(row + 16 * j);
+    }
+  }
 };
 
 // Takes `steps` steps of packing on the side.
@@ -129,6 +139,7 @@ __attribute__((noinline)) void microkernel(int64_t depth, Panel A, const float* 
     }
   }
 
+  A.fetch_next();
   const int64_t period = steps > 0 ? max<int64_t>(depth / steps, 1) : depth;
   for (int64_t k = 0; k < depth;) {
     for (const int64_t end = min(k + period, depth); k < end; ++k) {
