@@ -10,15 +10,28 @@
 #include "memory.h"
 #include "ops.h"
 #include "packed.h"
+#include "parallel.h"
 #include "path.h"
 #include "sparse.h"
 
 namespace masked_ops {
 namespace {
 
-bool takes_sparse(Pass pass, int64_t M, const at::Tensor& values, const Pattern& pattern) {
+// The path; the copy path where there is nothing to compute: torch knows the shapes.
+Path path_for(Pass pass, int64_t M, const at::Tensor& values, const Pattern& pattern) {
   const Path path = choose_packed_linear(pass, M, values, pattern).path;
-  return path == Path::kSparse && M > 0 && pattern.rows() > 0 && pattern.cols() > 0;
+  return M > 0 && pattern.rows() > 0 && pattern.cols() > 0 ? path : Path::kCopy;
+}
+
+// What the kernels see of a packed weight.
+cpu::PackedWeight weight_of(const Pattern& pattern, const at::Tensor& values, bool with_ranks = false) {
+  return {
+      pattern.rows(),         pattern.cols(), pattern.bits(), pattern.offsets(), with_ranks ? pattern.ranks() : nullptr,
+      values.const_data_ptr()};
+}
+
+cpu::Team team_for_fused(const Pattern& pattern, int64_t M) {
+  return team_for_product(M, pattern.rows() * pattern.cols());
 }
 
 void check_weight(const at::Tensor& values, const at::Tensor& bits, int64_t in_features) {
@@ -76,11 +89,18 @@ at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& values, cons
   if (values.is_cuda()) return device::packed_linear(input, values, bits, in_features, has_bias ? *bias : at::Tensor());
   const PatternPtr pattern = checked_pattern(bits, in_features, values.numel());
   const int64_t M = rows_of(input);
-  if (!takes_sparse(Pass::kForward, M, values, *pattern)) return at::linear(input, expand(values, *pattern), bias);
+  const Path path = path_for(Pass::kForward, M, values, *pattern);
+  if (path == Path::kCopy) return at::linear(input, expand(values, *pattern), bias);
   at::Tensor output = empty_with_last_dim(input, pattern->rows());
   const at::Tensor x = input.contiguous(), v = values.contiguous();
   const at::Tensor b = has_bias ? bias->contiguous() : at::Tensor();
-  sparse_linear(*pattern, v, M, x, b, output);
+  if (path == Path::kFused) {
+    cpu::kernels().packed_linear(team_for_fused(*pattern, M), dtype_of(v.scalar_type()), M, weight_of(*pattern, v),
+                                 x.const_data_ptr(), has_bias ? b.const_data_ptr() : nullptr,
+                                 output.mutable_data_ptr());
+  } else {
+    sparse_linear(*pattern, v, M, x, b, output);
+  }
   return output;
 }
 
@@ -97,13 +117,20 @@ at::Tensor packed_linear_grad_input(const at::Tensor& grad_output, const at::Ten
     return grad_input;
   }
   const PatternPtr pattern = checked_pattern(bits, in_features, values.numel());
-  if (!takes_sparse(Pass::kGradInput, M, values, *pattern)) {
+  const Path path = path_for(Pass::kGradInput, M, values, *pattern);
+  if (path == Path::kCopy) {
     at::Tensor rows = grad_input.view({M, in_features});
     at::mm_out(rows, as_matrix(grad_output, pattern->rows()), expand(values, *pattern));
     return grad_input;
   }
   const at::Tensor dy = grad_output.contiguous(), v = values.contiguous();
-  sparse_grad_input(*pattern, v, M, dy, grad_input);
+  if (path == Path::kFused) {
+    cpu::kernels().packed_linear_grad_input(team_for_fused(*pattern, M), dtype_of(v.scalar_type()), M,
+                                            weight_of(*pattern, v, /*with_ranks=*/true), dy.const_data_ptr(),
+                                            grad_input.mutable_data_ptr());
+  } else {
+    sparse_grad_input(*pattern, v, M, dy, grad_input);
+  }
   return grad_input;
 }
 
@@ -121,11 +148,18 @@ at::Tensor packed_linear_grad_values(const at::Tensor& grad_output, const at::Te
   }
   const PatternPtr pattern = checked_pattern(bits, input.size(-1), nnz);
   at::Tensor values = empty_result({nnz}, grad_output.options());
-  if (!takes_sparse(Pass::kGradWeight, M, values, *pattern)) {
+  const Path path = path_for(Pass::kGradWeight, M, values, *pattern);
+  if (path == Path::kCopy) {
     return compress(as_matrix(grad_output, pattern->rows()).t().mm(as_matrix(input, pattern->cols())), *pattern);
   }
   const at::Tensor dy = grad_output.contiguous(), x = input.contiguous();
-  sparse_grad_values(*pattern, M, dy, x, values);
+  if (path == Path::kFused) {
+    cpu::kernels().packed_linear_grad_values(team_for_fused(*pattern, M), dtype_of(x.scalar_type()), M,
+                                             weight_of(*pattern, values), dy.const_data_ptr(), x.const_data_ptr(),
+                                             values.mutable_data_ptr());
+  } else {
+    sparse_grad_values(*pattern, M, dy, x, values);
+  }
   return values;
 }
 
@@ -135,8 +169,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> packed_linear_gradients(const at:
                                                                        bool of_bias) {
   const int64_t in_features = input.size(-1), M = rows_of(grad_output);
   const PatternPtr pattern = values.is_cuda() ? nullptr : checked_pattern(bits, in_features, values.numel());
-  if (!pattern || !takes_sparse(Pass::kGradInput, M, values, *pattern) ||
-      !takes_sparse(Pass::kGradWeight, M, values, *pattern)) {
+  if (!pattern || path_for(Pass::kGradInput, M, values, *pattern) != Path::kSparse ||
+      path_for(Pass::kGradWeight, M, values, *pattern) != Path::kSparse) {
     return {packed_linear_grad_input(grad_output, values, bits, in_features),
             packed_linear_grad_values(grad_output, input, bits, values.numel()), at::Tensor()};
   }

@@ -2,6 +2,7 @@
 
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <limits>
@@ -87,12 +88,13 @@ Choice choose_packed_linear(Pass pass, int64_t rows, const at::Tensor& values, c
   Choice choice = {Path::kCopy, obstacle};
   if (!obstacle) {
     const LinearCosts costs = {pass, rows, values.scalar_type()};
-    const bool sparse = costs.of(Path::kSparse, pattern, /*reads_dense_weight=*/false) < costs.of(Path::kCopy, pattern);
-    choice = sparse ? Choice{Path::kSparse, "SpMM: few weights remain"}
-                    : Choice{Path::kCopy, "torch's GEMM over the unpacked weight"};
+    const double sparse = costs.of(Path::kSparse, pattern, /*reads_dense_weight=*/false);
+    const double fused = costs.of_packed_fused(pattern), copy = costs.of(Path::kCopy, pattern);
+    choice = sparse < std::min(fused, copy) ? Choice{Path::kSparse, "SpMM: few weights remain"}
+             : fused < copy                 ? Choice{Path::kFused, "masked GEMM: most weights remain"}
+                                            : Choice{Path::kCopy, "torch's GEMM over the unpacked weight"};
   }
-  const char* no_weight = "a packed layer has no dense weight";
-  return obey("packed linear layer", {nullptr, no_weight, no_weight, obstacle}, choice);
+  return obey("packed linear layer", {nullptr, obstacle, "a packed layer has no dense weight", obstacle}, choice);
 }
 
 Choice choose_device(const char* operation, Pass pass, int64_t rows, int64_t weights, const DeviceObstacles& obstacles,

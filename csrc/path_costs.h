@@ -56,6 +56,12 @@ struct LinearCosts {
     return of(path, pattern.rows(), pattern.cols(), pattern.nnz(), reads_dense_weight, pattern.blocked());
   }
 
+  // A packed weight is read as its values, and laid out in the caches.
+  double of_packed_fused(const Pattern& pattern) const {
+    const int64_t N = pattern.rows(), K = pattern.cols();
+    return of(Path::kFused, pattern) + cpu::kExpandCost * double(N * K) / threads;
+  }
+
   double of_compact(const Pattern& pattern) const {
     const int64_t N = pattern.live_rows(), K = pattern.live_cols();
     const int64_t moved = 2 * N * K + M * (N + K + pattern.rows() + pattern.cols());

@@ -180,6 +180,15 @@ cpu::Rows Pattern::row_columns() const {
   return {rows_, starts, columns_.data()};
 }
 
+const uint32_t* Pattern::ranks() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (ranks_.empty()) {
+    ranks_.resize(static_cast<size_t>(rows_ * ((cols_ + cpu::kRankColumns - 1) / cpu::kRankColumns)));
+    cpu::kernels().row_ranks(team_for(rows_ * stride_), bits(), rows_, cols_, ranks_.data());
+  }
+  return ranks_.data();
+}
+
 std::shared_ptr<const Index> Pattern::index(bool transposed) const {
   const int64_t* starts = offsets();
   std::shared_ptr<const Index> result;
@@ -226,7 +235,7 @@ std::shared_ptr<const Index> Pattern::conv_index(const cpu::Convolution& geometr
 size_t Pattern::bytes() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   size_t sum = sizeof(*this) + words_.size() * sizeof(uint64_t) + offsets_.size() * sizeof(int64_t) +
-               columns_.size() * sizeof(uint16_t);
+               columns_.size() * sizeof(uint16_t) + ranks_.size() * sizeof(uint32_t);
   for (const auto& index : indices_) {
     if (index) sum += index->bytes();
   }

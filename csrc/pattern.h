@@ -77,6 +77,8 @@ class Pattern final : public Cached {
   // The remaining weights by rows, for one row of input.
   bool has_row_columns() const { return cols_ <= cpu::kMaxColumns; }
   cpu::Rows row_columns() const;
+  // How many a row has before each multiple of cpu::kRankColumns columns.
+  const uint32_t* ranks() const;
   // Whether an index can address the matrix.
   bool indexable() const {
     return rows_ < cpu::kMaxIndexSide && cols_ < cpu::kMaxIndexSide && nnz_ < cpu::kMaxIndexNnz;
@@ -111,6 +113,7 @@ class Pattern final : public Cached {
   mutable std::mutex mutex_;  // of what follows
   mutable std::vector<int64_t> offsets_;
   mutable std::vector<uint16_t> columns_;
+  mutable std::vector<uint32_t> ranks_;
   mutable std::shared_ptr<const Index> indices_[2];
   mutable ConvIndex conv_indices_[2];
   mutable std::shared_ptr<const Compact> compact_;

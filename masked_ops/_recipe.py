@@ -55,7 +55,11 @@ _AVX512 = _AVX2 | {
 }
 CAPABILITIES: dict[str, dict[str, str]] = {"avx512": _AVX512, "avx2": _AVX2, "default": {}}
 # Used where the building machine has it, and then needed by the library; never part of a build ahead of time.
-_EXTRAS: dict[str, dict[str, str]] = {"avx512": {"avx512_bf16": "-mavx512bf16"}, "avx2": {}, "default": {}}
+_EXTRAS: dict[str, dict[str, str]] = {
+    "avx512": {"avx512_bf16": "-mavx512bf16", "avx512_vbmi2": "-mavx512vbmi2"},
+    "avx2": {},
+    "default": {},
+}
 
 
 @functools.cache

@@ -25,7 +25,19 @@ struct Team {
 };
 
 // Memory that is reused from call to call: one block per thread and slot, aligned to a page, growing only.
-enum class Slot { kPanelA, kPanelB, kAccumulator, kValues, kPlaces, kMorePlaces, kPieces, kTable, kCount };
+enum class Slot {
+  kPanelA,
+  kPanelB,
+  kAccumulator,
+  kValues,
+  kPlaces,
+  kMorePlaces,
+  kPieces,
+  kTable,
+  kExpanded,
+  kPart,
+  kCount
+};
 void* scratch(Slot slot, size_t bytes);  // contents undefined; throws std::bad_alloc
 void release_scratch();                  // of the calling thread
 
@@ -84,6 +96,17 @@ struct Rows {
   const uint16_t* columns;
 };
 inline constexpr int64_t kMaxColumns = int64_t{1} << 16, kColumnsPadding = 16;
+
+// A weight as the values of its remaining entries, in row-major order; and how many a row has before each multiple of
+// kRankColumns columns, [rows][ceil(cols / kRankColumns)].
+struct PackedWeight {
+  int64_t rows, cols;
+  Bits bits;
+  const int64_t* offsets;  // of each row's first value; and their number
+  const uint32_t* ranks;   // for grad_input alone
+  const void* values;
+};
+inline constexpr int64_t kRankColumns = 192;
 
 struct Kernels {
   const char* capability;
@@ -196,6 +219,15 @@ struct Kernels {
   // grad_values[nnz] = the remaining weights' entries of dy * x^T
   void (*sampled_outer)(const Team&, const Rows&, int64_t cols, Dtype, const void* dy, const void* x,
                         void* grad_values);
+
+  // packed_gemm.cpp. linear and its gradients of a packed weight with many values, in float, half or bfloat16.
+  void (*row_ranks)(const Team&, Bits, int64_t rows, int64_t cols, uint32_t* ranks);
+  void (*packed_linear)(const Team&, Dtype, int64_t M, const PackedWeight&, const void* input, const void* bias,
+                        void* output);
+  void (*packed_linear_grad_input)(const Team&, Dtype, int64_t M, const PackedWeight&, const void* grad_output,
+                                   void* grad_input);
+  void (*packed_linear_grad_values)(const Team&, Dtype, int64_t M, const PackedWeight&, const void* grad_output,
+                                    const void* input, void* grad_values);
 
   // limits.cpp, for benchmarks: multiply-adds of the dtype out of registers, returning how many operations it did; and
   // n floats read.

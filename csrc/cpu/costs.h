@@ -28,6 +28,9 @@ struct Cost {
 // The compact path gathers and scatters: nanoseconds for an element moved, and for the calls themselves.
 inline constexpr double kGatherCost = 0.5, kCompactCall = 8e3;
 
+// Nanoseconds for an element of a packed weight to be laid out densely.
+inline constexpr double kExpandCost = 0.06;
+
 // By how much of its part a product with weights in blocks of rows takes less (forward, grad_input, grad_weight): 128,
 // 768 -> 3072 and 512, 3072 -> 768 at 30 to 90%: 0.86 to 0.96 of the time, 0.97 to 1.18 and 0.79 to 0.95.
 inline constexpr double kRowBlockGain[3] = {0.1, 0, 0.15};

@@ -60,6 +60,14 @@ void spmv(const Team&, const Rows&, int64_t cols, Dtype, const void* values, con
 void spmv_transposed(const Team&, const Rows&, int64_t cols, Dtype, const void* values, const void* dy, void* dx);
 void sampled_outer(const Team&, const Rows&, int64_t cols, Dtype, const void* dy, const void* x, void* grad_values);
 
+void row_ranks(const Team&, Bits, int64_t rows, int64_t cols, uint32_t* ranks);
+void packed_linear(const Team&, Dtype, int64_t M, const PackedWeight&, const void* input, const void* bias,
+                   void* output);
+void packed_linear_grad_input(const Team&, Dtype, int64_t M, const PackedWeight&, const void* grad_output,
+                              void* grad_input);
+void packed_linear_grad_values(const Team&, Dtype, int64_t M, const PackedWeight&, const void* grad_output,
+                               const void* input, void* grad_values);
+
 SparseIndex* make_conv_index(const Team&, Bits, const Convolution&, const int64_t* offsets, bool transposed);
 void conv_spmm(const Team&, const Convolution&, const SparseIndex&, Dtype, const float* values,
                Images<const void> input, const float* bias, Images<void> output);

@@ -49,6 +49,19 @@ MASKED_OPS_INLINE void select64(uint64_t bits, const Element* in, Element* out) 
 // or float.
 template <bool kExact, typename Element>
 MASKED_OPS_INLINE Element* compress64(uint64_t bits, const Element* in, Element* out) {
+#if defined(__AVX512VBMI2__)
+  if constexpr (sizeof(Element) == 2) {
+    MASKED_OPS_UNROLL
+    for (int i = 0; i < 64; i += 32) {
+      const uint32_t m = uint32_t(bits >> i);
+      const int n = __builtin_popcount(m);
+      const __m512i v = _mm512_maskz_compress_epi16(m, _mm512_maskz_loadu_epi16(m, in + i));
+      _mm512_mask_storeu_epi16(out, kExact ? _bzhi_u32(~0u, uint32_t(n)) : ~0u, v);
+      out += n;
+    }
+    return out;
+  }
+#endif
 #if defined(__AVX512F__)
   constexpr int kLanes = sizeof(Element) == 8 ? 8 : 16;
   MASKED_OPS_UNROLL
@@ -82,6 +95,19 @@ MASKED_OPS_INLINE Element* compress64(uint64_t bits, const Element* in, Element*
 // 64 elements from in on may be read.
 template <bool kExact, typename Element>
 MASKED_OPS_INLINE const Element* expand64(uint64_t bits, const Element* in, Element* out) {
+#if defined(__AVX512VBMI2__)
+  if constexpr (sizeof(Element) == 2) {
+    MASKED_OPS_UNROLL
+    for (int i = 0; i < 64; i += 32) {
+      const uint32_t m = uint32_t(bits >> i);
+      const int n = __builtin_popcount(m);
+      const __m512i v = _mm512_maskz_loadu_epi16(kExact ? _bzhi_u32(~0u, uint32_t(n)) : ~0u, in);
+      _mm512_storeu_si512(out + i, _mm512_maskz_expand_epi16(m, v));
+      in += n;
+    }
+    return in;
+  }
+#endif
 #if defined(__AVX512F__)
   constexpr int kLanes = sizeof(Element) == 8 ? 8 : 16;
   MASKED_OPS_UNROLL

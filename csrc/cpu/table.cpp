@@ -39,6 +39,10 @@ const Kernels table = {
     .spmv = spmv,
     .spmv_transposed = spmv_transposed,
     .sampled_outer = sampled_outer,
+    .row_ranks = row_ranks,
+    .packed_linear = packed_linear,
+    .packed_linear_grad_input = packed_linear_grad_input,
+    .packed_linear_grad_values = packed_linear_grad_values,
     .fma_loop = fma_loop,
     .read_loop = read_loop,
 };

@@ -140,6 +140,11 @@ constexpr int64_t kPassGrain = int64_t{1} << 14;
 // Bytes by which a pass over memory runs ahead of itself: compressing 67 MB takes 1.4 ms with it and 3.3 ms without.
 constexpr int64_t kStreamAhead = 8192;
 
+// Packed weights with many values: bytes of a piece that is laid out densely, to stay in L2, for few rows of input and
+// for many; and the pieces for each thread, at least.
+constexpr int64_t kFewRowsPiece = int64_t{256} << 10, kPiece = int64_t{256} << 10, kPiecesPerThread = 2;
+constexpr int64_t kPiecesAhead = 6;
+
 // Sparse kernels. A block of packed input, columns x lanes of a tile, takes at most this many floats (32 KB: two thirds
 // of L1d, the rest is for what streams by).
 constexpr int64_t kBlockFloats = 8192;
