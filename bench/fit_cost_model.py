@@ -6,6 +6,7 @@
     python bench/fit_cost_model.py --samples FILE --write   # fit the cells of a file
     python bench/fit_cost_model.py --check --minutes 6      # only check the constants that are built in
     python bench/fit_cost_model.py --dtype bfloat16         # one dtype only
+    python bench/fit_cost_model.py --packed                 # of packed layers
     MASKED_OPS_CAPABILITY=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python bench/fit_cost_model.py \
         --dtype float32                                     # for CPUs with AVX2
 
@@ -58,6 +59,11 @@ PATH_TERMS = {
     "copy": ("call", "dense", "weight", "memory", "io"),
     "fused": ("call", "dense", "weight", "memory", "io"),
     "sparse": ("call", "mac", "weight", "memory", "value", "io", "block"),
+}
+PACKED_TERMS = {
+    "copy": ("call", "dense", "weight", "memory", "value", "io"),
+    "fused": ("call", "dense", "weight", "memory", "value", "io"),
+    "sparse": ("call", "mac", "value", "io", "block"),
 }
 DTYPES = ("float32", "bfloat16", "float16")
 COSTS_H = Path(__file__).resolve().parent.parent / "csrc" / "cpu" / "costs.h"
@@ -112,7 +118,7 @@ def interleaved_minima(contenders: dict[str, Callable[[], Any]], seconds: float)
     return best
 
 
-def measure(name: str, cell: Cell, seconds: float) -> dict[str, dict[str, float]]:
+def measure(name: str, cell: Cell, seconds: float, packed: bool) -> dict[str, dict[str, float]]:
     """Per pass, nanoseconds of each path and of dense torch."""
     M, N, K, sparsity, threads = cell
     torch.set_num_threads(threads)
@@ -129,6 +135,20 @@ def measure(name: str, cell: Cell, seconds: float) -> dict[str, dict[str, float]
         "grad_input": (lambda: _ops.linear_grad_input(dy, w, mask), lambda: mm(dy, w)),
         "grad_weight": (lambda: _ops.linear_grad_weight(dy, x, mask), lambda: mm(dy.t(), x)),
     }
+    if packed:
+        padded = np.packbits(mask.bool().numpy(), axis=1, bitorder="little")
+        bits, values = torch.from_numpy(padded), w[mask.bool()]
+        calls = {
+            "forward": (lambda: masked_ops.packed_linear(x, values, bits, K), calls["forward"][1]),
+            "grad_input": (
+                lambda: _ops.packed_linear_grad_input(dy, values, bits, K),
+                calls["grad_input"][1],
+            ),
+            "grad_weight": (
+                lambda: _ops.packed_linear_grad_values(dy, x, bits, len(values)),
+                calls["grad_weight"][1],
+            ),
+        }
     results = {}
     for operation, (ours, dense) in calls.items():
         contenders: dict[str, Callable[[], Any]] = {"dense": dense, "auto": ours}
@@ -159,10 +179,10 @@ def features(cell: Cell, terms: tuple[str, ...]) -> list[float]:
 Costs = dict[tuple[str, str, bool], dict[str, float]]
 
 
-def fit(samples: Samples) -> Costs:
+def fit(samples: Samples, path_terms: dict[str, tuple[str, ...]]) -> Costs:
     """Non-negative least squares on relative errors; they count less, the further a path is from the choice."""
     costs: Costs = {}
-    for path, terms in PATH_TERMS.items():
+    for path, terms in path_terms.items():
         for name, small in itertools.product(PASSES, (True, False)):
             rows, ones = [], []
             for cell, results in samples.items():
@@ -179,7 +199,7 @@ def fit(samples: Samples) -> Costs:
 
 def predict(costs: Costs, cell: Cell, name: str, path: str) -> float:
     constants = costs[path, name, cell[0] <= SMALL_M]
-    return sum(c * f for c, f in zip(constants.values(), features(cell, PATH_TERMS[path]), strict=True))
+    return sum(c * f for c, f in zip(constants.values(), features(cell, tuple(constants)), strict=True))
 
 
 def assess(samples: Samples, chosen: Callable[[Cell, str], str]) -> None:
@@ -203,10 +223,11 @@ def assess(samples: Samples, chosen: Callable[[Cell, str], str]) -> None:
         )
 
 
-def write(dtype: str, costs: Costs) -> None:
+def write(dtype: str, costs: Costs, packed: bool) -> None:
     source = COSTS_H.read_text()
     capability = _ops._module.capability()
     section = dtype if capability.startswith("AVX512") else f"{dtype}, {capability}"
+    section += ", packed" if packed else ""
     begin, end = f"// {section}: begin\n", f"    // {section}: end\n"
     if begin not in source:
         sys.exit(f"{COSTS_H} has no costs of {section}")
@@ -231,6 +252,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", nargs="+", default=DTYPES, choices=DTYPES)
     parser.add_argument("--minutes", type=float, default=6)
+    parser.add_argument("--packed", action="store_true", help="packed layers; their cells are apart")
     parser.add_argument("--write", action="store_true", help="rewrite csrc/cpu/costs.h")
     parser.add_argument("--check", action="store_true", help="assess the constants that are built in, fit nothing")
     parser.add_argument("--json", type=Path, help="keep the measurements, and add to those that are there")
@@ -242,27 +264,29 @@ def main() -> None:
     before = args.samples or (args.json if args.json and args.json.exists() else None)
     kept = json.loads(before.read_text()) if before else {}
     for dtype in args.dtype:
-        samples = {tuple(cell): results for cell, results in kept.get(dtype, [])}
+        key = f"{dtype}, packed" if args.packed else dtype
+        samples = {tuple(cell): results for cell, results in kept.get(key, [])}
         if not args.samples:
-            sample(samples, dtype, 60 * args.minutes / len(args.dtype), seed=1 if args.check else 0)
-            kept[dtype] = [[cell, results] for cell, results in samples.items()]
+            seed = 1 if args.check else 0
+            sample(samples, dtype, 60 * args.minutes / len(args.dtype), seed, args.packed)
+            kept[key] = [[cell, results] for cell, results in samples.items()]
             if args.json:
                 args.json.parent.mkdir(parents=True, exist_ok=True)
                 args.json.write_text(json.dumps(kept))
-        print(f"\n{dtype}: {len(samples)} cells")
+        print(f"\n{key}: {len(samples)} cells")
         if args.check:
             assess(samples, lambda cell, name: "auto")
             if not args.samples:
-                misses = measure_misses_again(dtype, samples)
-                print(f"\n{dtype}: after the {misses} cells with a miss were measured once more")
+                misses = measure_misses_again(dtype, samples, args.packed)
+                print(f"\n{key}: after the {misses} cells with a miss were measured once more")
                 assess(samples, lambda cell, name: "auto")
             continue
-        costs = fit_and_assess(samples)
+        costs = fit_and_assess(samples, PACKED_TERMS if args.packed else PATH_TERMS)
         if args.write:
-            write(dtype, costs)
+            write(dtype, costs, args.packed)
 
 
-def sample(samples: Samples, dtype: str, seconds: float, seed: int) -> None:
+def sample(samples: Samples, dtype: str, seconds: float, seed: int, packed: bool) -> None:
     """Add cells that are not there yet, until the time is up."""
     most = torch.get_num_threads()
     deadline = time.perf_counter() + seconds
@@ -273,13 +297,13 @@ def sample(samples: Samples, dtype: str, seconds: float, seed: int) -> None:
                 break
             if cell in samples:
                 continue
-            samples[cell] = measure(dtype, cell, seconds=0.15)
+            samples[cell] = measure(dtype, cell, 0.15, packed)
             bar.set_postfix(cells=len(samples))
             bar.update(round(time.perf_counter() - started, 2))
     torch.set_num_threads(most)
 
 
-def measure_misses_again(dtype: str, samples: Samples) -> int:
+def measure_misses_again(dtype: str, samples: Samples, packed: bool) -> int:
     """Lower the minima of all contenders where one choice was slow; the number of such cells."""
     most = torch.get_num_threads()
     misses = [
@@ -288,7 +312,7 @@ def measure_misses_again(dtype: str, samples: Samples) -> int:
         if any(times["auto"] > min(times["dense"] / 0.97, 1.1 * best_path(times)) for times in results.values())
     ]
     for cell in tqdm(misses, desc=f"{dtype}, again", disable=not sys.stderr.isatty()):
-        again = measure(dtype, cell, seconds=0.9)
+        again = measure(dtype, cell, 0.9, packed)
         for name, times in samples[cell].items():
             for contender in times:
                 times[contender] = min(times[contender], again[name][contender])
@@ -300,13 +324,13 @@ def best_path(times: dict[str, float]) -> float:
     return min(times[path] for path in PATH_TERMS)
 
 
-def fit_and_assess(samples: Samples) -> Costs:
+def fit_and_assess(samples: Samples, path_terms: dict[str, tuple[str, ...]]) -> Costs:
     by_cell = list(samples)
     held_out = {cell: samples[cell] for cell in by_cell[::4]}
-    fitted = fit({cell: samples[cell] for cell in by_cell if cell not in held_out})
+    fitted = fit({cell: samples[cell] for cell in by_cell if cell not in held_out}, path_terms)
     print("on the quarter of the cells that was held out:")
     assess(held_out, lambda cell, name: min(PATH_TERMS, key=lambda path: predict(fitted, cell, name, path)))
-    costs = fit(samples)
+    costs = fit(samples, path_terms)
     errors = defaultdict(list)
     for cell, results in samples.items():
         for path, name in itertools.product(PATH_TERMS, PASSES):

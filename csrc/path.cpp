@@ -88,8 +88,8 @@ Choice choose_packed_linear(Pass pass, int64_t rows, const at::Tensor& values, c
   Choice choice = {Path::kCopy, obstacle};
   if (!obstacle) {
     const LinearCosts costs = {pass, rows, values.scalar_type()};
-    const double sparse = costs.of(Path::kSparse, pattern, /*reads_dense_weight=*/false);
-    const double fused = costs.of_packed_fused(pattern), copy = costs.of(Path::kCopy, pattern);
+    const double sparse = costs.of_packed(Path::kSparse, pattern), fused = costs.of_packed(Path::kFused, pattern);
+    const double copy = costs.of_packed(Path::kCopy, pattern);
     choice = sparse < std::min(fused, copy) ? Choice{Path::kSparse, "SpMM: few weights remain"}
              : fused < copy                 ? Choice{Path::kFused, "masked GEMM: most weights remain"}
                                             : Choice{Path::kCopy, "torch's GEMM over the unpacked weight"};

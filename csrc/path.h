@@ -45,7 +45,8 @@ std::optional<Path> path_by_name(const std::string& name);
 // Throws if the forced path cannot serve.
 Choice choose_linear(Pass pass, int64_t rows, const at::Tensor& weight, const Pattern* pattern,
                      bool have_values = false);
-// For the packed family, whose weight is its values alone; the copy path expands them.
+// For the packed family, whose weight is its values alone; the copy path expands them in memory, the fused one in the
+// caches.
 Choice choose_packed_linear(Pass pass, int64_t rows, const at::Tensor& values, const Pattern& pattern);
 // For convolution, as choose_linear. Pass and geometry are as the kernels see them, a transposed convolution the other
 // way round; the geometry is null if it is not for them. A packed weight is its values, and has them.

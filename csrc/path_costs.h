@@ -45,8 +45,13 @@ struct LinearCosts {
   }
 
   double of(Path path, int64_t N, int64_t K, int64_t nnz, bool reads_dense_weight = true, double blocked = 0) const {
+    return of(table(path), path, N, K, nnz, blocked, reads_dense_weight);
+  }
+
+  double of(const cpu::CostTable& costs, Path path, int64_t N, int64_t K, int64_t nnz, double blocked,
+            bool reads_dense_weight = true) const {
     const int row = path == Path::kSparse ? 2 : path == Path::kFused ? 1 : 0;
-    cpu::Cost c = table(path)[row][2 * static_cast<int>(pass) + (M > cpu::kSmallM)];
+    cpu::Cost c = costs[row][2 * static_cast<int>(pass) + (M > cpu::kSmallM)];
     if (!reads_dense_weight) c.weight = c.memory = 0;
     c.mac *= float(1 - cpu::kRowBlockGain[static_cast<int>(pass)] * blocked);
     return c(M, N, K, nnz, threads);
@@ -56,10 +61,16 @@ struct LinearCosts {
     return of(path, pattern.rows(), pattern.cols(), pattern.nnz(), reads_dense_weight, pattern.blocked());
   }
 
-  // A packed weight is read as its values, and laid out in the caches.
-  double of_packed_fused(const Pattern& pattern) const {
-    const int64_t N = pattern.rows(), K = pattern.cols();
-    return of(Path::kFused, pattern) + cpu::kExpandCost * double(N * K) / threads;
+  // Of a packed weight, which the copy path lays out in memory and the masked GEMM in the caches.
+  double of_packed(Path path, const Pattern& pattern) const {
+    if (cpu::kernels().lanes == 16) {
+      const cpu::CostTable& costs = dtype == at::kFloat                                  ? cpu::kFloatPackedCosts
+                                    : dtype == at::kBFloat16 && cpu::kernels().bf16_dots ? cpu::kBFloat16PackedCosts
+                                                                                         : cpu::kHalfPackedCosts;
+      return of(costs, path, pattern.rows(), pattern.cols(), pattern.nnz(), pattern.blocked());
+    }
+    const double expanded = double(pattern.rows() * pattern.cols()) * cpu::kExpandCost / threads;
+    return of(path, pattern, /*reads_dense_weight=*/false) + (path == Path::kSparse ? 0 : expanded);
   }
 
   double of_compact(const Pattern& pattern) const {

@@ -32,8 +32,9 @@ def name_of(dtype: torch.dtype) -> str:
 # (Those of CUDA devices have tests of their own: fake_cuda, test_gpu_suite.py.)
 CUDA_PATHS = ("mask_copy", "decode", "gemm_sm80", "gemm_sm90")
 PATHS: tuple[str, ...] = tuple(path for path in _ops.paths() if path not in CUDA_PATHS)
-# Of a packed layer, which has no dense weight to read.
-PACKED_PATHS: tuple[str, ...] = tuple(path for path in PATHS if path not in ("fused", "compact"))
+# Of packed layers, which have no dense weight to read.
+PACKED_LINEAR_PATHS: tuple[str, ...] = tuple(path for path in PATHS if path != "compact")
+PACKED_PATHS: tuple[str, ...] = tuple(path for path in PACKED_LINEAR_PATHS if path != "fused")
 _module = _ops._module
 CAPABILITIES: tuple[str, ...] = tuple(_module.capabilities()) if _module else ("none",)
 

@@ -11,7 +11,7 @@ from generators import (
     FLOATS,
     LARGE_SHAPES,
     LAYOUTS,
-    PACKED_PATHS,
+    PACKED_LINEAR_PATHS,
     PATHS,
     PATTERNS,
     SHAPES,
@@ -24,6 +24,7 @@ from generators import (
     poisoned,
     refuses,
     running_on,
+    serves_linear,
 )
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
@@ -100,7 +101,7 @@ def cases(dtype: torch.dtype) -> list[Case]:
 
 @every_capability
 @every_float
-@pytest.mark.parametrize("path", [None, *PACKED_PATHS])
+@pytest.mark.parametrize("path", [None, *PACKED_LINEAR_PATHS])
 def test_family_is_exact_on_integers(path: str | None, dtype: torch.dtype, capability: str) -> None:
     served = 0
     with running_on(path, capability), poisoned():
@@ -118,9 +119,45 @@ def test_family_is_exact_on_integers(path: str | None, dtype: torch.dtype, capab
     assert served or path not in (None, "copy")
 
 
+# More than is laid out densely at once: the piece of few rows of input and of many, and more rows than are taken at a
+# time, with one dtype.
+PIECES = (
+    ((3, 1100, 1000), FLOATS),
+    ((40, 1000, 1100), FLOATS),
+    ((2050, 740, 720), (torch.float32,)),
+)
+
+
+@every_capability
+@pytest.mark.parametrize(("shape", "dtype"), [(shape, dtype) for shape, dtypes in PIECES for dtype in dtypes])
+def test_masked_gemm_takes_a_large_weight_in_pieces(
+    shape: tuple[int, int, int], dtype: torch.dtype, capability: str, device: str
+) -> None:
+    if device != "cpu" or not serves_linear("fused", dtype):
+        return
+    torch.manual_seed(5)
+    M, N, K = shape
+    mask = mask_of("half", N, K)
+    values = integers(int(mask.sum()), dtype=dtype)
+    case = Case(
+        "",
+        mask,
+        bits_of(mask),
+        values,
+        integers(M, K, dtype=dtype),
+        integers(N, dtype=dtype),
+        integers(M, N, dtype=dtype),
+    )
+    calls = case.calls()
+    exact = case.exact(calls)
+    with running_on("fused", capability), poisoned():
+        for op in ("packed_linear", "packed_linear_grad_input", "packed_linear_grad_values"):
+            assert_exact(getattr(_ops, op)(*calls[op]), exact[op], op, str(shape))
+
+
 def test_paths_that_read_a_dense_weight_are_refused(device: str) -> None:
     case = next(case for case in cases(torch.float32) if case.mask.any())
-    for path in set(PATHS) - set(PACKED_PATHS) if device == "cpu" else set(CUDA_PATHS) - {"decode"}:
+    for path in set(PATHS) - set(PACKED_LINEAR_PATHS) if device == "cpu" else set(CUDA_PATHS) - {"decode"}:
         with masked_ops.use_path(path), pytest.raises(RuntimeError, match="a packed layer has no dense weight"):
             _ops.packed_linear(*case.calls()["packed_linear"])
 

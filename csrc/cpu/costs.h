@@ -28,8 +28,8 @@ struct Cost {
 // The compact path gathers and scatters: nanoseconds for an element moved, and for the calls themselves.
 inline constexpr double kGatherCost = 0.5, kCompactCall = 8e3;
 
-// Nanoseconds for an element of a packed weight to be laid out densely.
-inline constexpr double kExpandCost = 0.06;
+// Nanoseconds for an element of a packed weight to be laid out densely, where a vector has no instruction for it.
+inline constexpr double kExpandCost = 0.6;
 
 // By how much of its part a product with weights in blocks of rows takes less (forward, grad_input, grad_weight): 128,
 // 768 -> 3072 and 512, 3072 -> 768 at 30 to 90%: 0.86 to 0.96 of the time, 0.97 to 1.18 and 0.79 to 0.95.
@@ -69,6 +69,101 @@ inline constexpr CostTable kFloatCosts = {
         {2.84e+03, 0.0103, 0, 0, 0.0569, 0.0945, 0.107, 0.129},         // grad_weight, M > 16
     },
     // float32: end
+};
+
+// Of packed weights, on AVX-512.
+inline constexpr CostTable kFloatPackedCosts = {
+    // float32, packed: begin
+    {
+        // copy
+        {2.14e+03, 0, 0.0237, 0, 0.0945, 0.0307, 0, 0},      // forward, M <= 16
+        {2.79e+03, 0, 0.019, 0, 0.17, 0, 0.00702, 0},        // forward, M > 16
+        {2.71e+03, 0, 0.0283, 0, 0.0836, 0.0367, 0, 0},      // grad_input, M <= 16
+        {3.15e+03, 0, 0.0188, 0, 0.232, 0, 0, 0},            // grad_input, M > 16
+        {4.13e+03, 0, 0.019, 0.0166, 0.0949, 0.0219, 0, 0},  // grad_weight, M <= 16
+        {4.45e+03, 0, 0.0195, 0, 0.104, 0, 0.0743, 0},       // grad_weight, M > 16
+    },
+    {
+        // fused
+        {1.8e+03, 0, 0.0107, 0.0188, 0.033, 0.0653, 0, 0},           // forward, M <= 16
+        {2.41e+03, 0, 0.00844, 0.00645, 0.0865, 0.0297, 0.0108, 0},  // forward, M > 16
+        {2.14e+03, 0, 0.00683, 0.0304, 0.0501, 0.0635, 0, 0},        // grad_input, M <= 16
+        {2.73e+03, 0, 0.00861, 0, 0.094, 0, 0, 0},                   // grad_input, M > 16
+        {2.9e+03, 0, 0.00914, 0.0746, 0.0268, 0.0289, 0, 0},         // grad_weight, M <= 16
+        {3.73e+03, 0, 0.00867, 0.0157, 0.0575, 0.0448, 0.0143, 0},   // grad_weight, M > 16
+    },
+    {
+        // sparse
+        {2.22e+03, 0, 0, 0, 0, 0.248, 0.0272, 0.412},        // forward, M <= 16
+        {2.22e+03, 0.00527, 0, 0, 0, 0.135, 0.0857, 0.225},  // forward, M > 16
+        {2.81e+03, 0, 0, 0, 0, 0.499, 0, 0.409},             // grad_input, M <= 16
+        {3.07e+03, 0.00792, 0, 0, 0, 0.415, 0.0638, 0.181},  // grad_input, M > 16
+        {3.23e+03, 0, 0, 0, 0, 0.352, 0, 0.47},              // grad_weight, M <= 16
+        {3.48e+03, 0.00811, 0, 0, 0, 0.241, 0.0727, 0.178},  // grad_weight, M > 16
+    },
+    // float32, packed: end
+};
+inline constexpr CostTable kBFloat16PackedCosts = {
+    // bfloat16, packed: begin
+    {
+        // copy
+        {1.21e+04, 0, 0.00401, 0.0678, 0.0167, 0.0178, 0, 0},     // forward, M <= 16
+        {1.38e+04, 0, 0.00421, 0.0427, 0.0285, 0.0181, 0, 0},     // forward, M > 16
+        {1.19e+04, 0, 0.00506, 0.0799, 0.0197, 0.016, 0, 0},      // grad_input, M <= 16
+        {1.39e+04, 0, 0.00427, 0.0443, 0.0421, 0.0271, 0, 0},     // grad_input, M > 16
+        {1.53e+04, 0, 0.00378, 0.0518, 0.0177, 0.0108, 0, 0},     // grad_weight, M <= 16
+        {1.55e+04, 0, 0.00434, 0.021, 0.0286, 0.0144, 0.044, 0},  // grad_weight, M > 16
+    },
+    {
+        // fused
+        {2.07e+03, 0, 0.00481, 0.0326, 0.0075, 0.0262, 0.147, 0},     // forward, M <= 16
+        {2.46e+03, 0, 0.00414, 0.0313, 0.0255, 0.0209, 0.0115, 0},    // forward, M > 16
+        {2.49e+03, 0, 0.00419, 0.0409, 0.021, 0.0324, 0, 0},          // grad_input, M <= 16
+        {3.15e+03, 0, 0.00425, 0, 0.0483, 0.0334, 0.00115, 0},        // grad_input, M > 16
+        {3.02e+03, 0, 0.00393, 0.0499, 0.00988, 0.00774, 0.0237, 0},  // grad_weight, M <= 16
+        {3.48e+03, 0, 0.00418, 0.0202, 0.0284, 0.0138, 0.0214, 0},    // grad_weight, M > 16
+    },
+    {
+        // sparse
+        {2.47e+03, 0.00124, 0, 0, 0, 0.232, 0, 0.421},       // forward, M <= 16
+        {2.36e+03, 0.00766, 0, 0, 0, 0.214, 0.0744, 0.106},  // forward, M > 16
+        {2.92e+03, 0.000783, 0, 0, 0, 0.52, 0, 0.361},       // grad_input, M <= 16
+        {3.26e+03, 0.0101, 0, 0, 0, 0.489, 0.0725, 0.073},   // grad_input, M > 16
+        {3.33e+03, 0.00843, 0, 0, 0, 0.325, 0, 0.289},       // grad_weight, M <= 16
+        {3.44e+03, 0.0107, 0, 0, 0, 0.306, 0.0637, 0.0695},  // grad_weight, M > 16
+    },
+    // bfloat16, packed: end
+};
+inline constexpr CostTable kHalfPackedCosts = {
+    // float16, packed: begin
+    {
+        // copy
+        {5.24e+03, 0, 0.0741, 0.00949, 0.0128, 0.00174, 0, 0},  // forward, M <= 16
+        {1.71e+04, 0, 0.0729, 0, 0, 0, 0, 0},                   // forward, M > 16
+        {301, 0, 0.502, 0, 0.233, 0, 0, 0},                     // grad_input, M <= 16
+        {0, 0, 0.374, 0, 6.63, 0, 0, 0},                        // grad_input, M > 16
+        {4.92e+03, 0, 0.263, 0, 0.473, 0, 0, 0},                // grad_weight, M <= 16
+        {6.38e+03, 0, 0.232, 0, 2.5, 0, 0, 0},                  // grad_weight, M > 16
+    },
+    {
+        // fused
+        {2.12e+03, 0, 0.00793, 0.0434, 0.00785, 0.0138, 0.264, 0},  // forward, M <= 16
+        {2.53e+03, 0, 0.00727, 0.0211, 0.0663, 0, 0.133, 0},        // forward, M > 16
+        {2.45e+03, 0, 0.0121, 0.0175, 0.0389, 0.0401, 0, 0},        // grad_input, M <= 16
+        {2.82e+03, 0, 0.00888, 0, 0.0808, 0.0193, 0.0689, 0},       // grad_input, M > 16
+        {2.77e+03, 0, 0.0076, 0.0414, 0.0264, 0.018, 0.138, 0},     // grad_weight, M <= 16
+        {3.34e+03, 0, 0.00763, 0, 0.0345, 0.0801, 0.154, 0},        // grad_weight, M > 16
+    },
+    {
+        // sparse
+        {2.19e+03, 0, 0, 0, 0, 0.248, 0.0567, 0.453},       // forward, M <= 16
+        {1.84e+03, 0.00468, 0, 0, 0, 0.191, 0.12, 0.172},   // forward, M > 16
+        {2.51e+03, 0, 0, 0, 0, 0.536, 0.0849, 0.577},       // grad_input, M <= 16
+        {2.25e+03, 0.0063, 0, 0, 0, 0.463, 0.0286, 0.338},  // grad_input, M > 16
+        {3.06e+03, 0, 0, 0, 0, 0.383, 0, 0.49},             // grad_weight, M <= 16
+        {3.18e+03, 0.00703, 0, 0, 0, 0.313, 0.07, 0.186},   // grad_weight, M > 16
+    },
+    // float16, packed: end
 };
 
 // Of AVX2 and of any CPU, measured on the same machine with torch held to the like (ATEN_CPU_CAPABILITY and

@@ -1,6 +1,7 @@
 // The masked GEMM of a packed weight: a piece of it at a time, which stays in the caches, is laid out densely and
 // multiplied by the kernels for dense weights. The pieces are the tasks of the team: rows of the weight, or, for the
-// gradient of the input, which sums over rows, columns of it. It takes over from SpMM where many weights remain.
+// gradient of the input, which sums over rows, columns of it. A small weight is one piece, which the team multiplies.
+// It takes over from SpMM where many weights remain.
 #include "kernels.h"
 #include "simd_words.h"
 #include "tuning.h"
@@ -87,8 +88,19 @@ struct PackedProduct {
   // Rows of input that are taken at a time, so that what becomes a part of the output stays in the caches.
   static constexpr int64_t kRows = tuning::kDirectRows;
 
+  // All of a small weight, or of one that has no piece for each thread.
+  bool is_whole(int64_t side, int64_t piece) const {
+    return w.rows * w.cols * int64_t{sizeof(Element)} <= tuning::kWholeWeight || side <= piece * (team.threads - 1);
+  }
+  Element* whole() const {
+    Element* const weight = room<Element>(Slot::kExpanded, w.rows * w.cols);
+    expand(team, sizeof(Element), w.bits, w.rows, w.cols, w.offsets, w.values, weight);
+    return weight;
+  }
+
   void forward(const Element* input, const Element* bias, Element* output) const {
     const int64_t N = w.rows, K = w.cols, height = piece(team, M, N, sizeof(Element), K, tuning::kNR);
+    if (is_whole(N, height)) return linear(team, dtype, M, N, K, input, whole(), w.bits, bias, output);
     team.for_each(ceil_div(N, height), [&](int64_t task) {
       const int64_t n = task * height, rows = min(height, N - n);
       Element* const weight = room<Element>(Slot::kExpanded, rows * K);
@@ -105,6 +117,9 @@ struct PackedProduct {
 
   void grad_input(const Element* grad_output, Element* grad_input) const {
     const int64_t N = w.rows, K = w.cols, width = piece(team, M, K, sizeof(Element), N, kRankColumns);
+    if (is_whole(K, width)) {
+      return linear_grad_input(team, dtype, M, N, K, grad_output, whole(), w.bits, grad_input);
+    }
     team.for_each(ceil_div(K, width), [&](int64_t task) {
       const int64_t k = task * width, columns = min(width, K - k);
       Element* const weight = room<Element>(Slot::kExpanded, N * columns);
@@ -121,6 +136,11 @@ struct PackedProduct {
 
   void grad_values(const Element* grad_output, const Element* input, Element* values) const {
     const int64_t N = w.rows, K = w.cols, height = piece(team, M, N, sizeof(Element), K, tuning::kMR);
+    if (is_whole(N, height)) {
+      Element* const weight = room<Element>(Slot::kExpanded, N * K);
+      linear_grad_weight(team, dtype, M, N, K, grad_output, input, w.bits, weight);
+      return compress(team, sizeof(Element), w.bits, N, K, w.offsets, weight, values);
+    }
     team.for_each(ceil_div(N, height), [&](int64_t task) {
       const int64_t n = task * height, rows = min(height, N - n);
       Element* const part = room<Element>(Slot::kPart, M * rows);
