@@ -189,6 +189,19 @@ def check_few_rows(N: int, K: int, rows: Collection[int], dtype: torch.dtype, ca
             assert_exact(_ops.linear_grad_input(g[:M], weight, mask), dx[:M].to(dtype), "linear_grad_input", M)
 
 
+@pytest.mark.cpu_only("about a path of the CPU's")
+@pytest.mark.parametrize("shape", ((17, 1700, 3712), (130, 3400, 3744), (128, 3400, 3745)), ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=name_of)
+def test_gradient_of_a_large_weight(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    """From kStreamedBytes of tuning.h on it goes past the caches, if its rows are whole lines."""
+    M, N, K = shape
+    mask = mask_of("half", N, K)
+    x, g = integers(M, K, dtype=dtype), integers(M, N, dtype=dtype)
+    with running_on("fused", None), poisoned():
+        result = _ops.linear_grad_weight(g, x, mask)
+    assert_exact(result, torch.where(mask, g.float().t() @ x.float(), 0).to(dtype), "linear_grad_weight", shape)
+
+
 HALVES = (torch.bfloat16, torch.float16)
 
 

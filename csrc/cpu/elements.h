@@ -290,8 +290,14 @@ struct Operand<BFloat16> {
 template <typename T>
 constexpr bool kStoresTwo = Operand<T>::kHasAcrossTwo;
 #if defined(__AVX512BF16__)
+template <bool kStreamed = false>
 MASKED_OPS_INLINE void store_two(uint32_t m, const Vec (&x)[2], BFloat16* p) {
-  _mm512_storeu_si512(p, _mm512_maskz_mov_epi16(m, (__m512i)_mm512_cvtne2ps_pbh(x[1].v, x[0].v)));
+  const __m512i two = _mm512_maskz_mov_epi16(m, (__m512i)_mm512_cvtne2ps_pbh(x[1].v, x[0].v));
+  if constexpr (kStreamed) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), two);
+  } else {
+    _mm512_storeu_si512(p, two);
+  }
 }
 #endif
 

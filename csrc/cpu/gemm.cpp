@@ -63,16 +63,17 @@ class Gemm {
         return;
       }
     }
-    // Where A is tall and B small, every thread takes rows of its own.
+    const int64_t chunk = max<int64_t>(ceil_div(tuning::kPanelABytes, K_ * int64_t{sizeof(float)} * kMR), 8) * kMR;
+    // Where A is tall and B small, or in the caches and packed no more often, every thread takes rows of its own.
     const int64_t most = tuning::kRowBlockBytes / (row_depth() * int64_t{sizeof(float)});
     const int64_t blocks = ceil_div(ceil_div(M_, most), team.threads) * team.threads;
-    const bool small_B = N_ * K_ * int64_t{sizeof(float)} <= tuning::kMostRepackedBytes;
-    if (small_B && M_ / blocks >= tuning::kLeastRowBlock) {
+    const int64_t bytes_B = N_ * K_ * int64_t{sizeof(float)};
+    const bool as_often = blocks <= ceil_div(M_, chunk) && bytes_B <= tuning::kCachedBytes;
+    if ((bytes_B <= tuning::kMostRepackedBytes || as_often) && M_ / blocks >= tuning::kLeastRowBlock) {
       const int64_t rows = ceil_div(ceil_div(M_, blocks), kMR) * kMR;
       team.for_each(ceil_div(M_, rows), [&](int64_t i) { multiply_rows(i * rows, min(rows, M_ - i * rows)); });
       return;
     }
-    const int64_t chunk = max<int64_t>(ceil_div(tuning::kPanelABytes, K_ * int64_t{sizeof(float)} * kMR), 8) * kMR;
     for (int64_t m0 = 0; m0 < M_; m0 += chunk) multiply_chunk<false>(team, m0, min(chunk, M_ - m0));
   }
 
@@ -87,6 +88,13 @@ class Gemm {
 
   int64_t row_depth() const { return PackedA::depth_of_block(K_, tuning::kRowBlockDepth); }
 
+  // Whether C is more than a cache holds until it is read, and written in one go, in whole lines.
+  bool streams_tiles() const {
+    return kStreamsTiles<T> && mask_ && M_ * N_ * int64_t{sizeof(T)} >= tuning::kStreamedBytes &&
+           K_ >= (kIsFloat<T> ? 0 : tuning::kStreamedDepth16) && K_ <= tuning::kRowBlockDepth &&
+           N_ * int64_t{sizeof(T)} % 64 == 0 && reinterpret_cast<uintptr_t>(C_) % 64 == 0;
+  }
+
   static Block first_block(const Unit& unit, const PackedA& layout) {
     return {unit.column, unit.columns, 0, layout.depth(0)};
   }
@@ -99,7 +107,8 @@ class Gemm {
     const auto run = microkernel_for<T, Packer>(unit.columns);
     const bool last = block.k0 + block.depth == K_;
     const bool has_sums = kIsFloat<T> && layout.block < K_;
-    const bool fetches = has_sums || M_ * N_ * int64_t{sizeof(T)} >= tuning::kFetchedBytes;
+    const bool streams = streams_tiles();
+    const bool fetches = !streams && (has_sums || M_ * N_ * int64_t{sizeof(T)} >= tuning::kFetchedBytes);
     const int64_t calls = unit.last - unit.first;
     for (int64_t call = 0; call < calls; ++call) {
       const int64_t panel = unit.first + call, m = m0 + panel * layout.height;
@@ -110,6 +119,8 @@ class Gemm {
       tile.first = block.k0 == 0;
       tile.last = last;
       tile.fetches = fetches;
+      tile.streams = streams;
+      tile.ahead = layout.panels >= tuning::kLeastFetchedPanels ? tuning::kPanelAhead : 0;
       tile.bias = bias_ ? bias_ + unit.column : nullptr;
       tile.column = unit.column;
       if constexpr (kIsFloat<T>) {
@@ -208,6 +219,7 @@ class Gemm {
         unit = unit_after;
         now = next;
       }
+      if (streams_tiles()) end_streams();
     });
   }
 
@@ -239,6 +251,7 @@ class Gemm {
         now = next;
       }
     }
+    if (streams_tiles()) end_streams();
   }
 
   int64_t M_, N_, K_;

@@ -19,11 +19,17 @@ struct Tile {
   int64_t columns;       // valid ones, at most kNR
   bool first, last;      // of the blocks of K
   bool fetches;          // lines of C, ahead
+  bool streams;          // a masked C goes past the caches, where whole lines are written
   const T* bias;         // added to the first; null for none
   const uint64_t* bits;  // of the tile's first row, set on the last block of K if C is to be masked; else null
   int64_t bits_stride;   // words
   int64_t column;        // of the tile's corner in its row of bits
+  int64_t ahead;         // by which the panel of A is fetched, floats
 };
+
+// Whether a line of C is one vector of a tile, or two that are stored at once.
+template <typename T>
+constexpr bool kStreamsTiles = Vec::kLanes == 16 && (kIsFloat<T> || kStoresTwo<T>);
 
 template <bool kFull, typename T, int MR, int NV>
 MASKED_OPS_INLINE void load_sums(const Tile<T>& tile, Vec (&c)[MR][NV]) {
@@ -40,8 +46,9 @@ MASKED_OPS_INLINE void load_sums(const Tile<T>& tile, Vec (&c)[MR][NV]) {
   }
 }
 
-// To C or to the sums, where all vectors are whole.
-template <bool kMasked, typename T, typename To, int MR, int NV>
+// To C or to the sums, where all vectors are whole. Vectors are stored by pairs, where that can be, from kFirst on;
+// lines that are written whole go past the caches, if kStreamed.
+template <bool kMasked, bool kStreamed = false, int kFirst = 0, typename T, typename To, int MR, int NV>
 MASKED_OPS_INLINE void store_tile(const Tile<T>& tile, To* to, int64_t ld_to, const Vec (&c)[MR][NV]) {
   constexpr int L = Vec::kLanes;
   To* row = opaque(to);
@@ -49,20 +56,36 @@ MASKED_OPS_INLINE void store_tile(const Tile<T>& tile, To* to, int64_t ld_to, co
   const int64_t ld = opaque(ld_to), bits_stride = opaque(tile.bits_stride), column = tile.column;
   MASKED_OPS_UNROLL
   for (int i = 0; i < MR; ++i) {
-    constexpr int kPaired = kStoresTwo<To> ? NV / 2 * 2 : 0;
-    if constexpr (kPaired > 0) {
+    constexpr int kPaired = kStoresTwo<To> ? kFirst + (NV - kFirst) / 2 * 2 : kFirst;
+    if constexpr (kPaired > kFirst) {
       MASKED_OPS_UNROLL
-      for (int j = 0; j < kPaired; j += 2) {
+      for (int j = kFirst; j < kPaired; j += 2) {
         const uint32_t m = kMasked ? Operand<To>::predicate_of_two(bits, column + j * L) : ~0u;
-        store_two(m, {c[i][j], c[i][j + 1]}, row + j * L);
+        store_two<kStreamed>(m, {c[i][j], c[i][j + 1]}, row + j * L);
       }
     }
     MASKED_OPS_UNROLL
-    for (int j = kPaired; j < NV; ++j) {
-      store_floats(kMasked ? c[i][j].select(Vec::predicate(bits, column + j * L)) : c[i][j], row + j * L);
+    for (int j = 0; j < NV; ++j) {
+      if (j >= kFirst && j < kPaired) continue;
+      const Vec v = kMasked ? c[i][j].select(Vec::predicate(bits, column + j * L)) : c[i][j];
+      if constexpr (kStreamed && kIsFloat<To>) {
+        v.stream(row + j * L);
+      } else {
+        store_floats(v, row + j * L);
+      }
     }
     row += ld;
     bits += bits_stride;
+  }
+}
+
+// C masked and past the caches; its rows are whole lines.
+template <typename T, int MR, int NV>
+MASKED_OPS_INLINE void stream_tile(const Tile<T>& tile, const Vec (&c)[MR][NV]) {
+  if (!kIsFloat<T> && reinterpret_cast<uintptr_t>(tile.C) % 64 != 0) {
+    store_tile<true, true, 1>(tile, tile.C, tile.ldc, c);
+  } else {
+    store_tile<true, true>(tile, tile.C, tile.ldc, c);
   }
 }
 
@@ -79,12 +102,18 @@ __attribute__((noinline)) void store_partial(const Tile<T>& tile, bool masked, T
   }
 }
 
-// A panel of packed A, [k][kMR].
+// A panel of packed A, [k][kMR], and behind it the next, fetched so far ahead. The distance is no constant: the
+// compiler would move the base of all loads by it, whose instructions then take 32-bit offsets and the loop 3% longer.
+template <bool kFetches>
 struct PackedPanel {
   const float* A;
+  int64_t ahead;
 
   MASKED_OPS_INLINE Vec operand(int i) const { return Vec::set1(A[i]); }
-  MASKED_OPS_INLINE void advance() { A += kMR; }
+  MASKED_OPS_INLINE void advance() {
+    if constexpr (kFetches) prefetch(A + ahead);
+    A += kMR;
+  }
   MASKED_OPS_INLINE void fetch_next() const {}
 };
 
@@ -173,6 +202,8 @@ __attribute__((noinline)) void microkernel(int64_t depth, Panel A, const float* 
             : store_partial(tile, masked, tile.C, tile.ldc, sums, MR, NV * L);
   } else if (to_sums) {
     store_tile<false>(tile, tile.sums, tile.ld_sums, c);
+  } else if (kStreamsTiles<T> && masked && tile.streams) {
+    if constexpr (kStreamsTiles<T>) stream_tile(tile, c);
   } else if (masked) {
     store_tile<true>(tile, tile.C, tile.ldc, c);
   } else {
@@ -192,7 +223,7 @@ void run_microkernel(int64_t rows, int64_t depth, const float* A, const float* B
     constexpr int kNext = MR == kLeastNarrowRows ? kNV : NV;
     if (rows < MR) return run_microkernel<kNext, T, Packer, MR - 1>(rows, depth, A, B, tile, packer, steps);
   }
-  microkernel<MR, NV>(depth, PackedPanel{A}, B, tile, packer, steps);
+  microkernel<MR, NV>(depth, PackedPanel<Packer::kMasksB>{A, tile.ahead}, B, tile, packer, steps);
 }
 
 // Calls body with the vectors of the microkernel for so many columns. Each width costs seconds of compilation; where

@@ -238,6 +238,7 @@ MASKED_OPS_INLINE void pack_row_panel(const T* matrix, int64_t ld, int64_t m0, i
     MASKED_OPS_UNROLL
     for (int i = 0; i < L; ++i) {
       const int64_t at = (k + i / kMR * L) * kDepth;
+      prefetch(from + i % kMR * ld + at + tuning::kRowsOfAAhead);
       tile[i] = i % kMR < rows ? Operand<T>::along(elements - at, from + i % kMR * ld + at) : Vec::zero();
     }
     transpose(tile);
@@ -265,11 +266,17 @@ MASKED_OPS_INLINE void pack_column_panels(const T* matrix, int64_t elements, int
     const T* from = matrix + (k0 + k) * kDepth * ld + m0;
     const int64_t left = elements - (k0 + k) * kDepth, rows = min(kRows, depth - k);
     float* to = A + k * kMR;
+    // What is packed from these columns next.
+    const auto fetch = [&](int64_t r, int64_t i) __attribute__((always_inline)) {
+      MASKED_OPS_UNROLL
+      for (int d = 0; d < kDepth; ++d) prefetch(from + ((kRows + r) * kDepth + d) * ld + i);
+    };
     // Operands of row r for n columns from i on.
     const auto operands = [&](int64_t r, int64_t i, int64_t n) __attribute__((always_inline)) {
       Vec::Predicate lanes[kDepth] = {};
       MASKED_OPS_UNROLL
       for (int d = 0; d < kDepth; ++d) lanes[d] = r * kDepth + d < left ? Vec::first(n) : Vec::Predicate(0);
+      fetch(r, i);
       return Operand<T>::across(lanes, columns - i, from + r * kDepth * ld + i, ld);
     };
     int64_t i = 0;
@@ -280,6 +287,7 @@ MASKED_OPS_INLINE void pack_column_panels(const T* matrix, int64_t elements, int
           MASKED_OPS_UNROLL
           for (int d = 0; d < kDepth; ++d) two[d] = r * kDepth + d < left ? ~0u : 0;
           Vec v[2];
+          fetch(r, i);
           Operand<T>::across_two(two, from + r * kDepth * ld + i, ld, v);
           v[0].store_halves(to + r * kMR, to + pitch + r * kMR);
           v[1].store_halves(to + 2 * pitch + r * kMR, to + 3 * pitch + r * kMR);

@@ -26,9 +26,10 @@ constexpr int64_t kPanelABytes = int64_t{4} << 20;
 constexpr int64_t kMinRowsPerTask = 64;
 
 // Tall products: depth and bytes of a thread's block of packed A, half of L2; the rows below which, and the bytes of B
-// beyond which, it is not worth packing B for each block. 25088, 256 -> 64: 330 GF/s, and 150 with all of A at once;
-// 2048, 4096 -> 128: 5.1 ms and 5.4, or 5.3 and 8.4 where the cores are far apart (bfloat16 2.5 and 4.1); 2048, 512 ->
-// 2048 the same either way; bfloat16 4096, 512 -> 4096 0.8 times as fast.
+// beyond which, it is not worth packing B for each block, unless chunks would have it packed as often. 25088, 256 ->
+// 64: 330 GF/s, and 150 with all of A at once; 2048, 4096 -> 128: 5.1 ms and 5.4, or 5.3 and 8.4 where the cores are
+// far apart (bfloat16 2.5 and 4.1); 2048, 512 -> 2048 the same either way; bfloat16 4096, 512 -> 4096 0.8 times as
+// fast.
 constexpr int64_t kRowBlockDepth = 512, kRowBlockBytes = int64_t{512} << 10;
 constexpr int64_t kLeastRowBlock = 128;
 constexpr int64_t kMostRepackedBytes = int64_t{2} << 20;
@@ -42,6 +43,14 @@ constexpr int64_t kDirectColumns = 512, kLeastDirectRows = 24, kDirectRows = 204
 // Lines of each of their next rows that are fetched ahead. 2048, 3072 -> 128, bfloat16, against dense torch: .94 with
 // none, 1.00 with two, .98 with eight; from caches all the same.
 constexpr int kDirectLinesAhead = 2;
+
+// Elements of a row by which packing A is ahead of itself: 512 x 3072 from memory 0.38 ms to 0.31; columns, whose next
+// rows are fetched, 0.37 to 0.24, bfloat16 0.35 to 0.17.
+constexpr int64_t kRowsOfAAhead = 96;
+// Floats by which a panel of A is fetched ahead, where there are panels enough: the hardware stops at each page, and
+// half of them were written by another core. grad_input, 512, 3072 x 768, near cores 5.05 to 5.0 ms, far ones 5.5
+// to 5.1; forward 4.95 either way, and 5.15 to 5.0.
+constexpr int64_t kPanelAhead = 512, kLeastFetchedPanels = 6;
 
 // Packing of B: depths per run of a few rows, and how many steps the prefetch is ahead, from rows (a step is a vector
 // of four rows) and from columns (a step is a depth). The time between two steps is some hundred cycles at M = 128 and
@@ -217,6 +226,9 @@ constexpr int64_t kFewProducts = 16;
 // results (ms): batch 8 (26 MB) 0.80 to 0.60 (1.50 to 1.37), batch 16 1.66 to 1.22 (3.1 to 2.7); batch 4 0.42 to 0.31
 // (0.67 to 0.71).
 constexpr int64_t kStreamedBytes = int64_t{24} << 20;
+// grad_weight of 16 bits: operands of a sum from which on. 4096 x 4096, in brackets without, ms: bfloat16, 128 rows 4.4
+// (4.6), 64 2.4 (2.35), 32 1.6 (1.4); float32 8.9 (9.3), 4.4 (4.7), 2.35 (2.65).
+constexpr int64_t kStreamedDepth16 = 64;
 // The same for strips, whose sums wait in L2. With a pass over the results, at 90% (ms): 64 -> 64 channels of 128 x
 // 128, batch 8 (34 MB), 3 x 3, 10.3 to 8.6 contiguous, 8.4 to 8.2 channels last; 3 -> 64 of 224 x 224, 7 x 7, stride 2
 // (26 MB) 2.1 to 2.4 and 1.9 to 2.0.
