@@ -83,8 +83,8 @@ template <typename T>
 MASKED_OPS_INLINE Vec load_floats(const T* p) {
   return floats_of(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), T());
 }
-template <typename T>
-MASKED_OPS_INLINE Vec load_floats(Vec::Predicate m, int64_t, const T* p) {
+template <typename Mask, typename T>
+MASKED_OPS_INLINE Vec load_floats(Mask m, int64_t, const T* p) {
   return floats_of(_mm256_maskz_loadu_epi16(m, p), T());
 }
 template <typename T>
@@ -153,8 +153,8 @@ template <typename T>
 MASKED_OPS_INLINE Vec load_floats(const T* p) {
   return floats_of(p);
 }
-template <typename T>
-MASKED_OPS_INLINE Vec load_floats(Vec::Predicate m, int64_t valid, const T* p) {
+template <typename Mask, typename T>
+MASKED_OPS_INLINE Vec load_floats(Mask m, int64_t valid, const T* p) {
   if (valid >= Vec::kLanes) return floats_of(p).select(m);
   T some[Vec::kLanes] = {};
   for (int64_t i = 0; i < valid; ++i) some[i] = p[i];
@@ -177,7 +177,8 @@ MASKED_OPS_INLINE void store_floats(Vec x, int64_t n, T* p) {
 // load_floats(m, valid, p): lanes without a bit are zero; memory from p + valid on is not touched, and the bits of
 // those lanes are zero. store_floats(x, n, p) writes the first n lanes.
 MASKED_OPS_INLINE Vec load_floats(const float* p) { return Vec::loadu(p); }
-MASKED_OPS_INLINE Vec load_floats(Vec::Predicate m, int64_t valid, const float* p) {
+template <typename Mask>
+MASKED_OPS_INLINE Vec load_floats(Mask m, int64_t valid, const float* p) {
   // Where a load has no predicate, each lane would be a branch.
   return Vec::kLanes > 4 || valid < Vec::kLanes ? Vec::loadu(m, p) : Vec::loadu(p).select(m);
 }
@@ -221,11 +222,16 @@ template <typename T>
 struct Operand {
   static constexpr int kDepth = 1;  // elements in an operand
 
-  // Operands of neighbouring depths. The bits are those of a row, from column k on, a multiple of kLanes * kDepth;
-  // memory from p + valid on is not touched. The operand is multiplied kUses times.
-  template <int kUses>
+  // Operands of neighbouring depths; memory from p + valid on is not touched. The bits are those of a row, from column
+  // k on, a multiple of kLanes * kDepth, or those of vector j of a word.
+  using Word = Vec::Word;
+  static MASKED_OPS_INLINE Word word(const uint64_t* bits, int64_t k) { return Vec::word(bits, k); }
+  static MASKED_OPS_INLINE Vec along(Word word, int j, int64_t valid, const T* p) {
+    return load_floats(Vec::signs(word, j), valid, p);
+  }
   static MASKED_OPS_INLINE Vec along(const uint64_t* bits, int64_t k, int64_t valid, const T* p) {
-    return load_floats(Vec::predicate_for<kUses>(bits, k), valid, p);
+    if constexpr (kIsFloat<T>) return load_floats(Vec::signs(bits, k), valid, p);
+    return load_floats(Vec::predicate(bits, k), valid, p);
   }
   static MASKED_OPS_INLINE Vec along(int64_t valid, const T* p) { return load_first(valid, p); }
   static MASKED_OPS_INLINE Vec along(const T* p) { return load_floats(p); }
@@ -234,7 +240,8 @@ struct Operand {
 
   // Operands of one depth for neighbouring columns; across_two, where there is such, gives two vectors for less.
   static constexpr bool kHasAcrossTwo = false;
-  static MASKED_OPS_INLINE Vec across(const Vec::Predicate (&m)[kDepth], int64_t valid, const T* p, int64_t) {
+  template <typename Mask>
+  static MASKED_OPS_INLINE Vec across(const Mask (&m)[kDepth], int64_t valid, const T* p, int64_t) {
     return load_floats(m[0], valid, p);
   }
 
@@ -247,9 +254,15 @@ struct Operand<BFloat16> {
   static constexpr int kDepth = 2;
   static constexpr bool kHasAcrossTwo = true;
 
-  template <int kUses>
-  static MASKED_OPS_INLINE Vec along(const uint64_t* bits, int64_t k, int64_t, const BFloat16* p) {
-    return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(reinterpret_cast<const Word32*>(bits)[k >> 5], p))};
+  using Word = __mmask32;
+  static MASKED_OPS_INLINE Word word(const uint64_t* bits, int64_t k) {
+    return reinterpret_cast<const Word32*>(bits)[k >> 5];
+  }
+  static MASKED_OPS_INLINE Vec along(Word word, int, int64_t, const BFloat16* p) {
+    return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(word, p))};
+  }
+  static MASKED_OPS_INLINE Vec along(const uint64_t* bits, int64_t k, int64_t valid, const BFloat16* p) {
+    return along(word(bits, k), 0, valid, p);
   }
   static MASKED_OPS_INLINE Vec along(int64_t valid, const BFloat16* p) {
     const __mmask32 m = valid >= 32 ? ~0u : (1u << (valid > 0 ? valid : 0)) - 1;
@@ -300,6 +313,12 @@ MASKED_OPS_INLINE void store_two(uint32_t m, const Vec (&x)[2], BFloat16* p) {
   }
 }
 #endif
+
+// Whether rounding takes many instructions, for want of one.
+template <typename T>
+constexpr bool kRoundsInSteps = false;
+template <>
+inline constexpr bool kRoundsInSteps<BFloat16> = !kStoresTwo<BFloat16>;
 
 // Whether elements become floats each time that they are loaded.
 template <typename T>

@@ -292,9 +292,13 @@ void linear(const Team& team, Dtype dtype, int64_t M, int64_t N, int64_t K, cons
             Bits bits, const void* bias, void* output) {
   with_element(dtype, [&](auto element) {
     using T = decltype(element);
-    const int64_t shortest = kIsFloat<T> ? 0 : kConverts<T> ? tuning::kShortRowsConverted : tuning::kShortRows16;
-    const bool short_rows = M >= tuning::kShortRowsInput && K <= shortest * M;
-    if (M <= tuning::kSmallRows && !short_rows) {
+    const int64_t most = kIsFloat<T> ? tuning::kSmallRowsFloat : tuning::kSmallRows;
+    const int64_t least = kIsFloat<T> ? tuning::kShortRowsInputFloat : tuning::kShortRowsInput;
+    const int64_t shortest = kIsFloat<T>    ? tuning::kShortRowsFloat
+                             : kConverts<T> ? tuning::kShortRowsConverted
+                                            : tuning::kShortRows16;
+    const bool short_rows = M >= least && K <= shortest * M;
+    if (M <= most && !short_rows) {
       return linear_small(team, dtype, M, N, K, input, weight, bits, bias, output);
     }
     Linear<T>::forward(team, M, N, K, input, weight, bits, bias, output);
@@ -306,7 +310,7 @@ void linear_grad_input(const Team& team, Dtype dtype, int64_t M, int64_t N, int6
   with_element(dtype, [&](auto element) {
     using T = decltype(element);
     const int64_t pitch = K * int64_t{sizeof(T)};
-    int64_t most = tuning::kSmallRows;
+    int64_t most = kIsFloat<T> ? tuning::kSmallRowsFloat : tuning::kSmallRows;
     if (N * pitch <= tuning::kCachedBytes) {
       most = kConverts<T> ? tuning::kDownMostConverted : pitch % 4096 == 0 ? tuning::kDownMostApart : tuning::kDownMost;
     }

@@ -6,8 +6,8 @@ namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
 namespace {
 
 constexpr int L = Vec::kLanes;
+constexpr RegisterTile kTile = {tuning::kSmallTile, tuning::kSmallRegisters};
 
-using tuning::kRowChunk;
 using tuning::kTileChunk;
 using tuning::kTilesChunk;
 
@@ -19,7 +19,7 @@ struct Dots {
   const T* weight;  // of the first row
   Bits bits;        // likewise
   const T* ahead;   // what is fetched ahead of the first row
-  int64_t pace;     // elements that it moves by with every vector; 0 if nothing is, for a single row of input
+  int64_t pace;     // elements that it moves by with every vector
   Vec* sums;        // [M][R], of the chunks before, unless this is the first; and for the next
   const T* bias;    // null for none
   T* y;             // [M][N]; if this is the last chunk
@@ -50,33 +50,55 @@ MASKED_OPS_INLINE void sum_each(const Vec* sums, float* totals) {
 
 // y[m][r] = x[m] . weight[r] + bias[r] for M rows of input and R rows of the weight.
 template <int M, int R, typename T>
-MASKED_OPS_INLINE void dots_of_group(const Dots<T>& group) {
-  const Dots<T> o = group;                       // which no store can change
+MASKED_OPS_INLINE void dots_of_group(const Dots<T>& o) {
   constexpr int kStep = L * Operand<T>::kDepth;  // elements of a vector
-  Vec sum[M][R];
-  MASKED_OPS_UNROLL
-  for (int m = 0; m < M; ++m) {
+  constexpr bool kWords = M == 1 && Vec::kWordVectors > 1;
+  constexpr int W = kWords ? Vec::kWordVectors : 1;
+  constexpr int kSets = M * R == 1 ? W : 1;  // a single chain of sums would be slower than memory
+  Vec sets[kSets][M][R] = {};
+  Vec(&sum)[M][R] = sets[0];
+  if (o.begin) {
     MASKED_OPS_UNROLL
-    for (int r = 0; r < R; ++r) sum[m][r] = o.begin ? o.sums[m * R + r] : Vec::zero();
+    for (int m = 0; m < M; ++m) {
+      MASKED_OPS_UNROLL
+      for (int r = 0; r < R; ++r) sum[m][r] = o.sums[m * R + r];
+    }
   }
   const int64_t K = o.K;
   const T* ahead = o.ahead;
   const float* x = o.x;
-  for (int64_t k = o.begin; k < o.end; k += kStep, x += M * L, ahead += o.pace) {
-    Vec w[R];
-    MASKED_OPS_UNROLL
-    for (int r = 0; r < R; ++r) w[r] = Operand<T>::template along<M>(o.bits.row(r), k, K - k, o.weight + r * K + k);
-    MASKED_OPS_UNROLL
-    for (int m = 0; m < M; ++m) {
-      const Vec operand = in_register(Vec::load(x + m * L));
+  for (int64_t k = o.begin; k < o.end; k += W * kStep, x += W * M * L, ahead += W * o.pace) {
+    typename Operand<T>::Word words[R];
+    if constexpr (kWords) {
       MASKED_OPS_UNROLL
-      for (int r = m * R / M; r < (m + 1) * R / M; ++r) {
-        if (M > 1 || o.pace > 0) prefetch(ahead + r * K);
+      for (int r = 0; r < R; ++r) words[r] = Operand<T>::word(o.bits.row(r), k);
+    }
+    MASKED_OPS_UNROLL
+    for (int j = 0; j < W; ++j) {
+      const int64_t at = k + j * kStep;
+      Vec w[R];
+      MASKED_OPS_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const T* const p = o.weight + r * K + at;
+        w[r] = kWords ? Operand<T>::along(words[r], j, K - at, p) : Operand<T>::along(o.bits.row(r), at, K - at, p);
       }
       MASKED_OPS_UNROLL
-      for (int r = 0; r < R; ++r) sum[m][r] = Operand<T>::multiply_add(operand, w[r], sum[m][r]);
+      for (int m = 0; m < M; ++m) {
+        const Vec operand = in_register(Vec::load(x + (j * M + m) * L));
+        MASKED_OPS_UNROLL
+        for (int r = m * R / M; r < (m + 1) * R / M; ++r) {
+          if (fetches_with<T>(j)) prefetch(ahead + r * K + j * o.pace);
+        }
+        MASKED_OPS_UNROLL
+        for (int r = 0; r < R; ++r) {
+          Vec& s = sets[j % kSets][m][r];
+          s = Operand<T>::multiply_add(operand, w[r], s);
+        }
+      }
     }
   }
+  MASKED_OPS_UNROLL
+  for (int i = 1; i < kSets; ++i) sum[0][0] = sum[0][0] + sets[i][0][0];
   if (o.end < K) {
     MASKED_OPS_UNROLL
     for (int m = 0; m < M; ++m) {
@@ -87,16 +109,25 @@ MASKED_OPS_INLINE void dots_of_group(const Dots<T>& group) {
   }
   float totals[ceil_div(M * R, L) * L];
   sum_each<M * R>(sum[0], totals);
+  if (o.bias) {
+    MASKED_OPS_UNROLL
+    for (int i = 0; i < M * R; ++i) totals[i] += to_float(o.bias[i % R]);
+  }
   MASKED_OPS_UNROLL
   for (int m = 0; m < M; ++m) {
+    if constexpr (kIsFloat<T>) {
+      std::memcpy(o.y + m * o.N, totals + m * R, R * sizeof(float));
+      continue;
+    }
     MASKED_OPS_UNROLL
-    for (int r = 0; r < R; ++r) store_float(totals[m * R + r] + (o.bias ? to_float(o.bias[r]) : 0), o.y + m * o.N + r);
+    for (int r = 0; r < R; ++r) store_float(totals[m * R + r], o.y + m * o.N + r);
   }
 }
 
-// The same for so many groups of R rows; moves on to the last.
+// The same for so many groups of R rows.
 template <int M, int R, typename T>
-__attribute__((noinline)) void dots(Dots<T>& group, int64_t groups) {
+__attribute__((noinline)) void dots(const Dots<T>& first, int64_t groups) {
+  Dots<T> group = first;  // which no store can change
   for (;;) {
     dots_of_group<M, R>(group);
     if (--groups == 0) return;
@@ -128,21 +159,23 @@ void pack(const Chunks& chunks, const RowTiles& tiles, int64_t K, const T* input
 
 template <int M, int R, typename T>
 struct DotsKernel {
-  static void run(Dots<T>& group, int64_t groups) { dots<M, R>(group, groups); }
+  static void run(const Dots<T>& group, int64_t groups) { dots<M, R>(group, groups); }
 };
 
 template <typename T>
 void forward(const Team& team, int64_t M, int64_t N, int64_t K, const T* input, const T* weight, Bits bits,
              const T* bias, T* output) {
-  static constexpr KernelTable<DotsKernel, T> kKernels;
+  static constexpr KernelTable<DotsKernel, T, kTile> kKernels;
   constexpr int kDepth = Operand<T>::kDepth;
-  const RowTiles tiles(M);
-  const Chunks chunks(M, ceil_div(K, kDepth), M == 1 ? kRowChunk : tiles.count == 1 ? kTileChunk : kTilesChunk);
+  const RowTiles tiles(M, kTile.rows);
   const int64_t bytes = N * K * int64_t{sizeof(T)};
   const bool cached = bytes <= tuning::kCachedBytes;
-  const int64_t height = group_rows(tiles, cached), width = chunks.width * kDepth;
+  const Chunks chunks(M, ceil_div(K, kDepth),
+                      M == 1             ? row_chunk<T>(cached)
+                      : tiles.count == 1 ? kTileChunk
+                                         : kTilesChunk);
+  const int64_t height = group_rows(kTile, tiles, cached), width = chunks.width * kDepth;
   const int64_t most = groups_of_step(height * min(width, K) * int64_t{sizeof(T)});
-  const bool fetches = fetches_ahead(M, cached, K * int64_t{sizeof(T)});
   const int64_t block = K <= width ? N : max(tuning::kWaitingSums / M / height, int64_t{1}) * height;
   const int64_t grain = ceil_div(tuning::kSmallGrain, max<int64_t>(K, 1));
   const int64_t rows =
@@ -171,18 +204,18 @@ void forward(const Team& team, int64_t M, int64_t N, int64_t K, const T* input, 
         }
         for (int64_t t = 0; t < tiles.count; ++t) {
           const int64_t m = tiles.begin(t);
-          Dots<T> group = {chunks.at(x, k, m),
-                           at.column,
-                           min(at.column + columns, K),
-                           K,
-                           weight + n * K,
-                           {bits.row(n), bits.stride},
-                           next + columns / tiles.count * t,
-                           fetches ? L * kDepth / tiles.count : 0,
-                           sums + (n - at.top) * M + m * at.rows(),
-                           bias ? bias + n : nullptr,
-                           output + m * N + n,
-                           N};
+          const Dots<T> group = {chunks.at(x, k, m),
+                                 at.column,
+                                 min(at.column + columns, K),
+                                 K,
+                                 weight + n * K,
+                                 {bits.row(n), bits.stride},
+                                 next + columns / tiles.count * t,
+                                 L * kDepth / tiles.count,
+                                 sums + (n - at.top) * M + m * at.rows(),
+                                 bias ? bias + n : nullptr,
+                                 output + m * N + n,
+                                 N};
           kKernels(tiles.size(t), at.group_rows())(group, at.groups());
         }
       }

@@ -7,27 +7,41 @@
 // the multiplications, evenly: memory is the limit, and idle whenever nothing is asked of it.
 #pragma once
 
+#include <type_traits>
+
 #include "elements.h"
 #include "kernels.h"
 #include "tuning.h"
 
 namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
 
-// Rows of input that are taken at once, and rows (of operands) of the weight beside them.
-constexpr int kMaxRows = tuning::kSmallTile;
-constexpr int weight_rows(int rows) { return min(tuning::kSmallSums / rows, 4); }
-constexpr bool is_group(int weights) {
-  for (int rows = 1; rows <= kMaxRows; ++rows) {
-    if (weight_rows(rows) == weights) return true;
+// Rows of input that are taken at once, and rows (of operands) of the weight beside them: so many registers for their
+// products' sums, or factors.
+struct RegisterTile {
+  int rows, registers;
+
+  constexpr int weights(int height) const { return min(registers / (height + 1), 4); }
+  constexpr bool has_group(int count) const {
+    for (int height = 1; height <= rows; ++height) {
+      if (weights(height) == count) return true;
+    }
+    return count == 1;
   }
-  return weights == 1;
+};
+
+// Lanes whose bits are set, of which a masked load needs the signs alone; what is converted is masked by all bits.
+template <typename T>
+using Lanes = std::conditional_t<kConverts<T>, Vec::Predicate, Vec::Signs>;
+template <typename T>
+MASKED_OPS_INLINE Lanes<T> lanes_at(const uint64_t* row, int64_t k) {
+  if constexpr (kConverts<T>) return Vec::predicate(row, k);
+  if constexpr (!kConverts<T>) return Vec::signs(row, k);
 }
 
 // Tiles of equal height.
 struct RowTiles {
   int64_t rows, count, height;
-  explicit RowTiles(int64_t M, int64_t most = kMaxRows)
-      : rows(M), count(ceil_div(M, most)), height(ceil_div(M, count)) {}
+  RowTiles(int64_t M, int64_t most) : rows(M), count(ceil_div(M, most)), height(ceil_div(M, count)) {}
   int64_t begin(int64_t tile) const { return tile * height; }
   int64_t size(int64_t tile) const { return min(height, rows - tile * height); }
 };
@@ -35,12 +49,13 @@ struct RowTiles {
 // Rows of floats beside the weight, cut into chunks of equal width: in each the tiles, in each
 // [columns / lanes][row][lane].
 struct Chunks {
-  int64_t rows, columns, width;  // columns: whole vectors
+  static constexpr int64_t kWordLanes = Vec::kLanes * Vec::kWordVectors;
+  int64_t rows, columns, width;  // columns: whole words of bits
 
   // At least so many chunks.
   Chunks(int64_t M, int64_t columns, int64_t widest, int64_t least = 1)
       : rows(M),
-        columns(ceil_div(columns, Vec::kLanes) * Vec::kLanes),
+        columns(ceil_div(columns, kWordLanes) * kWordLanes),
         width(ceil_div(ceil_div(columns, max(ceil_div(columns, widest), least)), 64) * 64) {}
   int64_t count() const { return ceil_div(columns, width); }
   int64_t size() const { return rows * columns; }
@@ -73,6 +88,12 @@ struct Walk {
   }
 };
 
+// Whether a line is fetched with vector j of a word.
+template <typename T>
+constexpr bool fetches_with(int j) {
+  return j % max(64 / (Vec::kLanes * Operand<T>::kDepth * int{sizeof(T)}), 1) == 0;
+}
+
 // The step of a walk whose columns are fetched ahead while those of `from` are used.
 inline Walk ahead_of(Walk from, int64_t bytes_of_step) {
   for (int64_t i = max<int64_t>(tuning::kSmallAhead / bytes_of_step, 1); i > 0 && !from.done(); --i) from.advance();
@@ -82,27 +103,28 @@ inline Walk ahead_of(Walk from, int64_t bytes_of_step) {
 // Groups of a step, of which each has so many bytes: short rows, many of them.
 inline int64_t groups_of_step(int64_t bytes) { return max<int64_t>(tuning::kSmallStep / max<int64_t>(bytes, 1), 1); }
 
-// Whether what comes next is fetched ahead, or left to the hardware.
-inline bool fetches_ahead(int64_t M, bool cached, int64_t bytes_of_row) {
-  return M > 1 || !cached || bytes_of_row < tuning::kLongRow;
+// Columns, of operands, of a chunk of a single row of input.
+template <typename T>
+int64_t row_chunk(bool cached) {
+  return cached ? tuning::kCachedRowBytes / (Operand<T>::kDepth * int64_t{sizeof(T)}) : tuning::kRowChunk;
 }
 
 // A single row of input leaves time to spare: one row of the weight at a time is what memory likes best; in caches,
 // several have shorter chains.
-inline int64_t group_rows(const RowTiles& tiles, bool cached) {
-  return tiles.rows == 1 && !cached ? 1 : weight_rows(int(tiles.height));
+inline int64_t group_rows(const RegisterTile& tile, const RowTiles& tiles, bool cached) {
+  return tiles.rows == 1 && !cached ? 1 : tile.weights(int(tiles.height));
 }
 
 // Kernel<rows of input, rows of the weight, T>::run for each pair that there is.
-template <template <int, int, typename> typename Kernel, typename T>
+template <template <int, int, typename> typename Kernel, typename T, RegisterTile kTile>
 struct KernelTable {
   using Function = decltype(&Kernel<1, 1, T>::run);
-  Function at[kMaxRows][4] = {};
+  Function at[kTile.rows][4] = {};
 
-  constexpr KernelTable() { fill<kMaxRows, 4>(); }
+  constexpr KernelTable() { fill<kTile.rows, 4>(); }
   template <int M, int R>
   constexpr void fill() {
-    if constexpr (is_group(R) && M * R <= tuning::kSmallSums) at[M - 1][R - 1] = Kernel<M, R, T>::run;
+    if constexpr (kTile.has_group(R) && (M + 1) * R <= kTile.registers) at[M - 1][R - 1] = Kernel<M, R, T>::run;
     if constexpr (R > 1) {
       fill<M, R - 1>();
     } else if constexpr (M > 1) {

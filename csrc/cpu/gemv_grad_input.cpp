@@ -9,6 +9,7 @@ namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
 namespace {
 
 constexpr int L = Vec::kLanes;
+constexpr RegisterTile kTile = {tuning::kMR, tuning::kSmallRegisters};
 
 struct Area {
   int64_t first, last;  // rows of the weight
@@ -16,7 +17,7 @@ struct Area {
 };
 
 // Vectors of columns of the weight beside rows of input.
-constexpr int tile_vectors(int rows) { return min(tuning::kDownSums / rows, tuning::kDownVectors); }
+constexpr int tile_vectors(int rows) { return tuning::kDownVectors[rows - 1]; }
 
 template <typename T>
 struct Tile {
@@ -59,6 +60,7 @@ __attribute__((noinline)) void sum_down(const Tile<T>& tile) {
   const auto step = [&](auto rows) __attribute__((always_inline)) {
     constexpr int kRows = decltype(rows)::value;
     Vec v[NV];
+    const Vec first = Operand<T>::broadcast(kRows, dy);
     constexpr int kPaired = Operand<T>::kHasAcrossTwo && kFull && kRows == kDepth ? NV / 2 * 2 : 0;
     if constexpr (kPaired > 0) {
       MASKED_OPS_UNROLL
@@ -74,21 +76,31 @@ __attribute__((noinline)) void sum_down(const Tile<T>& tile) {
         v[j + 1] = pair[1];
       }
     }
+    constexpr int kWord = kFull && !kConverts<T> && NV % Vec::kWordVectors == 0 ? Vec::kWordVectors : 1;  // vectors
+    Vec::Word words[kDepth] = {};
     MASKED_OPS_UNROLL
     for (int j = kPaired; j < NV; ++j) {
-      Vec::Predicate lanes[kDepth] = {};
+      Lanes<T> lanes[kDepth] = {};
       MASKED_OPS_UNROLL
       for (int d = 0; d < kRows; ++d) {
-        if (kFull || j * L < o.columns) lanes[d] = Vec::predicate(bits + d * o.bits.stride, o.column + j * L);
+        const uint64_t* const row = bits + d * o.bits.stride;
+        const int64_t column = o.column + j * L;
+        if constexpr (kWord > 1) {
+          if (j % kWord == 0) words[d] = Vec::word(row, column);
+          lanes[d] = Vec::signs(words[d], j % kWord);
+        } else if (kFull || j * L < o.columns) {
+          lanes[d] = lanes_at<T>(row, column);
+        }
       }
       v[j] = Operand<T>::across(lanes, o.columns - j * L, w + j * L, o.ldw);
+      if (M == 1) sum[0][j] = in_register(Operand<T>::multiply_add(first, v[j], sum[0][j]));
     }
     MASKED_OPS_UNROLL
     for (int i = 0; i < kDepth * kLines; ++i) {
       prefetch(w + (tuning::kDownAhead + i / kLines) * o.ldw + i % kLines * (64 / int{sizeof(T)}));
     }
     MASKED_OPS_UNROLL
-    for (int m = 0; m < M; ++m) {
+    for (int m = M == 1 ? 1 : 0; m < M; ++m) {
       const Vec factor = Operand<T>::broadcast(kRows, dy + m * o.ldy);
       MASKED_OPS_UNROLL
       for (int j = 0; j < NV; ++j) sum[m][j] = Operand<T>::multiply_add(factor, v[j], sum[m][j]);
@@ -109,67 +121,88 @@ __attribute__((noinline)) void sum_down(const Tile<T>& tile) {
 
 template <typename T>
 struct Axpys {
-  const float* dy;     // operands [rows of the weight][kMaxRows], from the first one on
+  const float* dy;     // operands [rows of the weight][kTile.rows], from the first one on
   int64_t rows;        // of the weight, from there to the end
   int64_t begin, end;  // columns
   int64_t K;
   const T* weight;  // of the first row
   Bits bits;        // likewise
   const T* ahead;   // what is fetched ahead of the first row
-  int64_t pace;     // columns that it moves by with every vector; 0 if nothing is, for a single row of input
+  int64_t pace;     // columns that it moves by with every vector
   float* dx;        // the chunk of the tile's sums
 };
 
 // dx[m] += sum over R rows of dy[m][r] * weight[r], of operands.
 template <int M, int R, typename T>
-MASKED_OPS_INLINE void axpys_of_group(const Axpys<T>& group) {
-  const Axpys<T> o = group;  // which no store can change
+MASKED_OPS_INLINE void axpys_of_group(const Axpys<T>& o) {
   constexpr int kDepth = Operand<T>::kDepth;
+  constexpr bool kWords = M == 1 && Vec::kWordVectors > 1;
+  constexpr int W = kWords ? Vec::kWordVectors : 1;
   Vec dy[M][R];
   MASKED_OPS_UNROLL
   for (int m = 0; m < M; ++m) {
     MASKED_OPS_UNROLL
     for (int r = 0; r < R; ++r) {
-      dy[m][r] = in_register(Vec::set1(o.dy[r * kMaxRows + m]));
+      dy[m][r] = in_register(Vec::set1(o.dy[r * kTile.rows + m]));
     }
   }
   const int64_t K = o.K;
   const bool paired = (R - 1) * kDepth + 1 < o.rows;  // the last row of the weight has another one beside it
   const T* ahead = o.ahead;
   float* dx = o.dx;
-  for (int64_t k = o.begin; k < o.end; k += L, dx += M * L, ahead += o.pace) {
-    Vec w[R];
+  for (int64_t k = o.begin; k < o.end; k += W * L, dx += W * M * L, ahead += W * o.pace) {
+    Vec::Word words[R][kDepth] = {};
     MASKED_OPS_UNROLL
     for (int r = 0; r < R; ++r) {
-      Vec::Predicate lanes[kDepth] = {};
       MASKED_OPS_UNROLL
       for (int d = 0; d < kDepth; ++d) {
-        if (d == 0 || r < R - 1 || paired) lanes[d] = Vec::predicate(o.bits.row(r * kDepth + d), k);
+        if (kWords) words[r][d] = Vec::word(o.bits.row(r * kDepth + d), k);
       }
-      w[r] = Operand<T>::across(lanes, K - k, o.weight + r * kDepth * K + k, K);
     }
     MASKED_OPS_UNROLL
-    for (int m = 0; m < M; ++m) {
-      Vec sum = Vec::load(dx + m * L);
+    for (int j = 0; j < W; ++j) {
+      const int64_t at = k + j * L;
+      Vec w[R];
       MASKED_OPS_UNROLL
-      for (int r = m * R / M * kDepth; r < (m + 1) * R / M * kDepth; ++r) {
-        if (M > 1 || o.pace > 0) prefetch(ahead + r * K);
+      for (int r = 0; r < R; ++r) {
+        std::conditional_t<kWords, Vec::Signs, Lanes<T>> lanes[kDepth] = {};
+        MASKED_OPS_UNROLL
+        for (int d = 0; d < kDepth; ++d) {
+          if (d == 0 || r < R - 1 || paired) {
+            if constexpr (kWords) {
+              lanes[d] = Vec::signs(words[r][d], j);
+            } else {
+              lanes[d] = lanes_at<T>(o.bits.row(r * kDepth + d), at);
+            }
+          }
+        }
+        w[r] = Operand<T>::across(lanes, K - at, o.weight + r * kDepth * K + at, K);
       }
       MASKED_OPS_UNROLL
-      for (int r = 0; r < R; ++r) sum = Operand<T>::multiply_add(dy[m][r], w[r], sum);
-      sum.store(dx + m * L);
+      for (int m = 0; m < M; ++m) {
+        float* const to = dx + (j * M + m) * L;
+        Vec sum = Vec::load(to);
+        MASKED_OPS_UNROLL
+        for (int r = m * R / M * kDepth; r < (m + 1) * R / M * kDepth; ++r) {
+          if (fetches_with<T>(j)) prefetch(ahead + r * K + j * o.pace);
+        }
+        MASKED_OPS_UNROLL
+        for (int r = 0; r < R; ++r) sum = Operand<T>::multiply_add(dy[m][r], w[r], sum);
+        sum.store(to);
+      }
     }
   }
 }
 
-// The same for so many groups of R rows; moves on to the last.
+// The same for so many groups of R rows.
 template <int M, int R, typename T>
-__attribute__((noinline)) void axpys(Axpys<T>& group, int64_t groups) {
+__attribute__((noinline)) void axpys(const Axpys<T>& first, int64_t groups) {
+  Axpys<T> group = first;  // which no store can change
   constexpr int64_t kRows = R * Operand<T>::kDepth;
   for (;;) {
     axpys_of_group<M, R>(group);
     if (--groups == 0) return;
-    group.dy += R * kMaxRows;
+    group.dy += R * kTile.rows;
     group.rows -= kRows;
     group.weight += kRows * group.K;
     group.bits.words += kRows * group.bits.stride;
@@ -179,10 +212,10 @@ __attribute__((noinline)) void axpys(Axpys<T>& group, int64_t groups) {
 
 template <int M, int R, typename T>
 struct AxpysKernel {
-  static void run(Axpys<T>& group, int64_t groups) { axpys<M, R>(group, groups); }
+  static void run(const Axpys<T>& group, int64_t groups) { axpys<M, R>(group, groups); }
 };
 
-// grad_output of rows [first, last) of the weight, as panels of operands [row][kMaxRows], one for each tile.
+// grad_output of rows [first, last) of the weight, as panels of operands [row][kTile.rows], one for each tile.
 struct Factors {
   float* at;
   int64_t first, pitch;
@@ -190,9 +223,8 @@ struct Factors {
 
 template <typename T>
 Factors factors_of(const RowTiles& tiles, int64_t N, const T* grad_output, int64_t first, int64_t last) {
-  static_assert(kMaxRows == tuning::kMR);
   constexpr int kDepth = Operand<T>::kDepth;
-  const int64_t depth = ceil_div(last - first, kDepth), pitch = ceil_div(depth, kDepthOfA) * kDepthOfA * kMaxRows;
+  const int64_t depth = ceil_div(last - first, kDepth), pitch = ceil_div(depth, kDepthOfA) * kDepthOfA * kTile.rows;
   float* const at = static_cast<float*>(scratch(Slot::kPanelA, size_t(tiles.count * pitch) * sizeof(float)));
   for (int64_t t = 0; t < tiles.count; ++t) {
     pack_row_panel(grad_output, N, tiles.begin(t), tiles.size(t), first / kDepth, depth, at + t * pitch);
@@ -205,13 +237,12 @@ Factors factors_of(const RowTiles& tiles, int64_t N, const T* grad_output, int64
 template <typename T>
 void take_area(const Chunks& chunks, const RowTiles& tiles, int64_t N, int64_t K, const Factors& factors,
                const T* weight, Bits bits, bool all_rows, const Area& area, float* sums) {
-  static constexpr KernelTable<AxpysKernel, T> kKernels;
+  static constexpr KernelTable<AxpysKernel, T, kTile> kKernels;
   constexpr int kDepth = Operand<T>::kDepth;
   const bool cached = N * K * int64_t{sizeof(T)} <= tuning::kCachedBytes;
-  const int64_t group = group_rows(tiles, cached) * kDepth;
+  const int64_t group = group_rows(kTile, tiles, cached) * kDepth;
   const int64_t block = all_rows ? N : ceil_div(tuning::kSmallBlock, group) * group;
   const int64_t most = groups_of_step(group * min(chunks.width, K) * int64_t{sizeof(T)});
-  const bool fetches = fetches_ahead(tiles.rows, cached, K * int64_t{sizeof(T)});
   Walk at = {group, kDepth, most, block, chunks.width, area.first, area.last, area.begin, area.end};
   Walk ahead = ahead_of(at, most * group * min(chunks.width, K) * int64_t{sizeof(T)});
   for (; !at.done(); at.advance()) {
@@ -222,16 +253,16 @@ void take_area(const Chunks& chunks, const RowTiles& tiles, int64_t N, int64_t K
       ahead.advance();
     }
     for (int64_t t = 0; t < tiles.count; ++t) {
-      Axpys<T> of_group = {factors.at + t * factors.pitch + (n - factors.first) / kDepth * kMaxRows,
-                           area.last - n,
-                           k,
-                           k + columns,
-                           K,
-                           weight + n * K,
-                           {bits.row(n), bits.stride},
-                           next + columns / tiles.count * t,
-                           fetches ? L / tiles.count : 0,
-                           chunks.at(sums, k, tiles.begin(t))};
+      const Axpys<T> of_group = {factors.at + t * factors.pitch + (n - factors.first) / kDepth * kTile.rows,
+                                 area.last - n,
+                                 k,
+                                 k + columns,
+                                 K,
+                                 weight + n * K,
+                                 {bits.row(n), bits.stride},
+                                 next + columns / tiles.count * t,
+                                 L / tiles.count,
+                                 chunks.at(sums, k, tiles.begin(t))};
       kKernels(tiles.size(t), at.group_rows() / kDepth)(of_group, at.groups());
     }
   }
@@ -311,8 +342,8 @@ void by_rows(const Team& team, int64_t M, int64_t N, int64_t K, const T* grad_ou
   const int64_t threads = team.threads;
   const bool cached = N * K * int64_t{sizeof(T)} <= tuning::kCachedBytes;
   const int64_t most_parts = max(min(threads, N / tuning::kLeastPartRows), int64_t{1});
-  const RowTiles tiles(M);
-  const Chunks chunks(M, K, M == 1 ? tuning::kRowChunk : tuning::kSumsChunk,
+  const RowTiles tiles(M, kTile.rows);
+  const Chunks chunks(M, K, M == 1 ? row_chunk<T>(cached) : tuning::kSumsChunk,
                       cached || most_parts < threads ? threads : 1);
   const bool by_chunks = most_parts == 1 || (cached && chunks.count() >= threads);
   const int64_t parts = by_chunks ? 1 : most_parts, size = chunks.size();
@@ -352,11 +383,13 @@ void linear_grad_input_small(const Team& team, Dtype dtype, int64_t M, int64_t N
                              const void* weight, Bits bits, void* dx) {
   with_element(dtype, [&](auto element) {
     using T = decltype(element);
+    const int64_t bytes = N * K * int64_t{sizeof(T)};
     const int64_t least = kConverts<T> ? tuning::kDownColumnsConverted : tuning::kDownColumns * team.threads;
-    const bool tiles =
-        M > tuning::kAxpyRows / Operand<T>::kDepth && K >= least && N * K * int64_t{sizeof(T)} <= tuning::kCachedBytes;
-    (tiles ? by_tiles<T> : by_rows<T>)(team, M, N, K, static_cast<const T*>(dy), static_cast<const T*>(weight), bits,
-                                       static_cast<T*>(dx));
+    const bool tiles = M > tuning::kAxpyRows / Operand<T>::kDepth && K >= least && bytes <= tuning::kCachedBytes;
+    const bool short_rows = M <= tuning::kShortTile && kIsFloat<T> && K <= tuning::kDownShort &&
+                            bytes <= tuning::kDownShortBytes && K >= tile_vectors(int(M)) * L * team.threads;
+    (tiles || short_rows ? by_tiles<T> : by_rows<T>)(team, M, N, K, static_cast<const T*>(dy),
+                                                     static_cast<const T*>(weight), bits, static_cast<T*>(dx));
   });
 }
 

@@ -77,7 +77,7 @@ __attribute__((noinline)) void outer(const Outer<T>& o) {
     MASKED_OPS_UNROLL
     for (int j = 0; j < NV; ++j) {
       if (!kFull && j * L >= o.columns) break;
-      const Vec v = sum[r][j].select(Vec::predicate(bits, o.column + j * L));
+      const Vec v = sum[r][j].select(Vec::signs(bits, o.column + j * L));
       kFull ? store_floats(v, to + j * L) : store_floats(v, o.columns - j * L, to + j * L);
     }
   }
@@ -85,8 +85,7 @@ __attribute__((noinline)) void outer(const Outer<T>& o) {
 
 // dw = masked(sum over m of dy[m] * x[m]): a row, for so few m that the call of a tile would outlast it.
 template <int kSteps, typename T>
-void outer_row(const Outer<T>& operands) {
-  const Outer<T> o = operands;  // which no store can change
+MASKED_OPS_INLINE void outer_row(const Outer<T>& o) {
   Vec dy[kSteps];
   MASKED_OPS_UNROLL
   for (int s = 0; s < kSteps; ++s) dy[s] = Vec::set1(o.dy.at[s * o.dy.ld]);
@@ -105,7 +104,7 @@ void outer_row(const Outer<T>& operands) {
     const auto step = [&](int j, auto tail) __attribute__((always_inline)) {
       const int64_t left = o.columns - k - j;
       Vec sum = sum_at(j, tail);
-      sum = sum.select(Vec::predicate(word, o.bits.words + k / 64, j));
+      sum = sum.select(Vec::signs(word, o.bits.words + k / 64, j));
       decltype(tail)::value ? store_floats(sum, left, o.dw + k + j) : store_floats(sum, o.dw + k + j);
     };
     if (o.columns - k >= 64) {
@@ -124,6 +123,18 @@ void outer_row(const Outer<T>& operands) {
   }
 }
 
+template <int kSteps, typename T>
+__attribute__((noinline)) void outer_rows(const Outer<T>& first, int64_t rows) {
+  Outer<T> o = first;  // which no store can change
+  for (;;) {
+    outer_row<kSteps>(o);
+    if (--rows == 0) return;
+    ++o.dy.at;
+    o.bits.words += o.bits.stride;
+    o.dw += o.ldw;
+  }
+}
+
 template <typename T>
 void grad_weight(const Team& team, int64_t M, int64_t N, int64_t K, const T* grad_output, const T* input, Bits bits,
                  T* grad_weight) {
@@ -137,11 +148,12 @@ void grad_weight(const Team& team, int64_t M, int64_t N, int64_t K, const T* gra
   const int64_t rows = max(ceil_div(tuning::kSmallGrain, K), kRows) / kRows * kRows;  // of a task
   team.for_each(ceil_div(N, rows), [&](int64_t task) {
     const int64_t last = min(N, (task + 1) * rows);
-    constexpr int kByRow = kStoresTwo<T> ? tuning::kOuterByRowStoresTwo : tuning::kOuterByRow;
+    constexpr int kByRow = kStoresTwo<T>       ? tuning::kOuterByRowStoresTwo
+                           : kRoundsInSteps<T> ? tuning::kOuterByRowRounded
+                                               : tuning::kOuterByRow;
     if (steps <= kByRow) {
-      for (int64_t n = task * rows; n < last; ++n) {
-        with_int<kByRow>(steps, [&](auto s) { outer_row<decltype(s)::value>(tile(n, 0, K)); });
-      }
+      const int64_t n = task * rows;
+      with_int<kByRow>(steps, [&](auto s) { outer_rows<decltype(s)::value>(tile(n, 0, K), last - n); });
       return;
     }
     for (int64_t n = task * rows; n < last; n += kRows) {

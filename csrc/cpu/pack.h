@@ -115,7 +115,7 @@ class MaskedRows {
   MASKED_OPS_INLINE const uint64_t* bits(int64_t i) const { return bits_.row(block_.column + i) + element() / 64; }
   MASKED_OPS_INLINE Vec load(int64_t i, int64_t k) const {
     k *= kDepth;
-    return Operand<T>::template along<1>(bits(i), k, ldw_ - element() - k, row(i) + k);
+    return Operand<T>::along(bits(i), k, ldw_ - element() - k, row(i) + k);
   }
 
   const T* weight_;

@@ -9,8 +9,7 @@ struct Vec {
   static constexpr int kLanes = 8;
   __m256 v;
 
-  // All bits of the lanes that are set. (Shifting each lane's bit to where masked loads look for it takes one step
-  // less, but shifts compete with multiply-adds: forward of 4 rows was 10% slower.)
+  // All bits of the lanes that are set.
   struct Predicate {
     __m256i lanes;
 
@@ -26,6 +25,27 @@ struct Vec {
       return Predicate(_mm256_cmpeq_epi32(_mm256_and_si256(bits, own), own));
     }
   };
+  // The bits of so many vectors, in every lane: one load for all. Vector j's are shifted to the signs, which is where
+  // masked loads and blends look for them.
+  static constexpr int kWordVectors = 4;
+  struct Word {
+    __m256i bits;
+  };
+  struct Signs {
+    __m256i lanes;
+  };
+  static MASKED_OPS_INLINE Word word(const uint64_t* row, int64_t k) {
+    return {_mm256_set1_epi32(int(reinterpret_cast<const Word32*>(row)[k >> 5]))};
+  }
+  static MASKED_OPS_INLINE Signs signs(const uint64_t* row, int64_t k) {
+    const __m256i own = _mm256_setr_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+    return {_mm256_sllv_epi32(_mm256_set1_epi8(reinterpret_cast<const int8_t*>(row)[k >> 3]), own)};
+  }
+  static MASKED_OPS_INLINE Signs signs(Word word, int j) {
+    const __m256i own = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
+    return {_mm256_sllv_epi32(word.bits, _mm256_sub_epi32(own, _mm256_set1_epi32(8 * j)))};
+  }
+
   static MASKED_OPS_INLINE Vec zero() { return {_mm256_setzero_ps()}; }
   static MASKED_OPS_INLINE Vec set1(float x) { return {_mm256_set1_ps(x)}; }
   static MASKED_OPS_INLINE Vec quad(const float* p) {
@@ -42,6 +62,7 @@ struct Vec {
   static MASKED_OPS_INLINE Vec load(const float* p) { return {_mm256_load_ps(p)}; }
   static MASKED_OPS_INLINE Vec loadu(const float* p) { return {_mm256_loadu_ps(p)}; }
   static MASKED_OPS_INLINE Vec loadu(Predicate m, const float* p) { return {_mm256_maskload_ps(p, m.lanes)}; }
+  static MASKED_OPS_INLINE Vec loadu(Signs m, const float* p) { return {_mm256_maskload_ps(p, m.lanes)}; }
   static MASKED_OPS_INLINE Vec load_even(uint32_t elements, const float* p) {
     const __m256 low = _mm256_maskload_ps(p, Predicate(elements).lanes);
     const __m256 high = _mm256_maskload_ps(p + 8, Predicate(elements >> 8).lanes);
@@ -70,6 +91,9 @@ struct Vec {
     _mm_store_ps(high, _mm256_extractf128_ps(v, 1));
   }
   MASKED_OPS_INLINE Vec select(Predicate m) const { return {_mm256_and_ps(_mm256_castsi256_ps(m.lanes), v)}; }
+  MASKED_OPS_INLINE Vec select(Signs m) const {
+    return {_mm256_blendv_ps(_mm256_setzero_ps(), v, _mm256_castsi256_ps(m.lanes))};
+  }
   MASKED_OPS_INLINE float sum() const {
     const __m128 a = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     const __m128 b = _mm_add_ps(a, _mm_movehl_ps(a, a));
@@ -87,14 +111,11 @@ struct Vec {
   static MASKED_OPS_INLINE Predicate predicate(const uint64_t* row, int64_t k) {
     return Predicate::of_bits(_mm256_set1_epi8(reinterpret_cast<const int8_t*>(row)[k >> 3]));
   }
-  // Spreading the bits through a register is slower by itself, but leaves more room for multiply-adds.
-  template <int kUses>
-  static MASKED_OPS_INLINE Predicate predicate_for(const uint64_t* row, int64_t k) {
-    if (kUses <= 2) return predicate(row, k);
-    return Predicate(unsigned{reinterpret_cast<const uint8_t*>(row)[k >> 3]});
-  }
   static MASKED_OPS_INLINE Predicate predicate(uint64_t bits) { return Predicate(unsigned(bits)); }
   static MASKED_OPS_INLINE Predicate predicate(uint64_t, const uint64_t* at, int j) { return predicate(at, j); }
+  static MASKED_OPS_INLINE Signs signs(uint64_t, const uint64_t* at, int j) {
+    return signs(word(at, j), j / kLanes % kWordVectors);
+  }
   static MASKED_OPS_INLINE Predicate first(int64_t n) {
     const int lanes = int(n >= 8 ? 8 : n > 0 ? n : 0);
     return Predicate(_mm256_cmpgt_epi32(_mm256_set1_epi32(lanes), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)));

@@ -67,12 +67,16 @@ struct Vec {
   static MASKED_OPS_INLINE Predicate predicate(const uint64_t* row, int64_t k) {
     return Predicate(row[k >> 6] >> (k & 63) & 15);
   }
-  template <int kUses>
-  static MASKED_OPS_INLINE Predicate predicate_for(const uint64_t* row, int64_t k) {
-    return predicate(row, k);
-  }
+  // The bits of so many vectors, and vector j's; only the AVX2 file has more than one.
+  static constexpr int kWordVectors = 1;
+  using Word = Predicate;
+  using Signs = Predicate;
+  static MASKED_OPS_INLINE Word word(const uint64_t* row, int64_t k) { return predicate(row, k); }
+  static MASKED_OPS_INLINE Signs signs(Word word, int) { return word; }
+  static MASKED_OPS_INLINE Signs signs(const uint64_t* row, int64_t k) { return predicate(row, k); }
   static MASKED_OPS_INLINE Predicate predicate(uint64_t bits) { return Predicate(bits & 15); }
   static MASKED_OPS_INLINE Predicate predicate(uint64_t word, const uint64_t*, int j) { return predicate(word >> j); }
+  static MASKED_OPS_INLINE Signs signs(uint64_t word, const uint64_t* at, int j) { return predicate(word, at, j); }
   static MASKED_OPS_INLINE Predicate first(int64_t n) {
     return n >= 4 ? Predicate(15) : Predicate((1u << (n > 0 ? n : 0)) - 1);
   }

@@ -66,14 +66,29 @@ constexpr int64_t kFetchedBytes = int64_t{8} << 20;
 // Up to this many panels of A and bytes of B, rows are packed at once, so many vectors ahead, and not on the side: a
 // step takes longer than the multiplications beside it. bfloat16, one thread, us: 17, 1024 -> 1024 136 to 114, 24 154
 // to 141, 32 and more 5 to 10% longer; float32, 17, 271 to 231. But from memory, where nothing comes during the
-// multiplications, 24, 2048 -> 2048 650 to 705.
-constexpr int64_t kFewPanels = 3, kVectorsAheadAtOnce = 2, kMostAtOnceBytes = int64_t{4} << 20;
+// multiplications, 24, 2048 -> 2048 650 to 705. AVX2, where panels are of half the rows and a step beside the sums
+// leaves no registers, 24, 64 -> 1024 35 to 32, 512 -> 512 137 to 132; 32, 512 -> 512 on the side 159, at once 173.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int64_t kFewPanels = 6;
+#else
+constexpr int64_t kFewPanels = 3;
+#endif
+constexpr int64_t kVectorsAheadAtOnce = 2, kMostAtOnceBytes = int64_t{4} << 20;
 
 // Up to this many rows of input, a weight is not packed (gemv.h); they are taken kSmallTile at a time, with as many
 // sums in registers as leave room for what is multiplied. 4096 -> 4096, where memory gives 50 GB/s (and 90), forward: 1
 // row 1.25 ms (0.8), 8 rows 1.6 (1.0 to 1.35), 16 rows 1.7 (1.5 to 1.75); reading it in the order of its rows, as one
 // row does, takes 1.25 (0.8).
 constexpr int64_t kSmallRows = 16;
+// Of floats: forward, and grad_input from memory; the first is packed after all from kShortRowsInputFloat rows of input
+// on, where the weight's rows have so few elements for each. AVX2, one thread, us, packed and not: 512 -> 512, 18 125
+// and 96, 24 137 and 125, 32 156 and 174; 64 -> 1024, 18 27 and 26, 24 32 and 35; grad_input, ms, 4096 x 4096, 20 14.4
+// and 9.0, 24 14.8 and 10.3, 32 11.7 and 13.3.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int64_t kSmallRowsFloat = 24, kShortRowsInputFloat = 20, kShortRowsFloat = 4;
+#else
+constexpr int64_t kSmallRowsFloat = 16, kShortRowsInputFloat = 0, kShortRowsFloat = 0;
+#endif
 // Of 16 bits, from kShortRowsInput rows of input on, a weight whose rows have so few elements for each row of input is
 // packed after all: the sums of a row are added up across lanes too often. bfloat16, one thread, us, without packing
 // and with it: 8, 64 -> 3072 28 and 14, 16, 128 -> 4096 96 and 54, 16, 256 -> 4096 124 and 110, 8, 256 -> 4096 67 and
@@ -85,14 +100,22 @@ constexpr int64_t kOuterMost = 16;
 #else
 constexpr int64_t kOuterMost = 8;
 #endif
+// Rows of a tile, and registers for its sums (forward) or factors (grad_input) and what is multiplied. AVX2, one
+// thread, forward, us, tiles of 4 and of 6: 6, 512 -> 512 42 and 33, 12 75 and 65, 16 102 and 88; 4 x 3 and 3 x 4 sums
+// spill.
 #if defined(__AVX512F__)
-constexpr int kSmallTile = 8, kSmallSums = 24;
+constexpr int kSmallTile = 8, kSmallRegisters = 28;
 #else
-constexpr int kSmallTile = 4, kSmallSums = 9;
+constexpr int kSmallTile = 6, kSmallRegisters = 14;
 #endif
-// Columns of a chunk: of one row of input; of operands of forward's input, one tile or several; and of the sums of
-// grad_input. They are to stay in L1, which may have to be shared with another thread of the core.
-constexpr int64_t kRowChunk = 4096, kTileChunk = 768, kTilesChunk = 384, kSumsChunk = 512;
+// Columns of a chunk: of one row of input, if the weight comes from memory, and if from caches, where what is fetched
+// ahead would push out what is used if the four rows that are taken at once were longer; of operands of forward's
+// input, one tile or several; and of the sums of grad_input. They are to stay in L1, which may have to be shared with
+// another thread of the core. One row, one thread, us, chunks of 4096 and of 1024, which are fetched ahead: 512 x 3072
+// AVX2 forward 92 and 79, grad_input 95 and 75, AVX-512 91 and 74, 93 and 73; 1024 x 3072, partly from memory, AVX2 510
+// and 241, AVX-512 493 and 320.
+constexpr int64_t kRowChunk = 4096, kCachedRowBytes = int64_t{4} << 10, kTileChunk = 768, kTilesChunk = 384,
+                  kSumsChunk = 512;
 // Vectors of sums of forward that wait for the next chunk (12 KB), and rows of a block of grad_input.
 constexpr int64_t kWaitingSums = 192, kSmallBlock = 24;
 // From caches, grad_input of more than kAxpyRows rows (of operands) goes by tiles of columns, in strips and down blocks
@@ -101,29 +124,36 @@ constexpr int64_t kWaitingSums = 192, kSmallBlock = 24;
 // they are not more because rows may lie whole 4 KB apart, and then few lines stay in L1 (AVX2, 2048 -> 2048: 128).
 // Rows are fetched just ahead, for the same reason. Where elements are converted, short rows go as they lie.
 // The most rows of input, one thread, us, packed and not: 24, 768 -> 1024 bfloat16 95 and 80, float32 164 and 157; 24,
-// 2048 -> 2048, whole 4 KB apart, bfloat16 606 and 696; float16, 16, 1024 -> 1024, 345 and 388; AVX2, 16, 335 and 510.
+// 2048 -> 2048, whole 4 KB apart, bfloat16 606 and 696; float16, 16, 1024 -> 1024, 345 and 388. AVX2 float32, 12, 512
+// -> 512 81 and 61, 16 90 and 82, 24 113 and 121; 12, 1024 -> 1024, whole 4 KB apart, 324 and 280, 16 359 and 425.
 constexpr int64_t kAxpyRows = 3, kSmallStrip = 512;
 #if defined(__AVX512F__)
-constexpr int kDownTile = 12, kDownSums = 24, kDownVectors = 6;
+constexpr int kDownTile = 12, kDownVectors[kDownTile] = {6, 6, 6, 6, 4, 4, 3, 3, 2, 2, 2, 2};
 constexpr int64_t kDownRows = 256, kDownAhead = 3;
 constexpr int64_t kDownMost = 24, kDownMostApart = 16, kDownMostConverted = 12;
+#elif defined(__AVX2__)
+constexpr int kDownTile = 6, kDownVectors[kDownTile] = {8, 4, 3, 2, 2, 2};
+constexpr int64_t kDownRows = 128, kDownAhead = 2;
+constexpr int64_t kDownMost = 16, kDownMostApart = 12, kDownMostConverted = 8;
 #else
-constexpr int kDownTile = 4, kDownSums = 9, kDownVectors = 4;
+constexpr int kDownTile = 6, kDownVectors[kDownTile] = {4, 4, 3, 2, 2, 2};
 constexpr int64_t kDownRows = 128, kDownAhead = 2;
 constexpr int64_t kDownMost = 8, kDownMostApart = 8, kDownMostConverted = 8;
+#endif
+// Columns and bytes of a weight of floats up to which kShortTile rows of input, or fewer, go by tiles too. AVX2, one
+// thread, us, by rows and by tiles: 1, 1024 x 64 3.3 and 2.1, 1024 x 256 11.7 and 9.6, 1024 x 512 25 and 22 (another
+// time 21), 1024 x 1024 41 and 54; 2, 1024 x 512 30 and 28.
+constexpr int64_t kShortTile = 2;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int64_t kDownShort = 512, kDownShortBytes = int64_t{2} << 20;
+#else
+constexpr int64_t kDownShort = 0, kDownShortBytes = 0;
 #endif
 constexpr int64_t kDownColumns = 32, kDownColumnsConverted = 512;  // at least; the first, of each thread
 // How far ahead of itself the weight is fetched, in the order in which it is used; it stays in L1 until then. Fetched
 // 128 KB ahead in the order of memory, into L2, one row of input takes 1.3 times as long.
 constexpr int64_t kSmallAhead = int64_t{12} << 10;
-// Bytes of the weight that a call of a kernel for few rows takes, at least, and of a row that the hardware fetches
-// ahead better than we do for a single row of input, if the weight comes from the caches. One thread, us: AVX2, 2048 ->
-// 768, 97 without this and 73 with it, 768 -> 1024 51 and 49; AVX-512, 2048 -> 128, 12 and 11, 1024 -> 1024 42 and 49.
-#if defined(__AVX512F__)
-constexpr int64_t kLongRow = int64_t{8} << 10;
-#else
-constexpr int64_t kLongRow = int64_t{2} << 10;
-#endif
+// Bytes of the weight that a call of a kernel for few rows takes, at least.
 constexpr int64_t kSmallStep = int64_t{8} << 10;
 // A weight of more bytes than this comes from memory and not from the caches.
 constexpr int64_t kCachedBytes = int64_t{16} << 20;
@@ -133,13 +163,16 @@ constexpr int64_t kSmallGrain = int64_t{1} << 14, kSmallTasks = 8;
 constexpr int64_t kBytesAhead = 2048;
 // The least rows of the weight for which a thread has sums of grad_input of its own.
 constexpr int64_t kLeastPartRows = 64;
-// Up to so many steps, of one row of input or of two, grad_weight is written row by row.
-// Fewer where two vectors are stored at once: bfloat16, 4, 4096 -> 4096, 1.05 ms by row, 0.63 by tiles, 1024 -> 1024 29
-// and 24 us.
-constexpr int kOuterByRow = 3, kOuterByRowStoresTwo = 1;
+// Up to so many steps, of one row of input or of two, grad_weight is written row by row. AVX2, one thread, us, by tiles
+// and by rows: 4, 512 x 512 41 and 24, 8 55 and 44; 4, 1024 x 64 9.9 and 7.2, 8 13.3 and 13.2; without AVX2 8, 512 x
+// 512 133 and 104. Fewer where a sum is rounded in many instructions (AVX2, one thread, bfloat16, 6, 512 x 512, 64 us
+// by row, 57 by tiles; float16 34 and 45), or where two vectors are stored at once: bfloat16, 4, 4096 -> 4096, 1.05 ms
+// by row, 0.63 by tiles, 1024 -> 1024 29 and 24 us.
 #if defined(__AVX512F__)
+constexpr int kOuterByRow = 3, kOuterByRowRounded = 3, kOuterByRowStoresTwo = 1;
 constexpr int kOuterRows = 4, kOuterVectors = 4;
 #else
+constexpr int kOuterByRow = 8, kOuterByRowRounded = 3, kOuterByRowStoresTwo = 1;
 constexpr int kOuterRows = 4, kOuterVectors = 2;
 #endif
 
