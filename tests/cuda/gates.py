@@ -119,6 +119,19 @@ RULES = (
     Rule(r"(compress|expand|decode_index)_kernel", 40),  # six blocks of 256
     Rule(r"decode_gather_kernel", 64, {r"LDG": 4, r"FFMA": 4}),  # 1,024 threads in one block or two
     Rule(r"decode_mma_kernel", 168, {r"HMMA\.16816\.F32": 4, r"LDSM\.16\.M88\.4": 4, r"STS\.128": 16}),
+    # A lookup of one value is one prmt and one load; 512 threads, two blocks. Of the tensor cores' one product for two
+    # lookups, which is what ldmatrix brings at once; 512 threads.
+    Rule(
+        r"decode_sliced_kernel<\d, [12]>$",
+        64,
+        {r"LDG\.E\S*\.128": 5, r"LDG\.E\S*\.64": 4, r"PRMT": 16, r"LDS": 24, r"FFMA": 24},
+    ),
+    Rule(
+        r"decode_sliced_kernel<\d, 8>$",
+        128,
+        {r"LDGSTS\.E\S*\.128": 4, r"LDSM\.16\.MT88\.4": 17, r"HMMA\.16816\.F32": 16, r"PRMT": 8, r"STS\.128": 6},
+    ),
+    Rule(r"(slice|fill_slices)_kernel", 64),
     Rule(r"split_sum_kernel", 64),
     Rule(
         r"gemm_sm80_kernel", 255, {r"HMMA\.16816\.F32": 32, r"LDGSTS\.E\S*\.128": 12, r"LDSM\.16\.M": 16, r"PRMT": 32}
