@@ -5,6 +5,8 @@
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
+#include <atomic>
+
 #include "checks.h"
 
 namespace masked_ops::device {
@@ -229,6 +231,22 @@ at::Tensor fragments(const Api& api, const at::Tensor& words, int64_t N, int64_t
   return result;
 }
 
+namespace {
+
+std::atomic<int> plan_rows{0}, plan_splits{0};
+
+void take_plan(cuda::Gemm& call) {
+  call.tile_rows = plan_rows.load(std::memory_order_relaxed);
+  call.splits = plan_splits.load(std::memory_order_relaxed);
+}
+
+}  // namespace
+
+void set_gemm_plan(int tile_rows, int splits) {
+  plan_rows = tile_rows;
+  plan_splits = splits;
+}
+
 at::Tensor gemm(const Api& api, Kernel kernel, bool grad_input, const at::Tensor& input, const at::Tensor& weight,
                 const at::Tensor& fragments, const at::Tensor& bias) {
   const Launch launch(input.device());
@@ -244,6 +262,7 @@ at::Tensor gemm(const Api& api, Kernel kernel, bool grad_input, const at::Tensor
   call.fragments = reinterpret_cast<const uint32_t*>(fragments.const_data_ptr<int32_t>());
   call.bias = data_or_null(bias);
   call.output = output.data_ptr();
+  take_plan(call);
   const bool sm90 = kernel == Kernel::kGemmSm90;
   const int error = sm90 ? api.gemm_sm90(&call, launch.stream()) : api.gemm_sm80(&call, launch.stream());
   if (error == cuda::kUnsupported) return {};
@@ -265,6 +284,7 @@ bool gemm_grad_weight(const Api& api, const at::Tensor& grad_output, const at::T
   call.grad_output = grad_output.const_data_ptr();
   call.words = words_of(words);
   call.output = out.data_ptr();
+  take_plan(call);
   const int error = api.gemm_sm90(&call, launch.stream());
   if (error != cuda::kUnsupported) check_launch("gemm_sm90", error);
   return error == 0;

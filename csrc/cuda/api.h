@@ -96,6 +96,8 @@ struct Gemm {
   const uint32_t* fragments;  // of the mask, from pack_fragments with transposed = (mode == kGradInput)
   const uint64_t* words;      // of the mask, for kGradWeight
   void* output;
+  // gemm_sm90's plan (gemm_tiles.h), to measure others than the one that it takes for 0.
+  int tile_rows, splits;
 };
 
 }  // namespace masked_ops::cuda

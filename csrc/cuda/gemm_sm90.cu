@@ -233,7 +233,11 @@ int run(const Gemm& g, void* stream) {
   const GemmShape shape = GemmShape::of(g);
   const int multiprocessors = multiprocessor_count();
   if (multiprocessors == 0) return kUnsupported;
-  const Sm90Plan plan = sm90_plan(shape.M, shape.R, shape.C, multiprocessors);
+  Sm90Plan plan = sm90_plan(shape.M, shape.R, shape.C, multiprocessors);
+  if (g.tile_rows > 0) {
+    plan = {g.tile_rows, g.splits};
+    if (!sm90_plan_fits(plan, shape.C)) return kUnsupported;
+  }
   switch (plan.rows) {
     case 64:
       return run<kBFloat, kMode, 64>(g, shape, plan.splits, multiprocessors, stream);

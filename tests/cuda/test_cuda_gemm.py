@@ -32,6 +32,8 @@ class Gemm(ctypes.Structure):
         ("fragments", ctypes.c_void_p),
         ("words", ctypes.c_void_p),
         ("output", ctypes.c_void_p),
+        ("tile_rows", ctypes.c_int),
+        ("splits", ctypes.c_int),
     )
 
 
@@ -50,7 +52,13 @@ def pack_fragments(cuda: Library, mask: Tensor, transposed: bool) -> Tensor:
 
 
 def gemm(
-    cuda: Library, kernel: str, mode: str, operands: dict[str, Tensor], mask: Tensor, dtype: torch.dtype | None = None
+    cuda: Library,
+    kernel: str,
+    mode: str,
+    operands: dict[str, Tensor],
+    mask: Tensor,
+    dtype: torch.dtype | None = None,
+    plan: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """The kernel on input, weight and maybe bias; on grad_output and weight; or on grad_output and input."""
     N, K = mask.shape
@@ -65,6 +73,7 @@ def gemm(
     call = Gemm(MODES.index(mode), DTYPES.index(half), DTYPES.index(output.dtype), M, N, K)
     for name, tensor in {**given, "output": output}.items():
         setattr(call, name, tensor.data_ptr())
+    call.tile_rows, call.splits = plan
     cuda.bank_conflicts()
     cuda(kernel, ctypes.byref(call))
     assert cuda.bank_conflicts() == 0
@@ -200,6 +209,24 @@ def test_gemm_splits_a_long_contraction(cuda: Library, mode: str) -> None:
         cuda.set_device(90, 28)
         check_exactly(cuda, "gemm_sm90", mode, torch.bfloat16, (50, 131, 1032))
         assert cuda.cluster() in (8, 0)
+
+
+def test_gemm_takes_any_plan(cuda: Library) -> None:
+    """With more clusters than run at once, too."""
+    skip_unless_served(cuda, "gemm_sm90")
+    M, N, K = 130, 264, 1032
+    mask = random_mask(N, K, 0.5)
+    operands = {"input": small_integers((M, K), torch.bfloat16), "weight": small_integers((N, K), torch.bfloat16)}
+    right = expected("forward", operands, mask).bfloat16()
+    for plan in [(64, 1), (64, 3), (128, 4), (192, 2), (256, 8)]:
+        assert torch.equal(gemm(cuda, "gemm_sm90", "forward", operands, mask, plan=plan), right)
+        assert cuda.cluster() in (plan[1], 0)
+    for plan in [(32, 1), (320, 1), (64, 0), (64, 5), (64, 16)]:
+        with pytest.raises(UnsupportedError):
+            gemm(cuda, "gemm_sm90", "forward", operands, mask, plan=plan)
+    with pytest.raises(UnsupportedError):  # two pairs of steps
+        half = {name: tensor[:, :136].contiguous() for name, tensor in operands.items()}
+        gemm(cuda, "gemm_sm90", "forward", half, mask[:, :136].contiguous(), plan=(64, 3))
 
 
 @pytest.mark.parametrize("mode", MODES)
