@@ -27,7 +27,7 @@ def find_cuobjdump() -> str | None:
 
 @dataclass
 class Kernel:
-    name: str  # without namespaces, such as mask_copy_kernel<1, 8>
+    name: str  # without namespaces, such as mask_copy_kernel<1, 8, 64>
     registers: int = 0
     stack: int = 0
     spilled: int = 0
@@ -110,9 +110,9 @@ class Rule:
 # A kernel that no rule names must not use more registers than leave room for 1,024 threads, or for those it asks for.
 RULES = (
     # Chunks of 16 bytes, four loads under way. kCopy1 has sixteen elements a chunk, kCopy16 one.
-    Rule(r"mask_copy_kernel<(0, 16|1, 8|2, 4|3, 2|4, 1)>$", 64, {r"LDG\.E\S*\.128": 4, r"STG\.E\S*\.128": 4}),
-    Rule(r"mask_copy_kernel<[56], 4>$", 64, {r"LDG\.E\S*\.128": 4, r"STG\.E\S*\.64": 4, r"F2FP": 8}),
-    Rule(r"mask_copy_kernel<[78], 4>$", 64, {r"LDG\.E\S*\.64": 4, r"STG\.E\S*\.128": 4}),
+    Rule(r"mask_copy_kernel<(0, 16|1, 8|2, 4|3, 2|4, 1), (1|64)>$", 64, {r"LDG\.E\S*\.128": 4, r"STG\.E\S*\.128": 4}),
+    Rule(r"mask_copy_kernel<[56], 4, (1|64)>$", 64, {r"LDG\.E\S*\.128": 4, r"STG\.E\S*\.64": 4, r"F2FP": 8}),
+    Rule(r"mask_copy_kernel<[78], 4, (1|64)>$", 64, {r"LDG\.E\S*\.64": 4, r"STG\.E\S*\.128": 4}),
     Rule(r"mask_copy_kernel", 64),
     Rule(r"(pack|pack_bits|live|row_counts|fragments)_kernel", 64),
     Rule(r"scan_kernel", 64),  # 1,024 threads
