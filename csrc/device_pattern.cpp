@@ -206,6 +206,7 @@ Sliced DevicePattern::sliced(const at::Tensor& values, const c10::Stream& stream
       if (!now && double(slice_bytes_) > cuda::kMostSlicedBytes * double(nnz_)) return {};
       const Sliced parts{slice_order_.on(stream), slice_pieces_.on(stream), {}, slice_bytes_};
       slice_data_.fill(fill_slices(*api(), words_.on(stream), begins, parts, cols_, values), stream);
+      if (!captured()) index_ = SharedBuffer();  // decode's, made anew if it is wanted
       grown = true;
     }
     if (capture) {

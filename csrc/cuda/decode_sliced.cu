@@ -2,7 +2,7 @@
 //
 // A block keeps the input in shared memory, where a column's place is made of a lane's base and the byte that says
 // which of its columns it is: one instruction. Some warps share a slice's steps, and what they have is added up at the
-// end, always in the same order. One or two rows of input are looked up as floats, by each lane for its own values.
+// end, always in the same order. Up to four rows of input are looked up as floats, by each lane for its own values.
 // More are looked up eight at a time by ldmatrix, which brings 32 columns of a row of the weight as operands of the
 // tensor cores:
 //
@@ -46,17 +46,18 @@ struct SlicedDecode {
 template <int kM>
 struct Table {
   static constexpr int kColumnBytes = kM == 8 ? 16 : 4 * kM, kSegments = kM == 1 ? 2 : 1;
+  static constexpr bool kHalves = kColumnBytes == 16;
   static constexpr int kLine = 256, kUpper = 65536;
 
   MASKED_OPS_BOTH static uint32_t base(uint32_t lane, int segment) {
-    return kM == 8 ? lane % 16 * 16 + lane / 16 * kUpper : lane * kColumnBytes + segment * 128;
+    return kHalves ? lane % 16 * 16 + lane / 16 * kUpper : lane * kColumnBytes + segment * 128;
   }
   MASKED_OPS_BOTH static uint32_t at(uint32_t column, int segment) {
     return column / 32 * kLine + base(column % 32, segment);
   }
   static size_t bytes(int64_t columns) {
     const int64_t lines = ceil_div<int64_t>(columns < kSliceColumns ? columns : kSliceColumns, 32);
-    return size_t(lines * kLine + (kM == 8 ? kUpper : 0));
+    return size_t(lines * kLine + (kHalves ? kUpper : 0));
   }
 };
 
@@ -91,12 +92,12 @@ MASKED_OPS_DEVICE float high(uint32_t pair) {
   return kDtype == kBFloat16 ? __uint_as_float(pair & 0xffff0000) : to_float<false>(uint16_t(pair >> 16));
 }
 
-// --- one or two rows of input ---
+// --- up to four rows of input ---
 
 template <int kDtype, int kM>
 struct Lookup {
   using T = Table<kM>;
-  static constexpr int kAhead = 2, kSums = kSliceRows * kM;
+  static constexpr int kAhead = kM == 4 ? 4 : 2, kSums = kSliceRows * kM;
   struct Strict {
     uint4 values;
     uint2 lines;
@@ -121,10 +122,16 @@ struct Lookup {
     const float value = kRow % 2 ? high<kDtype>(pair) : low<kDtype>(pair);
     if constexpr (kM == 1) {
       sums[kRow] += value * *reinterpret_cast<const float*>(dynamic_shared + place);
-    } else {
+    } else if constexpr (kM == 2) {
       const float2 x = *reinterpret_cast<const float2*>(dynamic_shared + place);
       sums[2 * kRow] += value * x.x;
       sums[2 * kRow + 1] += value * x.y;
+    } else {
+      const float4 x = *reinterpret_cast<const float4*>(dynamic_shared + place);
+      sums[4 * kRow] += value * x.x;
+      sums[4 * kRow + 1] += value * x.y;
+      sums[4 * kRow + 2] += value * x.z;
+      sums[4 * kRow + 3] += value * x.w;
     }
   }
   template <int kRow = 0>
@@ -297,6 +304,11 @@ MASKED_OPS_DEVICE void put_columns(uint32_t place, const uint32_t (&words)[kM]) 
   } else if constexpr (kM == 2) {
     *reinterpret_cast<float4*>(to) = {low<kDtype>(words[0]), low<kDtype>(words[1]), high<kDtype>(words[0]),
                                       high<kDtype>(words[1])};
+  } else if constexpr (kM == 4) {
+    reinterpret_cast<float4*>(to)[0] = {low<kDtype>(words[0]), low<kDtype>(words[1]), low<kDtype>(words[2]),
+                                        low<kDtype>(words[3])};
+    reinterpret_cast<float4*>(to)[1] = {high<kDtype>(words[0]), high<kDtype>(words[1]), high<kDtype>(words[2]),
+                                        high<kDtype>(words[3])};
   } else {
     uint32_t lows[4], highs[4];
 #pragma unroll
@@ -314,7 +326,7 @@ MASKED_OPS_DEVICE void put_columns(uint32_t place, const uint32_t (&words)[kM]) 
 template <int kDtype, int kM>
 struct Staging {
   using T = Table<kM>;
-  static constexpr int kBatch = kM == 8 ? 3 : 4 / kM, kStep = kBatch * 2 * kThreads;
+  static constexpr int kBatch = kM == 8 ? 3 : kM == 2 ? 2 : 4, kStep = kBatch * 2 * kThreads;
   const uint8_t* input;
   uint32_t stride;  // bytes
   int columns, rows;
@@ -359,7 +371,7 @@ struct Staging {
 template <int kDtype, int kM>
 using Reader = std::conditional_t<kM == 8, Multiply<kDtype, kM>, Lookup<kDtype, kM>>;
 template <int kM>
-constexpr int kBlocks = kM == 8 ? 1 : 2;  // of a multiprocessor
+constexpr int kBlocks = Table<kM>::kHalves ? 1 : 2;  // of a multiprocessor
 
 template <int kDtype, int kM>
 __global__ void __launch_bounds__(kThreads, kBlocks<kM>)
@@ -434,7 +446,8 @@ int run(SlicedDecode decode, void* stream) {
 template <int kDtype>
 int run(const SlicedDecode& decode, void* stream) {
   if (decode.M == 1) return run<kDtype, 1>(decode, stream);
-  return decode.M == 2 ? run<kDtype, 2>(decode, stream) : run<kDtype, 8>(decode, stream);
+  if (decode.M == 2) return run<kDtype, 2>(decode, stream);
+  return decode.M <= 4 ? run<kDtype, 4>(decode, stream) : run<kDtype, 8>(decode, stream);
 }
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }

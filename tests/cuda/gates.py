@@ -127,6 +127,11 @@ RULES = (
         {r"LDG\.E\S*\.128": 5, r"LDG\.E\S*\.64": 4, r"PRMT": 16, r"LDS": 24, r"FFMA": 24},
     ),
     Rule(
+        r"decode_sliced_kernel<\d, 4>$",
+        128,
+        {r"LDG\.E\S*\.128": 5, r"LDG\.E\S*\.64": 4, r"PRMT": 32, r"LDS\S*\.128": 32, r"FFMA": 128},
+    ),
+    Rule(
         r"decode_sliced_kernel<\d, 8>$",
         128,
         {r"LDGSTS\.E\S*\.128": 4, r"LDSM\.16\.MT88\.4": 17, r"HMMA\.16816\.F32": 16, r"PRMT": 8, r"STS\.128": 6},
