@@ -634,7 +634,9 @@ def in_a_row(calls: dict[str, list[Callable[[], object]]], dry: bool) -> dict[st
     }
 
 
-PLANS = tuple((rows, splits) for rows in (64, 128, 192, 256) for splits in (1, 2, 3, 4, 8))
+PLANS = tuple((rows, splits, False) for rows in (64, 128, 192, 256) for splits in (1, 2, 3, 4, 8)) + tuple(
+    (rows, 2, True) for rows in (128, 256)
+)
 
 
 def gemm_plans(dry: bool) -> Iterator[Row]:
@@ -646,7 +648,7 @@ def gemm_plans(dry: bool) -> Iterator[Row]:
     weights = [torch.randn(side, side, device=DEVICE, dtype=dtype) for _ in sets]
     masks = [uniform_mask((side, side), 0.1, dtype) for _ in sets]
 
-    def on(plan: tuple[int, int], x: Tensor, i: int) -> object:
+    def on(plan: tuple[int, int, bool], x: Tensor, i: int) -> object:
         set_plan(*plan)
         try:
             with masked_ops.use_path("copy" if dry else "gemm_sm90"):
@@ -658,14 +660,19 @@ def gemm_plans(dry: bool) -> Iterator[Row]:
         x = torch.randn(M, side, device=DEVICE, dtype=dtype)
         calls: dict[str, list[Callable[[], object]]] = {
             "dense": [lambda i=i, x=x: F.linear(x, weights[i]) for i in sets],
-            "gemm_sm90": [lambda i=i, x=x: on((0, 0), x, i) for i in sets],
+            "gemm_sm90": [lambda i=i, x=x: on((0, 0, False), x, i) for i in sets],
         }
-        for rows, splits in PLANS:
+        for rows, splits, trade in PLANS:
             blocks = -(-M // rows) * -(-side // 128) * splits
             if rows < M + 64 and 64 <= blocks <= 256:
-                name = f"{rows} rows, {splits} splits"
-                calls[name] = [lambda i=i, x=x, plan=(rows, splits): on(plan, x, i) for i in sets]
+                name = f"{rows} rows, {splits} splits" + ", trading" * trade
+                calls[name] = [lambda i=i, x=x, plan=(rows, splits, trade): on(plan, x, i) for i in sets]
         with torch.no_grad():
+            right = F.linear(x.double(), (weights[0] * masks[0]).double())
+            rounding = 2 * torch.finfo(dtype).eps * right.abs().max()
+            ours = [name for name in calls if name != "dense"]
+            wrong = [name for name in ours if not bool(((calls[name][0]() - right).abs() <= rounding).all())]
+            yield {"check": f"plans of gemm_sm90, {M} rows", "ok": not wrong, "detail": ", ".join(wrong) or len(ours)}
             timings = in_a_row(calls, dry)
         for row in timed_rows("gemm_sm90", timings, 2 * M * side * side, 0, M=M, N=side, K=side, density=0.1):
             yield row | ({"asked": 0.9} if row["layer"] == "gemm_sm90" else {})

@@ -233,18 +233,20 @@ at::Tensor fragments(const Api& api, const at::Tensor& words, int64_t N, int64_t
 
 namespace {
 
-std::atomic<int> plan_rows{0}, plan_splits{0};
+std::atomic<int> plan_rows{0}, plan_splits{0}, plan_trade{0};
 
 void take_plan(cuda::Gemm& call) {
   call.tile_rows = plan_rows.load(std::memory_order_relaxed);
   call.splits = plan_splits.load(std::memory_order_relaxed);
+  call.trade = plan_trade.load(std::memory_order_relaxed);
 }
 
 }  // namespace
 
-void set_gemm_plan(int tile_rows, int splits) {
+void set_gemm_plan(int tile_rows, int splits, bool trade) {
   plan_rows = tile_rows;
   plan_splits = splits;
+  plan_trade = trade;
 }
 
 at::Tensor gemm(const Api& api, Kernel kernel, bool grad_input, const at::Tensor& input, const at::Tensor& weight,

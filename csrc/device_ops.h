@@ -56,7 +56,7 @@ at::Tensor fragments(const Api& api, const at::Tensor& words, int64_t N, int64_t
 at::Tensor gemm(const Api& api, Kernel kernel, bool grad_input, const at::Tensor& input, const at::Tensor& weight,
                 const at::Tensor& fragments, const at::Tensor& bias);
 // The plan of all of gemm_sm90's products from now on, to measure it (bench/gpu_suite.py); 0: as it chooses.
-void set_gemm_plan(int tile_rows, int splits);
+void set_gemm_plan(int tile_rows, int splits, bool trade);
 // out[N][K] = masked(grad_output[M][N]^T * input[M][K]), of their dtype or float; false if the kernel does not serve
 // this call. Only gemm_sm90 has it.
 bool gemm_grad_weight(const Api& api, const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& words,

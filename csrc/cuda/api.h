@@ -98,6 +98,7 @@ struct Gemm {
   void* output;
   // gemm_sm90's plan (gemm_tiles.h), to measure others than the one that it takes for 0.
   int tile_rows, splits;
+  int trade;  // two splits each add up half of the sums out of their registers
 };
 
 }  // namespace masked_ops::cuda
