@@ -111,8 +111,9 @@ def _latin_square(sizes: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
 
 
 # (M, N, K) around the edges, then: more than one block of depth (768) in each of the three products, rows enough to be
-# split among threads, or into blocks (3001; 300 with more than one block of depth, of 16 bits too), a last row panel of
-# one row, more rows than one chunk of packed A holds at such a depth; few rows of input beside several tasks, strips
+# split among threads, or into blocks (3001; 300 and 260 with more than one block of depth, of 16 bits too; above 512
+# columns rows are packed), a last row panel of one row, more rows than one chunk of packed A holds at such a depth, or
+# than are taken as they lie at a time (2048); few rows of input beside several tasks, strips
 # and blocks of the weight, or beside a weight so narrow that its rows are split; one panel of a sparse weight for all
 # threads; more columns than 16 bits can number.
 SHAPES = tuple(_latin_square(EDGES))
@@ -133,6 +134,8 @@ LARGE_SHAPES = (
     (2, 700, 130),
     (400, 30, 700),
     (300, 50, 1100),
+    (300, 530, 900),
+    (260, 520, 1090),
 )
 DEEP_SHAPES = ((1, 3, 66000), (73, 3, 66000), (73, 66000, 3), (66000, 73, 3))
 

@@ -5,6 +5,7 @@
 // block of B comes from L2, the panel of A from L1 or L2, and the C tile from registers. The microkernel packs on the
 // side: bit by bit, from lines that it has prefetched, the block of B that is next (with few rows: at once, before).
 // Tall and small products go the other way round: a worker packs a block of A for itself and takes all of B through it.
+// Where C is narrow, an element of A serves few panels of B: its rows are read as they lie, and not packed at all.
 //
 // Elements of 16 bits become operands (elements.h) while they are packed; sums are floats, and rounded once.
 #include "gemm_partition.h"
@@ -17,9 +18,13 @@ namespace {
 // A from the rows of a matrix, kPanels panels at a time.
 template <typename T>
 struct RowsOfA {
-  static constexpr int64_t kPanels = 1;
+  static constexpr int64_t kPanels = 1, kDepth = Operand<T>::kDepth;
+  static constexpr bool kMayBeDirect = !kConverts<T>;  // whether elements, or pairs of a row, are operands as they lie
   const T* matrix;
   int64_t ld;
+
+  bool is_direct() const { return ld % kDepth == 0; }
+  DirectPanel direct(int64_t m, int64_t k0) const { return {matrix + m * ld + k0 * kDepth, ld / kDepth}; }
 
   void pack(const PackedA& layout, int64_t m0, int64_t panel, int64_t k0, float* A) const {
     const int64_t m = panel * layout.height;
@@ -31,6 +36,7 @@ struct RowsOfA {
 template <typename T>
 struct ColumnsOfA {
   static constexpr int64_t kPanels = 16;
+  static constexpr bool kMayBeDirect = false;
   const T* matrix;
   int64_t rows, ld;
 
@@ -49,6 +55,14 @@ class Gemm {
       : M_(M), N_(N), K_(ceil_div(depth, Operand<T>::kDepth)), A_(A), B_(B), bias_(bias), mask_(mask), C_(C) {}
 
   void run(const Team& team) const {
+    if constexpr (OperandA::kMayBeDirect) {
+      if (A_.is_direct() && N_ <= tuning::kDirectColumns && M_ >= tuning::kLeastDirectRows) {
+        for (int64_t m0 = 0; m0 < M_; m0 += tuning::kDirectRows) {
+          multiply_chunk<true>(team, m0, min(tuning::kDirectRows, M_ - m0));
+        }
+        return;
+      }
+    }
     // Where A is tall and B small, every thread takes rows of its own.
     const int64_t most = tuning::kRowBlockBytes / (row_depth() * int64_t{sizeof(float)});
     const int64_t blocks = ceil_div(ceil_div(M_, most), team.threads) * team.threads;
@@ -59,7 +73,7 @@ class Gemm {
       return;
     }
     const int64_t chunk = max<int64_t>(ceil_div(tuning::kPanelABytes, K_ * int64_t{sizeof(float)} * kMR), 8) * kMR;
-    for (int64_t m0 = 0; m0 < M_; m0 += chunk) multiply_chunk(team, m0, min(chunk, M_ - m0));
+    for (int64_t m0 = 0; m0 < M_; m0 += chunk) multiply_chunk<false>(team, m0, min(chunk, M_ - m0));
   }
 
  private:
@@ -77,9 +91,11 @@ class Gemm {
     return {unit.column, unit.columns, 0, layout.depth(0)};
   }
 
-  // A block of K of a unit of C. B is packed, and packer takes `steps` steps meanwhile. A is that of the block.
-  void multiply_block(const PackedA& layout, int64_t m0, const Unit& unit, const Block& block, const float* A,
-                      const float* B, Sums sums, Packer& packer, int64_t steps) const {
+  // A block of K of a unit of C. B is packed, and packer takes `steps` steps meanwhile. A is that of the block, or room
+  // for a panel, if rows are taken as they lie.
+  template <bool kDirect>
+  void multiply_block(const PackedA& layout, int64_t m0, const Unit& unit, const Block& block, float* A, const float* B,
+                      Sums sums, Packer& packer, int64_t steps) const {
     const auto run = microkernel_for<T, Packer>(unit.columns);
     const bool last = block.k0 + block.depth == K_;
     const bool has_sums = kIsFloat<T> && layout.block < K_;
@@ -107,8 +123,17 @@ class Gemm {
         tile.bits = mask_->row(m);
         tile.bits_stride = mask_->stride;
       }
-      run(min(layout.height, m0 + layout.rows - m), block.depth, A + panel * layout.pitch(block.k0), B, tile, packer,
-          steps * (call + 1) / calls - steps * call / calls);
+      const int64_t rows = min(layout.height, m0 + layout.rows - m);
+      const int64_t steps_now = steps * (call + 1) / calls - steps * call / calls;
+      if constexpr (kDirect) {
+        if (rows == kMR) {
+          direct_microkernel_for<T, Packer>(unit.columns)(block.depth, A_.direct(m, block.k0), B, tile, packer,
+                                                          steps_now);
+          continue;
+        }
+        A_.pack(layout, m0, panel, block.k0, A);
+      }
+      run(rows, block.depth, kDirect ? A : A + panel * layout.pitch(block.k0), B, tile, packer, steps_now);
     }
   }
 
@@ -131,17 +156,24 @@ class Gemm {
     }
   };
 
-  // A is packed by the team; a thread takes a panel of B through all of K, then another.
+  // A is packed by the team, or taken as it lies; a thread takes a panel of B through all of K, then another.
+  template <bool kDirect>
   void multiply_chunk(const Team& team, int64_t m0, int64_t rows) const {
-    const PackedA layout(rows, K_, tuning::kKC);
-    float* const A = static_cast<float*>(scratch(Slot::kPanelA, layout.size() * sizeof(float)));
-    const int64_t groups = ceil_div(layout.panels, OperandA::kPanels);
-    team.for_each(groups * layout.blocks(), [&](int64_t task) {
-      const int64_t k0 = task / groups * layout.block, panel = task % groups * OperandA::kPanels;
-      A_.pack(layout, m0, panel, k0, A + layout.offset(panel, k0));
-    });
+    PackedA layout(rows, K_, tuning::kKC);
+    float* A = nullptr;
+    if constexpr (kDirect) {
+      layout.height = kMR;  // but for the last panel
+    } else {
+      A = static_cast<float*>(scratch(Slot::kPanelA, layout.size() * sizeof(float)));
+      const int64_t groups = ceil_div(layout.panels, OperandA::kPanels);
+      team.for_each(groups * layout.blocks(), [&](int64_t task) {
+        const int64_t k0 = task / groups * layout.block, panel = task % groups * OperandA::kPanels;
+        A_.pack(layout, m0, panel, k0, A + layout.offset(panel, k0));
+      });
+    }
 
-    const Partition partition(N_, layout, team.threads);
+    const bool by_rows = kDirect && rows >= team.threads * tuning::kMinRowsPerTask;
+    const Partition partition(N_, layout, team.threads, by_rows);
     const int64_t workers = min<int64_t>(team.threads, partition.units());
     TaskQueue queue(partition.units(), workers);
     team.for_each(workers, [&](int64_t number) {
@@ -150,6 +182,8 @@ class Gemm {
       if (index < 0) return;
       Unit unit = partition[index];
       Buffers buffers(layout);
+      float* const room =
+          static_cast<float*>(kDirect ? scratch(Slot::kPanelA, layout.pitch(0) * sizeof(float)) : nullptr);
       Block now = first_block(unit, layout);
       Packer packer = buffers.first(B_, now);
       const bool at_once = Packer::kAtOnce && layout.panels <= tuning::kFewPanels &&
@@ -168,8 +202,8 @@ class Gemm {
           next = first_block(unit_after, layout);
         }
         packer.start(next, buffers.next());
-        multiply_block(layout, m0, unit, now, A + layout.offset(0, now.k0), buffers.now(), sums, packer,
-                       at_once ? 0 : packer.steps());
+        multiply_block<kDirect>(layout, m0, unit, now, kDirect ? room : A + layout.offset(0, now.k0), buffers.now(),
+                                sums, packer, at_once ? 0 : packer.steps());
         if (at_once && next.depth > 0) packer.all();
         unit = unit_after;
         now = next;
@@ -200,8 +234,8 @@ class Gemm {
         const int64_t k1 = last ? k0 + now.depth : k0;
         const Block next = {after.column, after.columns, k1, max<int64_t>(min(layout.block, K_ - k1), 0)};
         packer.start(next, buffers.next());
-        multiply_block(layout, m0, unit, now, A, buffers.now(), {sums ? sums + i * kNR : nullptr, ld_sums}, packer,
-                       packer.steps());
+        multiply_block<false>(layout, m0, unit, now, A, buffers.now(), {sums ? sums + i * kNR : nullptr, ld_sums},
+                              packer, packer.steps());
         now = next;
       }
     }

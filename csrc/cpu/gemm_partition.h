@@ -30,12 +30,13 @@ struct PackedA {
 };
 
 // How C is cut into units of work: a panel of B by a range of panels of A. Every thread gets an equal share of columns
-// if whole vectors allow, else of rows.
+// if whole vectors allow, else of rows. By rows, each takes its own through all of B, which it packs for itself: where
+// A is not packed, and is to be read once.
 class Partition {
  public:
-  Partition(int64_t N, const PackedA& A, int threads)
-      : N_(N), vectors_(ceil_div(N, Vec::kLanes)), row_panels_(A.panels) {
-    if (ceil_div(vectors_, threads) * threads * 15 <= vectors_ * 16) {
+  Partition(int64_t N, const PackedA& A, int threads, bool by_rows = false)
+      : N_(N), vectors_(ceil_div(N, Vec::kLanes)), row_panels_(A.panels), by_rows_(by_rows) {
+    if (!by_rows && ceil_div(vectors_, threads) * threads * 15 <= vectors_ * 16) {
       shares_ = threads;
     } else {
       splits_ = max<int64_t>(min<int64_t>(threads, A.rows / tuning::kMinRowsPerTask), 1);
@@ -51,7 +52,9 @@ class Partition {
   int64_t splits() const { return splits_; }
   int64_t units() const { return shares_ * panels_ * splits_; }
   Unit operator[](int64_t unit) const {
-    const int64_t split = unit % splits_, panel = unit / splits_ % panels_, share = unit / splits_ / panels_;
+    const int64_t of_share = by_rows_ ? unit : unit / splits_;
+    const int64_t panel = of_share % panels_, share = by_rows_ ? 0 : of_share / panels_;
+    const int64_t split = by_rows_ ? unit / panels_ : unit % splits_;
     const int64_t begin = vectors_ * share / shares_, size = vectors_ * (share + 1) / shares_ - begin;
     const int64_t column = (begin + size * panel / panels_) * Vec::kLanes;
     const int64_t end = min((begin + size * (panel + 1) / panels_) * Vec::kLanes, N_);
@@ -60,6 +63,7 @@ class Partition {
 
  private:
   int64_t N_, vectors_, row_panels_;
+  bool by_rows_;
   int64_t shares_ = 1, panels_, splits_ = 1;
 };
 

@@ -79,10 +79,43 @@ __attribute__((noinline)) void store_partial(const Tile<T>& tile, bool masked, T
   }
 }
 
+// A panel of packed A, [k][kMR].
+struct PackedPanel {
+  const float* A;
+
+  MASKED_OPS_INLINE Vec operand(int i) const { return Vec::set1(A[i]); }
+  MASKED_OPS_INLINE void advance() { A += kMR; }
+  MASKED_OPS_INLINE void fetch_next() const {}
+};
+
+// kMR rows of a matrix as they lie, whose elements, or pairs of them, are operands; ld counts those.
+struct DirectPanel {
+  using Operand32 __attribute__((may_alias, aligned(2))) = float;
+  const Operand32 *A, *fourth;  // the first row and, if there is one, that four below
+  int64_t ld, three_ld;
+
+  DirectPanel(const void* corner, int64_t ld)
+      : A(static_cast<const Operand32*>(corner)), fourth(kMR > 4 ? A + 4 * ld : A), ld(ld), three_ld(3 * ld) {}
+  MASKED_OPS_INLINE Vec operand(int i) const {
+    const Operand32* const row = i < 4 ? A : fourth;
+    return Vec::set1(i % 4 == 3 ? row[three_ld] : row[i % 4 * ld]);
+  }
+  MASKED_OPS_INLINE void advance() { ++A, ++fourth; }
+  // Where the panel below begins; from there on the hardware follows.
+  MASKED_OPS_INLINE void fetch_next() const {
+    const Operand32* row = A + kMR * ld;
+    MASKED_OPS_UNROLL
+    for (int i = 0; i < kMR; ++i, row += ld) {
+      MASKED_OPS_UNROLL
+      for (int j = 0; j < tuning::kDirectLinesAhead; ++j) prefetch(row + 16 * j);
+    }
+  }
+};
+
 // Takes `steps` steps of packing on the side.
-template <int MR, int NV, typename T, typename Packer>
-__attribute__((noinline)) void microkernel(int64_t depth, const float* A, const float* B, const Tile<T>& tile,
-                                           Packer& packer, int64_t steps) {
+template <int MR, int NV, typename T, typename Packer, typename Panel>
+__attribute__((noinline)) void microkernel(int64_t depth, Panel A, const float* B, const Tile<T>& tile, Packer& packer,
+                                           int64_t steps) {
   constexpr int L = Vec::kLanes;
   const bool full = tile.columns == NV * L;
   Vec c[MR][NV];
@@ -106,6 +139,7 @@ __attribute__((noinline)) void microkernel(int64_t depth, const float* A, const 
     }
   }
 
+  A.fetch_next();
   const int64_t period = steps > 0 ? max<int64_t>(depth / steps, 1) : depth;
   for (int64_t k = 0; k < depth;) {
     for (const int64_t end = min(k + period, depth); k < end; ++k) {
@@ -114,11 +148,11 @@ __attribute__((noinline)) void microkernel(int64_t depth, const float* A, const 
       for (int j = 0; j < NV; ++j) b[j] = Vec::load(B + j * L);
       MASKED_OPS_UNROLL
       for (int i = 0; i < MR; ++i) {
-        const Vec a = Vec::set1(A[i]);
+        const Vec a = A.operand(i);
         MASKED_OPS_UNROLL
         for (int j = 0; j < NV; ++j) c[i][j] = Operand<T>::multiply_add(a, b[j], c[i][j]);
       }
-      A += kMR;
+      A.advance();
       B += kNR;
     }
     if (steps > 0) {
@@ -158,21 +192,32 @@ void run_microkernel(int64_t rows, int64_t depth, const float* A, const float* B
     constexpr int kNext = MR == kLeastNarrowRows ? kNV : NV;
     if (rows < MR) return run_microkernel<kNext, T, Packer, MR - 1>(rows, depth, A, B, tile, packer, steps);
   }
-  microkernel<MR, NV>(depth, A, B, tile, packer, steps);
+  microkernel<MR, NV>(depth, PackedPanel{A}, B, tile, packer, steps);
+}
+
+// Calls body with the vectors of the microkernel for so many columns. Each width costs seconds of compilation; where
+// one is missing, the last vectors of the next are empty.
+template <typename T, typename Body>
+MASKED_OPS_INLINE auto with_width(int64_t columns, const Body& body) {
+  static_assert(kNV == 3);
+  const int64_t vectors = ceil_div(columns, Vec::kLanes);
+  if constexpr (kIsFloat<T>) {
+    if (vectors == 1) return body(Int<1>());
+  }
+  if constexpr (kIsFloat<T> || Operand<T>::kDepth > 1) {
+    if (vectors <= 2) return body(Int<2>());
+  }
+  return body(Int<3>());
 }
 
 template <typename T, typename Packer>
 auto microkernel_for(int64_t columns) {
-  static_assert(kNV == 3);
-  // Each width costs seconds of compilation; where one is missing, the last vectors of the next are empty.
-  const int64_t vectors = ceil_div(columns, Vec::kLanes);
-  if constexpr (kIsFloat<T>) {
-    if (vectors == 1) return run_microkernel<1, T, Packer>;
-  }
-  if constexpr (kIsFloat<T> || Operand<T>::kDepth > 1) {
-    if (vectors <= 2) return run_microkernel<2, T, Packer>;
-  }
-  return run_microkernel<3, T, Packer>;
+  return with_width<T>(columns, [](auto nv) { return run_microkernel<decltype(nv)::value, T, Packer>; });
+}
+
+template <typename T, typename Packer>
+auto direct_microkernel_for(int64_t columns) {
+  return with_width<T>(columns, [](auto nv) { return microkernel<kMR, decltype(nv)::value, T, Packer, DirectPanel>; });
 }
 
 }  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY

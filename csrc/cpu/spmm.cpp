@@ -241,9 +241,11 @@ void spmm_worker(const SparseIndex& index, const float* values, Tiles tiles, con
 
 void compress_spmm(const Team& team, const SparseIndex& index, Dtype dtype, Bits bits, const int64_t* offsets,
                    const void* weight, void* values, int64_t M, const void* input, const void* bias, void* output) {
-  // Where a panel is one task, and each thread has one.
-  const int64_t width = tile_vectors(index) * L;
-  if (dtype == Dtype::kFloat && M <= most_tiles(index, width) * width && index.panels >= team.threads) {
+  // Where a panel is one task, each thread has one, and it is worth packing all of the input for it.
+  const Tiles tiles = {M, tile_vectors(index)};
+  const bool packs_much = takes_rows(index, tiles, team.threads) && tuning::kPackedPerWeight * M >= index.rows;
+  if (dtype == Dtype::kFloat && tiles.count() <= most_tiles(index, tiles.width()) && index.panels >= team.threads &&
+      !packs_much) {
     const DenseWeight dense = {bits, index.cols, offsets, static_cast<const float*>(weight),
                                static_cast<float*>(values)};
     return compress_and_multiply(team, index, dense, M, static_cast<const float*>(input),

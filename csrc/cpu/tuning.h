@@ -33,6 +33,16 @@ constexpr int64_t kRowBlockDepth = 512, kRowBlockBytes = int64_t{512} << 10;
 constexpr int64_t kLeastRowBlock = 128;
 constexpr int64_t kMostRepackedBytes = int64_t{2} << 20;
 
+// Columns of C up to which rows of A are not packed, but read as they lie; the least rows, and those that are taken at
+// a time. Two threads, us, packed and as they lie: 64, 1024 -> 64, float32 26.0 and 22.4, bfloat16 14.4 and 12.3; 512,
+// 2048 -> 128 603 and 574, 308 and 296; 2048, 2048 -> 256 5070 and 4640, 2400 and 2360; 512, 768 -> 3072 5% longer as
+// they lie. A last panel of few rows is packed after all, and takes as long as a whole one: 17, 2048 -> 256, one
+// thread, bfloat16 10% longer.
+constexpr int64_t kDirectColumns = 512, kLeastDirectRows = 24, kDirectRows = 2048;
+// Lines of each of their next rows that are fetched ahead. 2048, 3072 -> 128, bfloat16, against dense torch: .94 with
+// none, 1.00 with two, .98 with eight; from caches all the same.
+constexpr int kDirectLinesAhead = 2;
+
 // Packing of B: depths per run of a few rows, and how many steps the prefetch is ahead, from rows (a step is a vector
 // of four rows) and from columns (a step is a depth). The time between two steps is some hundred cycles at M = 128 and
 // some tens at M = 16. 128, 4096 -> 4096: runs of 16, 64, 256 depths reach 86%, 92%, 91% of the peak.
@@ -171,6 +181,11 @@ constexpr int64_t kPackedBytesPerEntry = 8;
 // gathered, 256, 3072 -> 768 (3.3) 522 and 524, 128 (1.7) 297 and 276. The same with more input than is packed at a
 // time: gathered, 512, 3072 -> 768 at 50% 3.67 and 4.12 ms.
 constexpr int64_t kPackedPerEntry = 1, kPackedPerGathered = 3;
+// Where they do, and this times the rows of input are those of the weight, the weight is compressed in a pass of its
+// own, and not panel by panel for threads that all pack. Two near threads, at 90%, us: 1024, 256 -> 128 72 to 54; 256,
+// 3072
+// -> 768 702 to 648; 256, 1024 -> 1024 296 and 296, 128, 768 -> 768 100 and 107.
+constexpr int64_t kPackedPerWeight = 3;
 
 // Convolution: vectors that packing prefetches ahead of itself.
 constexpr int64_t kVectorsAhead = 128;
