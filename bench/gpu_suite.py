@@ -617,7 +617,7 @@ def decode_decisions(side: int, density: float) -> Callable[[bool], Iterator[Row
                 timings = replayed_on_device(calls, DRY_SECONDS if dry else SECONDS)
             about = {"M": M, "N": n, "K": n, "density": density}
             for row in timed_rows("decode", timings, 0, 0, **about):
-                if row["layer"] == "decode_sliced" and side == 8192:
+                if row["layer"] == "decode_sliced" and n == 8192:
                     row |= {"asked": ASKED.get((density, M)), "expected_us": EXPECTED_US[density][M]}
                 yield row
 
@@ -641,7 +641,7 @@ PLANS = tuple((rows, splits, False) for rows in (64, 128, 192, 256) for splits i
 
 def gemm_plans(dry: bool) -> Iterator[Row]:
     """gemm_sm90 as it chooses and with every plan of one wave or a little more, forward."""
-    assert _ops._module is not None
+    assert masked_ops.is_available() and _ops._module is not None
     set_plan = _ops._module.set_cuda_gemm_plan
     side, dtype = (64, torch.float32) if dry else (4096, torch.bfloat16)
     sets = range(sets_beyond_l2(2 * side * side))
