@@ -695,6 +695,14 @@ def small_copies(dry: bool) -> Iterator[Row]:
 
 # --- profile ---------------------------------------------------------------------------------------------------------
 
+# One row of input and eight in turn.
+PROFILED_DECODE = """import gpu_suite
+x=torch.randn(8,8192,device='cuda').bfloat16();w=torch.randn(8192,8192,device='cuda').bfloat16()
+v,b=gpu_suite.packed(w,(torch.rand_like(w)<.1).bfloat16())
+with masked_ops.use_path('PATH'):
+ for i in range(6):
+  if i == 3: profiler.start()
+  masked_ops.packed_linear(x[:1],v,b,8192);masked_ops.packed_linear(x,v,b,8192)"""
 PROFILED = {  # the first calls check the kernels and pack the mask
     "mask_copy": "w=torch.randn(8192,8192,device='cuda').bfloat16();m=(torch.rand_like(w)<.5).bfloat16()\n"
     "for i in range(6):\n if i == 3: profiler.start()\n masked_ops.apply_mask(w,m)",
@@ -702,15 +710,14 @@ PROFILED = {  # the first calls check the kernels and pack the mask
     "m=(torch.rand_like(w)<.5).bfloat16()\n"
     "with masked_ops.use_path('gemm_sm90'):\n"
     " for i in range(6):\n  if i == 3: profiler.start()\n  masked_ops.masked_linear(x,w,m)",
-    "decode": "import gpu_suite\n"
-    "x=torch.randn(1,8192,device='cuda').bfloat16();w=torch.randn(8192,8192,device='cuda').bfloat16()\n"
-    "v,b=gpu_suite.packed(w,(torch.rand_like(w)<.1).bfloat16())\n"
-    "for i in range(6):\n if i == 3: profiler.start()\n masked_ops.packed_linear(x,v,b,8192)",
+    "decode_gather": PROFILED_DECODE.replace("PATH", "decode"),
+    "decode_sliced": PROFILED_DECODE.replace("PATH", "decode_sliced"),
 }
 METRICS = (
     "gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,"
     "sm__throughput.avg.pct_of_peak_sustained_elapsed,sm__warps_active.avg.pct_of_peak_sustained_active,"
-    "smsp__issue_active.avg.pct_of_peak_sustained_active"
+    "smsp__issue_active.avg.pct_of_peak_sustained_active,"
+    "l1tex__data_pipe_lsu_wavefronts_mem_shared.sum,l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum"
 )
 
 
