@@ -3,12 +3,17 @@
     python bench/gpu_suite.py --phase correctness --budget-s 420 --json bench/results/gpu-correctness.json
     python bench/gpu_suite.py --phase timing      --budget-s 540 --json bench/results/gpu-timing.json
     python bench/gpu_suite.py --phase profile     --budget-s 360 --json bench/results/gpu-profile.json
+    python bench/gpu_suite.py --phase decide      --budget-s 420 --json bench/results/gpu-decide.json
     python bench/gpu_suite.py --phase timing --dry      # every case at a tiny size on the CPU
 
 The kernels are built first. Then each case runs in a process of its own with a time limit (those of the correctness
 phase --jobs at a time); what it found is in the JSON file at once, and a short table comes last. MASKED_OPS_CUDA=1 is
 set: kernels that no GPU has confirmed are used. What is expected stands in bench/results/gpu-predictions.md, written
 before the first run.
+
+The phase decide is for what no GPU has decided yet: whether decode_sliced is right and how fast, which plan of
+gemm_sm90 is best for few rows, and what a masked copy of a small weight costs. Its table says what was asked and what a
+model expects.
 
 Contenders of the timings: hook (multiply by the mask, then dense: torch.nn.utils.prune), dense, copy (torch's own
 operations mask), mask_copy, gemm_sm90 and gemm_sm80 where they serve, and packed (decode, or unpack and multiply).
@@ -25,7 +30,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +198,47 @@ def packed_is_right(dtype: torch.dtype) -> Callable[[bool], Iterator[Row]]:
                     error = (y.double() - right).abs().max()
                     worst = max(worst, float(error / allowed) if bool(error.isfinite()) else float("inf"))
         yield {"check": "packed linear", "ok": worst < 8, "detail": f"error {worst:.2f} of torch's"}
+
+    return run
+
+
+SLICED_SIZES = ((1, 2), (65, 130), (257, 264), (4096, 4096), (1000, 11008), (300, 8192 * 2 + 70), (36000, 64))
+
+
+def sliced_is_right(dtype: torch.dtype) -> Callable[[bool], Iterator[Row]]:
+    """Frozen values, against float64 with poisoned outputs; then the same bits again and again."""
+
+    def run(dry: bool) -> Iterator[Row]:
+        worst, changed, refused = 0.0, 0, ""
+        for N, K in SLICED_SIZES[:3] if dry else SLICED_SIZES:
+            for density in (0.0, 0.03, 0.5, 1.0):
+                weight, bias = torch.randn(N, K, device=DEVICE, dtype=dtype), torch.randn(N, device=DEVICE, dtype=dtype)
+                mask = uniform_mask((N, K), density, dtype)
+                mask[: N // 2, : K // 3 : 32] = 1  # uneven, so that there are loose steps
+                values, bits = packed(weight, mask)
+                for M in (1, 2, 3, 8, 16, 33, 64):
+                    x = torch.randn(M, K, device=DEVICE, dtype=dtype)
+                    try:
+                        with masked_ops.use_path("copy" if dry else "decode_sliced"), poisoned():
+                            ys = [masked_ops.packed_linear(x, values, bits, K, bias) for _ in range(4 if dry else 20)]
+                    except RuntimeError as error:
+                        if "cannot serve" not in str(error):
+                            raise
+                        refused = str(error)
+                        continue
+                    changed += sum(int((y != ys[0]).sum()) for y in ys[1:])
+                    right = F.linear(x.double(), (weight * mask).double(), bias.double())
+                    plain = F.linear(x, weight * mask, bias)
+                    rounding = torch.finfo(dtype).eps * right.abs().max().clamp(min=1e-30)
+                    allowed = torch.maximum((plain.double() - right).abs().max(), rounding)
+                    error = (ys[0].double() - right).abs().max()
+                    worst = max(worst, float(error / allowed) if bool(error.isfinite()) else float("inf"))
+        ok = worst < 8 and changed == 0 and not refused
+        yield {
+            "check": "decode_sliced",
+            "ok": ok,
+            "detail": refused or f"error {worst:.2f} of torch's; {changed} elements changed",
+        }
 
     return run
 
@@ -534,8 +580,129 @@ def convolution_steps(dry: bool) -> Iterator[Row]:
         yield from timed_rows("convolution step", timed(calls, dry), flops, 0, **about)
 
 
+# --- what is to be decided -------------------------------------------------------------------------------------------
+
+# Of decode_sliced, by density and rows of input: how many times as fast as dense is asked, and the microseconds that
+# are expected (bench/results/gpu-predictions.md).
+ASKED = {(0.1, 1): 3, (0.1, 16): 3, **{(0.25, M): 1.6 for M in (1, 2, 4, 8, 16)}} | {
+    (0.5, M): 1.05 for M in (1, 2, 4, 8, 16)
+}
+EXPECTED_US = {
+    0.1: {1: 9.5, 2: 10, 4: 10.5, 8: 11, 16: 16, 32: 28, 64: 50},
+    0.25: {1: 17, 2: 18, 4: 18.5, 8: 20, 16: 32, 32: 60, 64: 115},
+    0.5: {1: 30, 2: 31, 4: 31, 8: 34, 16: 58, 32: 112, 64: 220},
+}
+
+
+def decode_decisions(side: int, density: float) -> Callable[[bool], Iterator[Row]]:
+    """As decode_timings, with both kernels."""
+
+    def run(dry: bool) -> Iterator[Row]:
+        n, dtype = (64, torch.float32) if dry else (side, torch.bfloat16)
+        count = sets_beyond_l2(int(3 * density * n * n))
+        weights = [torch.randn(n, n, device=DEVICE, dtype=dtype) for _ in range(count)]
+        stored = [packed(w, uniform_mask((n, n), density, dtype)) for w in weights]
+        weights = weights[: sets_beyond_l2(2 * n * n)]
+
+        def on(path: str, s: tuple[Tensor, Tensor], x: Tensor) -> object:
+            with masked_ops.use_path("sparse" if dry else path):
+                return masked_ops.packed_linear(x, *s, n)
+
+        for M in (1, 16) if dry else (1, 2, 4, 8, 16, 32, 64) if side == 8192 else (1, 8, 16):
+            x = torch.randn(M, n, device=DEVICE, dtype=dtype)
+            calls: dict[str, list[Callable[[], object]]] = {"dense": [lambda w=w, x=x: F.linear(x, w) for w in weights]}
+            for path in ("decode", "decode_sliced"):
+                calls[path] = [lambda s=s, x=x, path=path: on(path, s, x) for s in stored]
+            with torch.no_grad():
+                timings = replayed_on_device(calls, DRY_SECONDS if dry else SECONDS)
+            about = {"M": M, "N": n, "K": n, "density": density}
+            for row in timed_rows("decode", timings, 0, 0, **about):
+                if row["layer"] == "decode_sliced" and n == 8192:
+                    row |= {"asked": ASKED.get((density, M)), "expected_us": EXPECTED_US[density][M]}
+                yield row
+
+    return run
+
+
+def in_a_row(calls: dict[str, list[Callable[[], object]]], dry: bool) -> dict[str, Any]:
+    """Per call, all of a contender's between two events: less of what events cost, where a call cannot be captured."""
+    whole = {name: [lambda functions=functions: [f() for f in functions]] for name, functions in calls.items()}
+    timings = timed(whole, dry)  # type: ignore[arg-type]
+    return {
+        name: replace(t, minimum=t.minimum / len(calls[name]), median=t.median / len(calls[name]))
+        for name, t in timings.items()
+    }
+
+
+PLANS = tuple((rows, splits, False) for rows in (64, 128, 192, 256) for splits in (1, 2, 3, 4, 8)) + tuple(
+    (rows, 2, True) for rows in (128, 256)
+)
+
+
+def gemm_plans(dry: bool) -> Iterator[Row]:
+    """gemm_sm90 as it chooses and with every plan of one wave or a little more, forward."""
+    assert masked_ops.is_available() and _ops._module is not None
+    set_plan = _ops._module.set_cuda_gemm_plan
+    side, dtype = (64, torch.float32) if dry else (4096, torch.bfloat16)
+    sets = range(sets_beyond_l2(2 * side * side))
+    weights = [torch.randn(side, side, device=DEVICE, dtype=dtype) for _ in sets]
+    masks = [uniform_mask((side, side), 0.1, dtype) for _ in sets]
+
+    def on(plan: tuple[int, int, bool], x: Tensor, i: int) -> object:
+        set_plan(*plan)
+        try:
+            with masked_ops.use_path("copy" if dry else "gemm_sm90"):
+                return masked_ops.masked_linear(x, weights[i], masks[i])
+        finally:
+            set_plan()
+
+    for M in (8,) if dry else (64, 128, 256, 512):
+        x = torch.randn(M, side, device=DEVICE, dtype=dtype)
+        calls: dict[str, list[Callable[[], object]]] = {
+            "dense": [lambda i=i, x=x: F.linear(x, weights[i]) for i in sets],
+            "gemm_sm90": [lambda i=i, x=x: on((0, 0, False), x, i) for i in sets],
+        }
+        for rows, splits, trade in PLANS:
+            blocks = -(-M // rows) * -(-side // 128) * splits
+            if rows < M + 64 and 64 <= blocks <= 256:
+                name = f"{rows} rows, {splits} splits" + ", trading" * trade
+                calls[name] = [lambda i=i, x=x, plan=(rows, splits, trade): on(plan, x, i) for i in sets]
+        with torch.no_grad():
+            right = F.linear(x.double(), (weights[0] * masks[0]).double())
+            rounding = 2 * torch.finfo(dtype).eps * right.abs().max()
+            ours = [name for name in calls if name != "dense"]
+            wrong = [name for name in ours if not bool(((calls[name][0]() - right).abs() <= rounding).all())]
+            yield {"check": f"plans of gemm_sm90, {M} rows", "ok": not wrong, "detail": ", ".join(wrong) or len(ours)}
+            timings = in_a_row(calls, dry)
+        for row in timed_rows("gemm_sm90", timings, 2 * M * side * side, 0, M=M, N=side, K=side, density=0.1):
+            yield row | ({"asked": 0.9} if row["layer"] == "gemm_sm90" else {})
+
+
+def small_copies(dry: bool) -> Iterator[Row]:
+    """The weights of small convolutions: the masked copy is what a step of theirs differs in from the hook's."""
+    for c_out, c_in, kernel in ((64, 64, 3), (512, 512, 3), (64, 256, 1)):
+        dtype = torch.float32 if dry else torch.bfloat16
+        weight = torch.randn(c_out, c_in, kernel, kernel, device=DEVICE, dtype=dtype)
+        weight, mask = (t.to(memory_format=torch.channels_last) for t in (weight, (weight > 1).to(dtype)))
+        calls: dict[str, list[Callable[[], object]]] = {
+            "hook": [lambda w=weight, m=mask: w * m] * 8,
+            "apply_mask": [lambda w=weight, m=mask: masked_ops.apply_mask(w, m)] * 8,
+        }
+        with torch.no_grad():
+            timings = in_a_row(calls, dry)
+        yield from timed_rows("small masked copy", timings, 0, 0, shape=f"{c_out}x{c_in}x{kernel}x{kernel}")
+
+
 # --- profile ---------------------------------------------------------------------------------------------------------
 
+# One row of input and eight in turn.
+PROFILED_DECODE = """import gpu_suite
+x=torch.randn(8,8192,device='cuda').bfloat16();w=torch.randn(8192,8192,device='cuda').bfloat16()
+v,b=gpu_suite.packed(w,(torch.rand_like(w)<.1).bfloat16())
+with masked_ops.use_path('PATH'):
+ for i in range(6):
+  if i == 3: profiler.start()
+  masked_ops.packed_linear(x[:1],v,b,8192);masked_ops.packed_linear(x,v,b,8192)"""
 PROFILED = {  # the first calls check the kernels and pack the mask
     "mask_copy": "w=torch.randn(8192,8192,device='cuda').bfloat16();m=(torch.rand_like(w)<.5).bfloat16()\n"
     "for i in range(6):\n if i == 3: profiler.start()\n masked_ops.apply_mask(w,m)",
@@ -543,15 +710,14 @@ PROFILED = {  # the first calls check the kernels and pack the mask
     "m=(torch.rand_like(w)<.5).bfloat16()\n"
     "with masked_ops.use_path('gemm_sm90'):\n"
     " for i in range(6):\n  if i == 3: profiler.start()\n  masked_ops.masked_linear(x,w,m)",
-    "decode": "import gpu_suite\n"
-    "x=torch.randn(1,8192,device='cuda').bfloat16();w=torch.randn(8192,8192,device='cuda').bfloat16()\n"
-    "v,b=gpu_suite.packed(w,(torch.rand_like(w)<.1).bfloat16())\n"
-    "for i in range(6):\n if i == 3: profiler.start()\n masked_ops.packed_linear(x,v,b,8192)",
+    "decode_gather": PROFILED_DECODE.replace("PATH", "decode"),
+    "decode_sliced": PROFILED_DECODE.replace("PATH", "decode_sliced"),
 }
 METRICS = (
     "gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,"
     "sm__throughput.avg.pct_of_peak_sustained_elapsed,sm__warps_active.avg.pct_of_peak_sustained_active,"
-    "smsp__issue_active.avg.pct_of_peak_sustained_active"
+    "smsp__issue_active.avg.pct_of_peak_sustained_active,"
+    "l1tex__data_pipe_lsu_wavefronts_mem_shared.sum,l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum"
 )
 
 
@@ -663,6 +829,13 @@ def all_cases() -> list[Case]:
     cases.append(Case("amp-steps", "timing", 60, amp_steps))
     cases.append(Case("convolution-steps", "timing", 60, convolution_steps))
 
+    sliced = [sliced_is_right(DTYPES[name]) for name in ("bf16", "fp16")]
+    cases.append(Case("sliced-is-right", "decide", 120, one_after_another(*sliced)))
+    decisions = [decode_decisions(8192, density) for density in EXPECTED_US]
+    cases.append(Case("decide-decode", "decide", 120, one_after_another(*decisions, decode_decisions(4096, 0.1))))
+    cases.append(Case("decide-gemm", "decide", 60, gemm_plans))
+    cases.append(Case("decide-convolutions", "decide", 60, one_after_another(small_copies, convolution_steps)))
+
     cases += [Case(f"{kind}-step", "profile", 120, training_step(kind)) for kind in ("transformer", "resnet")]
     cases += [Case(f"ncu-{kernel}", "profile", 90, profiled(kernel)) for kernel in PROFILED]
     return cases
@@ -704,7 +877,7 @@ def short(rows: list[Row]) -> str:
     ]
     timed = [row for row in rows if "us" in row]
     if timed:
-        header = ("case", "M N K", "density", "layer", "us", "TF/s", "GB/s", "x hook", "x dense")
+        header = ("case", "M N K", "density", "layer", "us", "TF/s", "GB/s", "x hook", "x dense", "asked", "expected")
         lines.append(table([header, *map(cells, timed)]))
     return "\n".join(lines)
 
@@ -720,12 +893,14 @@ def cells(row: Row) -> list[str]:
         f"{row['us']:.1f}",
         *(f"{row[key]:.0f}" if key in row else "" for key in ("tflops", "gb_per_s")),
         *(f"{row[key]:.2f}" if key in row else "" for key in ("x_hook", "x_dense")),
+        f"{row['asked']:g}" if row.get("asked") else "",
+        f"{row['expected_us']:g} us" if "expected_us" in row else "",
     ]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--phase", choices=["correctness", "timing", "profile"], default="correctness")
+    parser.add_argument("--phase", choices=["correctness", "timing", "decide", "profile"], default="correctness")
     parser.add_argument("--budget-s", type=float, default=420, help="end within this time (default: %(default)s)")
     parser.add_argument("--dry", action="store_true", help="tiny sizes; runs without a GPU")
     parser.add_argument("--only", metavar="NAMES", help="cases whose name holds one of these, separated by commas")

@@ -15,10 +15,11 @@
 namespace masked_ops::device {
 namespace {
 
-constexpr std::array<const char*, kKernels> kNames = {"mask_copy", "packed", "decode", "gemm_sm80", "gemm_sm90"};
+constexpr std::array<const char*, kKernels> kNames = {"mask_copy", "packed",    "decode",
+                                                      "gemm_sm80", "gemm_sm90", "decode_sliced"};
 
 // Kernels that have been right on a GPU, over bench/gpu_suite.py --phase correctness: an H200.
-constexpr std::array<bool, kKernels> kConfirmed = {true, true, true, true, true};
+constexpr std::array<bool, kKernels> kConfirmed = {true, true, true, true, true, /*decode_sliced=*/false};
 
 constexpr int kMaxDevices = 64;
 
@@ -55,6 +56,9 @@ const Api* open(const std::string& path) {
   MASKED_OPS_FIND(decode_index);
   MASKED_OPS_FIND(decode_workspace);
   MASKED_OPS_FIND(decode);
+  MASKED_OPS_FIND(slice);
+  MASKED_OPS_FIND(fill_slices);
+  MASKED_OPS_FIND(decode_sliced);
   MASKED_OPS_FIND(fragments_bytes);
   MASKED_OPS_FIND(pack_fragments);
   MASKED_OPS_FIND(gemm_sm80);
@@ -93,6 +97,8 @@ bool forced(Kernel kernel) {
       return kernel == Kernel::kMaskCopy;
     case Path::kDecode:
       return kernel == Kernel::kDecode || kernel == Kernel::kPacked;
+    case Path::kDecodeSliced:
+      return kernel == Kernel::kDecodeSliced || kernel == Kernel::kPacked;
     case Path::kGemmSm80:
       return kernel == Kernel::kGemmSm80 || kernel == Kernel::kMaskCopy;
     case Path::kGemmSm90:
@@ -122,6 +128,9 @@ const char* too_old(const Api& api, Kernel kernel, c10::Device device) {
   const int error = api.device_facts(device.index(), &facts);
   if (error) return intern(std::string("the device cannot be asked: ") + api.error_string(error));
   if (kernel == Kernel::kGemmSm90 && facts.major != 9) return "it needs compute capability 9.0";
+  if (kernel == Kernel::kDecodeSliced && facts.shared_bytes < cuda::kSlicedSharedBytes) {
+    return "it needs a block's shared memory to be as large as Hopper's";
+  }
   return facts.major < 8 ? "it needs compute capability 8.0 or newer" : nullptr;
 }
 
@@ -192,7 +201,7 @@ const char* obstacle(Kernel kernel, c10::Device device) {
   const auto index = static_cast<size_t>(kernel);
   if (cuda_switch() == Switch::kNone) return "MASKED_OPS_CUDA=0 turns the CUDA kernels off";
   if (!kConfirmed[index] && cuda_switch() != Switch::kAll && !forced(kernel)) {
-    return "no GPU has confirmed the CUDA kernels yet; MASKED_OPS_CUDA=1 turns them on";
+    return "no GPU has confirmed this kernel yet; MASKED_OPS_CUDA=1 turns it on";
   }
   const Api* functions = api();
   if (!functions) return intern(api_reason());

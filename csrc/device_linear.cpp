@@ -54,7 +54,8 @@ struct Plan {
     const char* fused = why ? why : misfit(pass, factor, mask);
     const char* sm80 = fused ? fused : obstacle(Kernel::kGemmSm80, device);
     const char* sm90 = fused ? fused : obstacle(Kernel::kGemmSm90, device);
-    choice = choose_device("linear layer", pass, M, mask.numel(), {why, "it is for packed layers", sm80, sm90}, why);
+    const char* packed = "it is for packed layers";
+    choice = choose_device("linear layer", pass, M, mask.numel(), {why, packed, sm80, sm90, packed}, why);
     if (M == 0 || mask.numel() == 0) choice.path = Path::kCopy;  // nothing to compute; torch knows the shapes
   }
 

@@ -1,7 +1,11 @@
 #include "device_ops.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
+
+#include <atomic>
 
 #include "checks.h"
 
@@ -167,6 +171,56 @@ at::Tensor decode(const Api& api, const at::Tensor& input, const at::Tensor& val
   return output;
 }
 
+Sliced slice(const Api& api, const at::Tensor& words, const at::Tensor& offsets, int64_t N, int64_t K) {
+  const Launch launch(words.device());
+  const int64_t slices = (N + cuda::kSliceRows - 1) / cuda::kSliceRows;
+  const int64_t segments = (K + cuda::kSliceColumns - 1) / cuda::kSliceColumns;
+  const at::Tensor counts = offsets.narrow(0, 1, N).sub(offsets.narrow(0, 0, N));
+  at::Tensor order = at::full({slices * cuda::kSliceRows}, -1, words.options().dtype(at::kInt));
+  order.narrow(0, 0, N).copy_(counts.argsort(0, /*descending=*/true));
+  static_assert(sizeof(cuda::SlicedPiece) == 4 * sizeof(int32_t));
+  at::Tensor pieces = at::zeros({slices * segments, 4}, order.options());
+  const int error = api.slice(words_of(words), N, K, order.const_data_ptr<int32_t>(),
+                              reinterpret_cast<cuda::SlicedPiece*>(pieces.data_ptr<int32_t>()), launch.stream());
+  check_launch("slice", error);
+  const at::Tensor sizes = pieces.select(1, 1).to(at::kLong), ends = sizes.cumsum(0);
+  pieces.select(1, 0).copy_(ends.sub(sizes));
+  const int64_t units = slices * segments > 0 ? ends.select(0, -1).item<int64_t>() : 0;
+  return {order, pieces, {}, units * cuda::kSliceUnit};
+}
+
+namespace {
+
+const cuda::SlicedPiece* pieces_of(const Sliced& sliced) {
+  return reinterpret_cast<const cuda::SlicedPiece*>(sliced.pieces.const_data_ptr<int32_t>());
+}
+
+}  // namespace
+
+at::Tensor fill_slices(const Api& api, const at::Tensor& words, const at::Tensor& offsets, const Sliced& sliced,
+                       int64_t K, const at::Tensor& values) {
+  const Launch launch(values.device());
+  at::Tensor data = empty_on(values.device(), {sliced.bytes}, at::kByte);
+  const int error = api.fill_slices(words_of(words), offsets.numel() - 1, K, offsets.const_data_ptr<int64_t>(),
+                                    sliced.order.const_data_ptr<int32_t>(), pieces_of(sliced), values.const_data_ptr(),
+                                    data.data_ptr(), launch.stream());
+  check_launch("fill_slices", error);
+  return data;
+}
+
+at::Tensor decode_sliced(const Api& api, const at::Tensor& input, const Sliced& sliced, int64_t N,
+                         const at::Tensor& bias) {
+  const Launch launch(input.device());
+  at::Tensor output = empty_with_last_dim(input, N);
+  const int error =
+      api.decode_sliced(cuda_dtype(input.scalar_type()), rows_of(input), N, input.size(-1), input.const_data_ptr(),
+                        sliced.order.const_data_ptr<int32_t>(), pieces_of(sliced), sliced.data.const_data_ptr(),
+                        data_or_null(bias), output.data_ptr(), launch.stream());
+  if (error == cuda::kUnsupported) return {};
+  check_launch("decode_sliced", error);
+  return output;
+}
+
 at::Tensor fragments(const Api& api, const at::Tensor& words, int64_t N, int64_t K, bool transposed) {
   const Launch launch(words.device());
   const size_t bytes = api.fragments_bytes(N, K, transposed);
@@ -175,6 +229,24 @@ at::Tensor fragments(const Api& api, const at::Tensor& words, int64_t N, int64_t
                api.pack_fragments(words_of(words), N, K, transposed,
                                   reinterpret_cast<uint32_t*>(result.mutable_data_ptr<int32_t>()), launch.stream()));
   return result;
+}
+
+namespace {
+
+std::atomic<int> plan_rows{0}, plan_splits{0}, plan_trade{0};
+
+void take_plan(cuda::Gemm& call) {
+  call.tile_rows = plan_rows.load(std::memory_order_relaxed);
+  call.splits = plan_splits.load(std::memory_order_relaxed);
+  call.trade = plan_trade.load(std::memory_order_relaxed);
+}
+
+}  // namespace
+
+void set_gemm_plan(int tile_rows, int splits, bool trade) {
+  plan_rows = tile_rows;
+  plan_splits = splits;
+  plan_trade = trade;
 }
 
 at::Tensor gemm(const Api& api, Kernel kernel, bool grad_input, const at::Tensor& input, const at::Tensor& weight,
@@ -192,6 +264,7 @@ at::Tensor gemm(const Api& api, Kernel kernel, bool grad_input, const at::Tensor
   call.fragments = reinterpret_cast<const uint32_t*>(fragments.const_data_ptr<int32_t>());
   call.bias = data_or_null(bias);
   call.output = output.data_ptr();
+  take_plan(call);
   const bool sm90 = kernel == Kernel::kGemmSm90;
   const int error = sm90 ? api.gemm_sm90(&call, launch.stream()) : api.gemm_sm80(&call, launch.stream());
   if (error == cuda::kUnsupported) return {};
@@ -213,6 +286,7 @@ bool gemm_grad_weight(const Api& api, const at::Tensor& grad_output, const at::T
   call.grad_output = grad_output.const_data_ptr();
   call.words = words_of(words);
   call.output = out.data_ptr();
+  take_plan(call);
   const int error = api.gemm_sm90(&call, launch.stream());
   if (error != cuda::kUnsupported) check_launch("gemm_sm90", error);
   return error == 0;

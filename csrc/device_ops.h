@@ -38,10 +38,25 @@ at::Tensor decode_index(const Api& api, const at::Tensor& words, int64_t N, int6
 at::Tensor decode(const Api& api, const at::Tensor& input, const at::Tensor& values, const at::Tensor& index, int64_t N,
                   const at::Tensor& bias);
 
+// A weight in slices (cuda/api.h); without data, what a mask says of it.
+struct Sliced {
+  at::Tensor order, pieces, data;
+  int64_t bytes;  // of the data
+};
+// The mask's part, for which the device is waited for.
+Sliced slice(const Api& api, const at::Tensor& words, const at::Tensor& offsets, int64_t N, int64_t K);
+// The data: values must be contiguous, of 16 bits.
+at::Tensor fill_slices(const Api& api, const at::Tensor& words, const at::Tensor& offsets, const Sliced& sliced,
+                       int64_t K, const at::Tensor& values);
+at::Tensor decode_sliced(const Api& api, const at::Tensor& input, const Sliced& sliced, int64_t N,
+                         const at::Tensor& bias);
+
 at::Tensor fragments(const Api& api, const at::Tensor& words, int64_t N, int64_t K, bool transposed);
 // The output, or undefined if the kernel does not serve this call. input is [M][K], or for grad_input [M][N].
 at::Tensor gemm(const Api& api, Kernel kernel, bool grad_input, const at::Tensor& input, const at::Tensor& weight,
                 const at::Tensor& fragments, const at::Tensor& bias);
+// The plan of all of gemm_sm90's products from now on, to measure it (bench/gpu_suite.py); 0: as it chooses.
+void set_gemm_plan(int tile_rows, int splits, bool trade);
 // out[N][K] = masked(grad_output[M][N]^T * input[M][K]), of their dtype or float; false if the kernel does not serve
 // this call. Only gemm_sm90 has it.
 bool gemm_grad_weight(const Api& api, const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& words,

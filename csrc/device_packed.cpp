@@ -78,6 +78,29 @@ class Bits {
     return obstacle(Kernel::kDecode, bits_.device());
   }
 
+  // Why decode_sliced cannot serve, or, unless it is forced, is not worth it.
+  const char* sliced_obstacle(const at::Tensor& values, int64_t rows) const {
+    const at::ScalarType dtype = values.scalar_type();
+    if (const char* why = decode_obstacle(values, rows)) return why;
+    if (dtype == at::kFloat) return "its kernel takes bfloat16 and float16 only";
+    if (cols_ % 2 != 0) return "in_features is odd";
+    if (!forced_path()) {
+      if (values.requires_grad()) return "it is for frozen values";
+      if (rows > cuda::kMostSlicedRows) return "it is slower for so many rows";
+      if (bits_.size(0) * cols_ < cuda::kLeastSlicedWeights) return "the weight is small";
+    }
+    return obstacle(Kernel::kDecodeSliced, bits_.device());
+  }
+
+  // Undefined if the values are not laid out, or the kernel does not serve this call after all.
+  at::Tensor decode_sliced(const at::Tensor& input, const at::Tensor& values, const at::Tensor& bias) const {
+    if (!values.is_contiguous()) return {};
+    const Sliced form = pattern_->sliced(values, stream_, capture_, /*now=*/forced_path().has_value());
+    if (!form.data.defined()) return {};
+    return device::decode_sliced(*api(), to_aligned(input.contiguous()), form, rows(),
+                                 bias.defined() ? bias.contiguous() : bias);
+  }
+
   // Undefined if the kernel does not serve this call after all.
   at::Tensor decode(const at::Tensor& input, const at::Tensor& values, const at::Tensor& bias) const {
     const at::Tensor index = pattern_->decode_index(stream_, capture_);
@@ -116,7 +139,7 @@ class Bits {
 Choice choose(const Bits& bits, const at::Tensor& values, int64_t rows) {
   const char* dense = "a packed layer has no dense weight";
   return choose_device("packed linear layer", Pass::kForward, rows, values.numel(),
-                       {dense, bits.decode_obstacle(values, rows), dense, dense},
+                       {dense, bits.decode_obstacle(values, rows), dense, dense, bits.sliced_obstacle(values, rows)},
                        "torch's GEMM over the unpacked weight");
 }
 
@@ -127,9 +150,15 @@ at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& values, cons
   const Bits known(bits, in_features, values.numel());
   const int64_t M = rows_of(input);
   const Choice choice = choose(known, values, M);
-  if (choice.path == Path::kDecode && M > 0 && known.rows() > 0 && in_features > 0) {
-    if (const at::Tensor output = known.decode(input, values, bias); output.defined()) return output;
-    TORCH_CHECK(!forced_path(), "path 'decode' cannot serve this packed linear layer: its kernel does not take it");
+  const bool sliced = choice.path == Path::kDecodeSliced;
+  if ((sliced || choice.path == Path::kDecode) && M > 0 && known.rows() > 0 && in_features > 0) {
+    at::Tensor output;
+    if (sliced) output = known.decode_sliced(input, values, bias);
+    const bool other = !sliced || !forced_path();  // until the values are laid out
+    if (!output.defined() && other) output = known.decode(input, values, bias);
+    if (output.defined()) return output;
+    TORCH_CHECK(!forced_path(), "path '", path_name(choice.path),
+                "' cannot serve this packed linear layer: its kernel does not take it");
   }
   return at::linear(input, known.expand(values), bias.defined() ? std::optional(bias) : std::nullopt);
 }

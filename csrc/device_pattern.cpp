@@ -11,6 +11,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "device_tuning.h"
+
 namespace masked_ops::device {
 namespace {
 
@@ -57,7 +59,8 @@ bool DevicePattern::ready(const at::Tensor& mask, bool kernels, bool wait) const
     if (started_ && with_words_ != kernels) {
       if (captured()) return false;
       started_ = ready_ = false;  // the other form is wanted now
-      for (SharedBuffer* buffer : {&keep_, &words_, &offsets_, &index_, &fragments_[0], &fragments_[1], &places_}) {
+      for (SharedBuffer* buffer : {&keep_, &words_, &offsets_, &index_, &fragments_[0], &fragments_[1], &places_,
+                                   &slice_order_, &slice_pieces_, &slice_data_}) {
         *buffer = SharedBuffer();
       }
     }
@@ -175,6 +178,49 @@ at::Tensor DevicePattern::fragments(const c10::Stream& stream, bool transposed) 
                  [&] { return device::fragments(*api(), words_.on(stream), rows_, cols_, transposed); });
 }
 
+Sliced DevicePattern::sliced(const at::Tensor& values, const c10::Stream& stream, bool capture, bool now) const {
+  const at::Tensor begins = offsets(stream, capture);
+  if (!begins.defined() || values.is_inference()) return {};
+  Sliced result{};
+  bool grown = false;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const uint32_t version = values.unsafeGetTensorImpl()->version_counter().current_version();
+    const auto* const storage = values.storage().unsafeGetStorageImpl();
+    const bool seen = values_seen_ && values_seen_->storage._unsafe_get_target() == storage &&
+                      values_seen_->data == values.const_data_ptr() && values_seen_->version == version;
+    if (!seen) {
+      if (capture || (slice_data_.defined() && captured())) return {};  // a graph may read what is there
+      slice_data_ = SharedBuffer();
+      values_seen_ = {values.storage().getWeakStorageImpl(), values.const_data_ptr(), version};
+      if (!now) return {};
+    }
+    if (!slice_data_.defined()) {
+      if (capture) return {};
+      if (!slice_order_.defined()) {
+        const Sliced parts = slice(*api(), words_.on(stream), begins, rows_, cols_);
+        slice_order_.fill(parts.order, stream);
+        slice_pieces_.fill(parts.pieces, stream);
+        slice_bytes_ = parts.bytes;
+      }
+      if (!now && double(slice_bytes_) > cuda::kMostSlicedBytes * double(nnz_)) return {};
+      const Sliced parts{slice_order_.on(stream), slice_pieces_.on(stream), {}, slice_bytes_};
+      slice_data_.fill(fill_slices(*api(), words_.on(stream), begins, parts, cols_, values), stream);
+      if (!captured()) index_ = SharedBuffer();  // decode's, made anew if it is wanted
+      grown = true;
+    }
+    if (capture) {
+      if (!slice_order_.settled() || !slice_pieces_.settled() || !slice_data_.settled()) return {};
+      mark_captured();
+    } else {
+      for (SharedBuffer* buffer : {&slice_order_, &slice_pieces_, &slice_data_}) buffer->ask_settled();
+    }
+    result = {slice_order_.on(stream), slice_pieces_.on(stream), slice_data_.on(stream), slice_bytes_};
+  }
+  if (grown) trim_cache();
+  return result;
+}
+
 at::Tensor DevicePattern::places(const c10::Stream& stream, bool capture) const {
   return derived(places_, stream, capture,
                  [&] { return at::nonzero_static(keep_.on(stream).flatten(), nnz_).squeeze(1); });
@@ -183,7 +229,8 @@ at::Tensor DevicePattern::places(const c10::Stream& stream, bool capture) const 
 size_t DevicePattern::bytes() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   return sizeof(*this) + facts_.bytes() + keep_.bytes() + words_.bytes() + offsets_.bytes() + index_.bytes() +
-         fragments_[0].bytes() + fragments_[1].bytes() + places_.bytes();
+         fragments_[0].bytes() + fragments_[1].bytes() + places_.bytes() + slice_order_.bytes() +
+         slice_pieces_.bytes() + slice_data_.bytes();
 }
 
 namespace {

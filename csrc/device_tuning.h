@@ -26,4 +26,11 @@ inline constexpr int64_t kMostFusedRowsSm80 = -1;
 // Rows that decode takes; see cuda/api.h.
 inline constexpr int64_t kMostDecodeRows = 64;
 
+// decode_sliced, by a model and not measured (bench/results/gpu-predictions.md): with more rows, density counts against
+// it (8192x8192: 32 rows in 28 us at density .1 and 59 at .25, decode in 52 and 68). Below a million weights a launch
+// takes longer than they do. Many bytes a value, as uneven columns make them (decode reads 4), are not worth it.
+inline constexpr int64_t kMostSlicedRows = 32;
+inline constexpr int64_t kLeastSlicedWeights = 1 << 20;
+inline constexpr double kMostSlicedBytes = 5;
+
 }  // namespace masked_ops::cuda

@@ -22,6 +22,7 @@ enum class Path {
   kDecode,    // few rows against the remaining weights of a packed layer
   kGemmSm80,  // masked GEMM on tensor cores
   kGemmSm90,
+  kDecodeSliced,  // as kDecode, with the values laid out for it
 };
 
 // Which of a family's three operations; their break-even points differ.
@@ -55,7 +56,7 @@ Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool chan
 
 // The same on a device, for so many rows of input and weights. obstacles says of each path of a device (in the order of
 // Path) why it cannot serve, null if it can; copy_reason is that of the copy path.
-inline constexpr int kDevicePaths = 4;
+inline constexpr int kDevicePaths = 5;
 using DeviceObstacles = std::array<const char*, kDevicePaths>;
 Choice choose_device(const char* operation, Pass pass, int64_t rows, int64_t weights, const DeviceObstacles& obstacles,
                      const char* copy_reason);

@@ -18,6 +18,7 @@
 #include "checks.h"
 #include "device.h"
 #include "device_linear.h"
+#include "device_ops.h"
 #include "memory.h"
 #include "ops.h"
 #include "path.h"
@@ -315,6 +316,8 @@ PYBIND11_MODULE(_C, m) {
       },
       "Why there are no CUDA kernels; empty if there are.");
   m.def("cuda_kernels", &masked_ops::cuda_kernels, py::arg("device"), "Name -> (confirmed by a GPU, 'ok' or why not).");
+  m.def("set_cuda_gemm_plan", &masked_ops::device::set_gemm_plan, py::arg("tile_rows") = 0, py::arg("splits") = 0,
+        py::arg("trade") = false, "How gemm_sm90 cuts its products, for benchmarks; without arguments, as it chooses.");
   m.def("cuda_forget", &masked_ops::device::forget_checks, "Check the CUDA kernels anew; for tests.");
   m.def(
       "release_scratch",

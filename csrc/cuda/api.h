@@ -73,6 +73,16 @@ enum GemmMode : int {
   kGradWeight,  // output[N][K] = masked(grad_output[M][N]^T * input[M][K])
 };
 
+// A weight in slices: decode_sliced's, see cuda/sliced.h. A slice is kSliceRows rows, in the order of a list that names
+// each row once and ends with -1 for those that there are not; a piece is what a slice has in kSliceColumns columns.
+inline constexpr int64_t kSliceRows = 8, kSliceColumns = 8192;
+struct SlicedPiece {
+  uint32_t at, size;       // its first step among all data, and its length, in units of kSliceUnit bytes
+  uint32_t strict, loose;  // steps
+};
+inline constexpr int64_t kSliceUnit = 256;
+inline constexpr int64_t kSlicedSharedBytes = 220 << 10;  // that a block of decode_sliced may take
+
 // Only what its mode reads needs to be there.
 struct Gemm {
   int mode;
@@ -86,6 +96,9 @@ struct Gemm {
   const uint32_t* fragments;  // of the mask, from pack_fragments with transposed = (mode == kGradInput)
   const uint64_t* words;      // of the mask, for kGradWeight
   void* output;
+  // gemm_sm90's plan (gemm_tiles.h), to measure others than the one that it takes for 0.
+  int tile_rows, splits;
+  int trade;  // two splits each add up half of the sums out of their registers
 };
 
 }  // namespace masked_ops::cuda
@@ -126,8 +139,8 @@ int masked_ops_cuda_expand(int element_size, const uint64_t* words, int64_t rows
 
 // --- decode.cu: few rows of input, weight[N][K] as its remaining values in row-major order ---
 
-// The index of a mask: for every value its column within a segment of 256, one byte, and where each row's segments
-// begin. 0 if it cannot be addressed (nearly 2^32 remaining weights).
+// The index of a mask: for every value its column, 16 bits, and where each row's segments of 256 columns begin. 0 if it
+// cannot be addressed (nearly 2^32 remaining weights).
 size_t masked_ops_cuda_decode_index_bytes(int64_t N, int64_t K, int64_t nnz);
 int masked_ops_cuda_decode_index(const uint64_t* words, int64_t N, int64_t K, int64_t nnz, const int64_t* offsets,
                                  void* index, void* stream);
@@ -138,6 +151,22 @@ size_t masked_ops_cuda_decode_workspace(int dtype, int64_t M, int64_t N, int64_t
 int masked_ops_cuda_decode(int dtype, int64_t M, int64_t N, int64_t K, int64_t nnz, const void* input,
                            const void* values, const void* index, const void* bias, void* output, void* workspace,
                            void* stream);
+
+// --- sliced.cu, decode_sliced.cu: the same out of values that were laid out for it, kHalf and kBFloat16 ---
+
+// pieces[ceil(N / kSliceRows)][ceil(K / kSliceColumns)]: all but at, which the caller adds up from size. order has
+// ceil(N / kSliceRows) * kSliceRows entries; neighbours should have about as many weights.
+int masked_ops_cuda_slice(const uint64_t* words, int64_t N, int64_t K, const int32_t* order,
+                          masked_ops::cuda::SlicedPiece* pieces, void* stream);
+// data: of all pieces, aligned to 16 bytes; values in row-major order, 16 bits each.
+int masked_ops_cuda_fill_slices(const uint64_t* words, int64_t N, int64_t K, const int64_t* offsets,
+                                const int32_t* order, const masked_ops::cuda::SlicedPiece* pieces, const void* values,
+                                void* data, void* stream);
+// As decode; also unsupported: an odd K. A column that holds an infinity or NaN may make any output of its row of input
+// NaN, as a dense layer does.
+int masked_ops_cuda_decode_sliced(int dtype, int64_t M, int64_t N, int64_t K, const void* input, const int32_t* order,
+                                  const masked_ops::cuda::SlicedPiece* pieces, const void* data, const void* bias,
+                                  void* output, void* stream);
 
 // --- fragments.cu, gemm_sm80.cu, gemm_sm90.cu ---
 

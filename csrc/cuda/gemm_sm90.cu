@@ -193,9 +193,13 @@ __global__ void __launch_bounds__(kThreads, 1) gemm_sm90_kernel(const __grid_con
       if (of.splits == 1) {
         epilogue.store(mine.sums);
       } else {  // and this is the only tile
-        epilogue.share(mine.sums);
+        epilogue.share(mine.sums, rank);
         cluster_barrier();
-        epilogue.store_shared(rank);
+        if (of.trade) {
+          epilogue.store_traded(mine.sums, rank);
+        } else {
+          epilogue.store_shared(rank);
+        }
       }
     }
   }
@@ -223,6 +227,7 @@ int run(const Gemm& g, const GemmShape& shape, int splits, int multiprocessors, 
   of.tiles = int(tiles);
   of.splits = splits;
   of.wide = g.output_dtype == kFloat;
+  of.trade = g.trade && splits == 2 && kM % 128 == 0;
   const int64_t blocks = splits > 1 ? tiles * splits : tiles < multiprocessors ? tiles : multiprocessors;
   return launch_clusters(splits, gemm_sm90_kernel<kBFloat, kMode, kM>, uint32_t(blocks), kThreads, Layout<kM>::kBytes,
                          stream, of);
@@ -233,7 +238,11 @@ int run(const Gemm& g, void* stream) {
   const GemmShape shape = GemmShape::of(g);
   const int multiprocessors = multiprocessor_count();
   if (multiprocessors == 0) return kUnsupported;
-  const Sm90Plan plan = sm90_plan(shape.M, shape.R, shape.C, multiprocessors);
+  Sm90Plan plan = sm90_plan(shape.M, shape.R, shape.C, multiprocessors);
+  if (g.tile_rows > 0) {
+    plan = {g.tile_rows, g.splits};
+    if (!sm90_plan_fits(plan, shape.C)) return kUnsupported;
+  }
   switch (plan.rows) {
     case 64:
       return run<kBFloat, kMode, 64>(g, shape, plan.splits, multiprocessors, stream);

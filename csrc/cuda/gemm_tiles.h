@@ -13,6 +13,13 @@ struct Sm90Plan {
   int splits;  // of the contraction, each a block of a cluster; none is without a pair of steps
 };
 
+// Whether there is a kernel for it, and work for all of a cluster.
+inline bool sm90_plan_fits(const Sm90Plan& plan, int64_t C) {
+  const bool tile = plan.rows > 0 && plan.rows % 64 == 0 && plan.rows <= 256;
+  const bool cluster = (plan.splits >= 1 && plan.splits <= 4) || plan.splits == tuning::kSm90Splits;
+  return tile && cluster && plan.splits <= ceil_div<int64_t>(C, 2 * kSm90C);
+}
+
 // Clusters that run at once. Those of 2 always find room; larger ones lie within a group of 16 to 18 multiprocessors,
 // of which some are cut off. (On an H200 with 132: 30 of 4, 15 of 8.)
 inline int64_t sm90_clusters(int multiprocessors, int blocks) {

@@ -18,11 +18,14 @@ struct Task {
   uint32_t last_block;  // one past
 };
 
+// A launch's parameters. One weight alone has a kernel of its own: 64 bytes come to a small launch sooner than 4 KB.
+template <int kTasks>
 struct Batch {
-  Task tasks[tuning::kCopyTasks];
+  Task tasks[kTasks];
   int count;
 };
-static_assert(sizeof(Batch) <= 4096, "what every driver takes as kernel parameters");
+using FullBatch = Batch<tuning::kCopyTasks>;
+static_assert(sizeof(FullBatch) <= 4096, "what every driver takes as kernel parameters");
 
 constexpr int64_t kBlockChunks = tuning::kCopyThreads * tuning::kCopyUnroll;
 
@@ -125,7 +128,9 @@ MASKED_OPS_DEVICE uint32_t row_bits(const Task& task, int64_t element) {
   return bits;
 }
 
-MASKED_OPS_DEVICE int task_of(const Batch& batch, uint32_t block) {
+template <int kTasks>
+MASKED_OPS_DEVICE int task_of(const Batch<kTasks>& batch, uint32_t block) {
+  if (kTasks == 1) return 0;
   int low = 0, high = batch.count - 1;
   while (low < high) {
     const int middle = (low + high) / 2;
@@ -138,8 +143,8 @@ MASKED_OPS_DEVICE int task_of(const Batch& batch, uint32_t block) {
   return low;
 }
 
-template <CopyKind kind, int kElements>
-__global__ void __launch_bounds__(tuning::kCopyThreads) mask_copy_kernel(const __grid_constant__ Batch batch) {
+template <CopyKind kind, int kElements, int kTasks>
+__global__ void __launch_bounds__(tuning::kCopyThreads) mask_copy_kernel(const __grid_constant__ Batch<kTasks> batch) {
   using E = Elements<kind, kElements>;
   const int index = task_of(batch, blockIdx.x);
   const Task& task = batch.tasks[index];
@@ -184,8 +189,17 @@ __global__ void __launch_bounds__(tuning::kCopyThreads) mask_copy_kernel(const _
 
 bool aligned(const void* pointer, int bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
+template <CopyKind kind, int kElements>
+int copy_batch(const FullBatch& batch, uint32_t blocks, void* stream) {
+  if (batch.count == 1) {
+    const Batch<1> one = {{batch.tasks[0]}, 1};
+    return launch(mask_copy_kernel<kind, kElements, 1>, blocks, tuning::kCopyThreads, 0, stream, one);
+  }
+  return launch(mask_copy_kernel<kind, kElements, tuning::kCopyTasks>, blocks, tuning::kCopyThreads, 0, stream, batch);
+}
+
 template <CopyKind kind>
-int copy_batch(Batch& batch, bool vector, void* stream) {
+int copy_batch(FullBatch& batch, bool vector, void* stream) {
   constexpr int kVector = 16 / (bytes_in(kind) > bytes_out(kind) ? bytes_in(kind) : bytes_out(kind));
   uint32_t blocks = 0;
   for (int i = 0; i < batch.count; ++i) {
@@ -194,13 +208,12 @@ int copy_batch(Batch& batch, bool vector, void* stream) {
     if (wanted > INT32_MAX) return kUnsupported;
     batch.tasks[i].last_block = blocks = uint32_t(wanted);
   }
-  return launch(vector ? mask_copy_kernel<kind, kVector> : mask_copy_kernel<kind, 1>, blocks, tuning::kCopyThreads, 0,
-                stream, batch);
+  return vector ? copy_batch<kind, kVector>(batch, blocks, stream) : copy_batch<kind, 1>(batch, blocks, stream);
 }
 
 template <CopyKind kind>
 int copy_all(const MaskCopyTask* tasks, int64_t count, void* stream) {
-  Batch batch;
+  FullBatch batch;
   bool vector = true;
   batch.count = 0;
   for (int64_t i = 0; i < count; ++i) {

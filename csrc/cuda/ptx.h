@@ -66,6 +66,14 @@ MASKED_OPS_DEVICE uint32_t permute(uint32_t from) {
   return to;
 }
 
+// Four of the eight bytes of first (0 to 3) and second (4 to 7).
+template <uint32_t kSelectors>
+MASKED_OPS_DEVICE uint32_t select_bytes(uint32_t first, uint32_t second) {
+  uint32_t to;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(to) : "r"(first), "r"(second), "n"(kSelectors));
+  return to;
+}
+
 // --- Hopper ---
 
 MASKED_OPS_DEVICE void mbarrier_init(uint32_t barrier, int arrivals) {

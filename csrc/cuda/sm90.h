@@ -20,7 +20,8 @@ struct Operands {
   const uint16_t* bias;
   void* output;
   int tiles, splits;
-  bool wide;  // the output is float
+  bool wide;   // the output is float
+  bool trade;  // how the sums of two splits are added up
 };
 
 // A tile, and the steps over the contraction that a block of the cluster takes: always an even number, so that the last

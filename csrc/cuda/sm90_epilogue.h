@@ -96,17 +96,18 @@ struct Epilogue {
       *reinterpret_cast<float*>(tile + wide_at(m, col * 4)) = sums[i];
     }
   }
-  template <bool kWide>
-  MASKED_OPS_DEVICE void store(const float (&sums)[kM / 2]) const {
+  // Input rows first to first + kAll - 1 of the tile.
+  template <bool kWide, int kAll>
+  MASKED_OPS_DEVICE void store_rows(const float (&sums)[kAll / 2], int first) const {
     constexpr int kRows = kWide ? 32 : 64, kSize = kWide ? 4 : 2, kPer = 16 / kSize;
     constexpr int kChunks = 64 / kPer, kStep = kGroup / kChunks;  // rows that are read back at once
     const int m = thread() / kChunks, col = thread() % kChunks * kPer, R = to.shape.R, r = group_r() + col;
-    const int rows = r < R ? to.shape.M - first_m - m : 0;
+    const int rows = r < R ? to.shape.M - first_m - first - m : 0;
     uint8_t* const tile = dynamic_shared + L::kOut + group() * kBoxBytes;
     const uint8_t* const from = tile + (kWide ? wide_at(m, col * 4) : swizzled<kRow>(m, col * 2));
-    uint8_t* out = static_cast<uint8_t*>(to.output) + (int64_t(first_m + m) * R + r) * kSize;
+    uint8_t* out = static_cast<uint8_t*>(to.output) + (int64_t(first_m + first + m) * R + r) * kSize;
 #pragma unroll
-    for (int part = 0; part < kM / kRows; ++part) {
+    for (int part = 0; part < kAll / kRows; ++part) {
       named_barrier(1 + group(), kGroup);  // the part before has been read
       if (part == 0) share_words();
       if constexpr (kWide) {
@@ -118,7 +119,7 @@ struct Epilogue {
 #pragma unroll
       for (int i = 0; i < kRows; i += kStep) {
         if (part * kRows + i < rows) {
-          store16<kWide>(out, from + i * kRow * kSize / 2, part * kRows + i + m, col);
+          store16<kWide>(out, from + i * kRow * kSize / 2, first + part * kRows + i + m, col);
         }
         out += int64_t(R) * kSize * kStep;
       }
@@ -143,19 +144,66 @@ struct Epilogue {
       }
     }
   }
-  MASKED_OPS_DEVICE void store(const float (&sums)[kM / 2]) const {
+  template <int kAll>
+  MASKED_OPS_DEVICE void store(const float (&sums)[kAll / 2], int first) const {
     if (kMasked && to.wide) {
-      store<kMasked>(sums);
+      store_rows<kMasked, kAll>(sums, first);
     } else {
-      store<false>(sums);
+      store_rows<false, kAll>(sums, first);
+    }
+  }
+  MASKED_OPS_DEVICE void store(const float (&sums)[kM / 2]) const { store<kM>(sums, 0); }
+
+  // --- of a contraction split in two: each block keeps half of the rows, and gets the other's sums of them ---
+
+  static constexpr bool kTrades = kM % 128 == 0;  // whole parts of store_rows
+  MASKED_OPS_DEVICE static int traded_at(int i) {
+    return (i * kConsumers * kGroup + int(threadIdx.x) - kGroup) * 16;  // the consumers come second
+  }
+  // Sums kFrom to kFrom + kM / 4 - 1.
+  template <int kFrom>
+  MASKED_OPS_DEVICE void give(const float (&sums)[kM / 2]) const {
+#pragma unroll
+    for (int i = 0; i < kM / 16; ++i) {
+      const float* const sum = sums + kFrom + 4 * i;
+      *reinterpret_cast<float4*>(dynamic_shared + traded_at(i)) = {sum[0], sum[1], sum[2], sum[3]};
+    }
+  }
+  template <int kFrom>
+  MASKED_OPS_DEVICE void take(const float (&sums)[kM / 2], int other, float (&all)[kM / 4]) const {
+#pragma unroll
+    for (int i = 0; i < kM / 16; ++i) {
+      const float4 more = load_shared_of(other, shared + traded_at(i));
+      const float* const sum = sums + kFrom + 4 * i;
+      all[4 * i] = sum[0] + more.x, all[4 * i + 1] = sum[1] + more.y;
+      all[4 * i + 2] = sum[2] + more.z, all[4 * i + 3] = sum[3] + more.w;
+    }
+  }
+  MASKED_OPS_DEVICE void store_traded(const float (&sums)[kM / 2], int rank) const {
+    if constexpr (kTrades) {
+      float all[kM / 4];
+      if (rank == 0) {
+        take<0>(sums, 1, all);
+      } else {
+        take<kM / 4>(sums, 0, all);
+      }
+      store<kM / 2>(all, rank * kM / 2);
     }
   }
 
   // --- of a split contraction: each block adds up some rows ---
 
   // For the other blocks, who may read it after the cluster's barrier.
-  MASKED_OPS_DEVICE void share(const float (&sums)[kM / 2]) const {
+  MASKED_OPS_DEVICE void share(const float (&sums)[kM / 2], int rank) const {
     named_barrier(1 + kConsumers, kConsumers * kGroup);  // both consumers have read the tiles
+    if (kTrades && to.trade) {
+      if (rank == 0) {
+        give<kM / 4>(sums);
+      } else {
+        give<0>(sums);
+      }
+      return;
+    }
     share_words();
     float* const out = reinterpret_cast<float*>(dynamic_shared) + group() * 64 + warp() * 16 + lane() / 4;
 #pragma unroll

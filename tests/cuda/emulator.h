@@ -36,6 +36,9 @@ struct alignas(16) uint4 {
 struct alignas(8) uint2 {
   uint32_t x, y;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
 struct alignas(16) float4 {
   float x, y, z, w;
 };
@@ -277,6 +280,14 @@ uint32_t permute(uint32_t from) {
     if (selector & 8) byte = byte & 0x80 ? 0xff : 0;
     to |= byte << (8 * i);
   }
+  return to;
+}
+
+template <uint32_t kSelectors>
+uint32_t select_bytes(uint32_t first, uint32_t second) {
+  const uint64_t both = first | uint64_t{second} << 32;
+  uint32_t to = 0;
+  for (int i = 0; i < 4; ++i) to |= uint32_t(both >> (8 * (kSelectors >> (4 * i) & 7)) & 0xff) << (8 * i);
   return to;
 }
 

@@ -27,7 +27,7 @@ def find_cuobjdump() -> str | None:
 
 @dataclass
 class Kernel:
-    name: str  # without namespaces, such as mask_copy_kernel<1, 8>
+    name: str  # without namespaces, such as mask_copy_kernel<1, 8, 64>
     registers: int = 0
     stack: int = 0
     spilled: int = 0
@@ -110,15 +110,33 @@ class Rule:
 # A kernel that no rule names must not use more registers than leave room for 1,024 threads, or for those it asks for.
 RULES = (
     # Chunks of 16 bytes, four loads under way. kCopy1 has sixteen elements a chunk, kCopy16 one.
-    Rule(r"mask_copy_kernel<(0, 16|1, 8|2, 4|3, 2|4, 1)>$", 64, {r"LDG\.E\S*\.128": 4, r"STG\.E\S*\.128": 4}),
-    Rule(r"mask_copy_kernel<[56], 4>$", 64, {r"LDG\.E\S*\.128": 4, r"STG\.E\S*\.64": 4, r"F2FP": 8}),
-    Rule(r"mask_copy_kernel<[78], 4>$", 64, {r"LDG\.E\S*\.64": 4, r"STG\.E\S*\.128": 4}),
+    Rule(r"mask_copy_kernel<(0, 16|1, 8|2, 4|3, 2|4, 1), (1|64)>$", 64, {r"LDG\.E\S*\.128": 4, r"STG\.E\S*\.128": 4}),
+    Rule(r"mask_copy_kernel<[56], 4, (1|64)>$", 64, {r"LDG\.E\S*\.128": 4, r"STG\.E\S*\.64": 4, r"F2FP": 8}),
+    Rule(r"mask_copy_kernel<[78], 4, (1|64)>$", 64, {r"LDG\.E\S*\.64": 4, r"STG\.E\S*\.128": 4}),
     Rule(r"mask_copy_kernel", 64),
     Rule(r"(pack|pack_bits|live|row_counts|fragments)_kernel", 64),
     Rule(r"scan_kernel", 64),  # 1,024 threads
     Rule(r"(compress|expand|decode_index)_kernel", 40),  # six blocks of 256
     Rule(r"decode_gather_kernel", 64, {r"LDG": 4, r"FFMA": 4}),  # 1,024 threads in one block or two
     Rule(r"decode_mma_kernel", 168, {r"HMMA\.16816\.F32": 4, r"LDSM\.16\.M88\.4": 4, r"STS\.128": 16}),
+    # A lookup of one value is one prmt and one load; 512 threads, two blocks. Of the tensor cores' one product for two
+    # lookups, which is what ldmatrix brings at once; 512 threads.
+    Rule(
+        r"decode_sliced_kernel<\d, [12]>$",
+        64,
+        {r"LDG\.E\S*\.128": 5, r"LDG\.E\S*\.64": 4, r"PRMT": 16, r"LDS": 24, r"FFMA": 24},
+    ),
+    Rule(
+        r"decode_sliced_kernel<\d, 4>$",
+        128,
+        {r"LDG\.E\S*\.128": 5, r"LDG\.E\S*\.64": 4, r"PRMT": 32, r"LDS\S*\.128": 32, r"FFMA": 128},
+    ),
+    Rule(
+        r"decode_sliced_kernel<\d, 8>$",
+        128,
+        {r"LDGSTS\.E\S*\.128": 4, r"LDSM\.16\.MT88\.4": 17, r"HMMA\.16816\.F32": 16, r"PRMT": 8, r"STS\.128": 6},
+    ),
+    Rule(r"(slice|fill_slices)_kernel", 64),
     Rule(r"split_sum_kernel", 64),
     Rule(
         r"gemm_sm80_kernel", 255, {r"HMMA\.16816\.F32": 32, r"LDGSTS\.E\S*\.128": 12, r"LDSM\.16\.M": 16, r"PRMT": 32}

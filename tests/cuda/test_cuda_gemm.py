@@ -32,6 +32,9 @@ class Gemm(ctypes.Structure):
         ("fragments", ctypes.c_void_p),
         ("words", ctypes.c_void_p),
         ("output", ctypes.c_void_p),
+        ("tile_rows", ctypes.c_int),
+        ("splits", ctypes.c_int),
+        ("trade", ctypes.c_int),
     )
 
 
@@ -50,7 +53,13 @@ def pack_fragments(cuda: Library, mask: Tensor, transposed: bool) -> Tensor:
 
 
 def gemm(
-    cuda: Library, kernel: str, mode: str, operands: dict[str, Tensor], mask: Tensor, dtype: torch.dtype | None = None
+    cuda: Library,
+    kernel: str,
+    mode: str,
+    operands: dict[str, Tensor],
+    mask: Tensor,
+    dtype: torch.dtype | None = None,
+    plan: tuple[int, int, int] = (0, 0, 0),  # rows of a tile, splits, whether they trade
 ) -> Tensor:
     """The kernel on input, weight and maybe bias; on grad_output and weight; or on grad_output and input."""
     N, K = mask.shape
@@ -65,6 +74,7 @@ def gemm(
     call = Gemm(MODES.index(mode), DTYPES.index(half), DTYPES.index(output.dtype), M, N, K)
     for name, tensor in {**given, "output": output}.items():
         setattr(call, name, tensor.data_ptr())
+    call.tile_rows, call.splits, call.trade = plan
     cuda.bank_conflicts()
     cuda(kernel, ctypes.byref(call))
     assert cuda.bank_conflicts() == 0
@@ -103,7 +113,14 @@ def test_fragments(cuda: Library) -> None:
                         assert torch.equal(got.bool(), padded[row::TILE, col::TILE])
 
 
-def check_exactly(cuda: Library, kernel: str, mode: str, dtype: torch.dtype, sides: tuple[int, int, int]) -> None:
+def check_exactly(
+    cuda: Library,
+    kernel: str,
+    mode: str,
+    dtype: torch.dtype,
+    sides: tuple[int, int, int],
+    plan: tuple[int, int, int] = (0, 0, 0),
+) -> None:
     """Sums of small integers, and whatever is pruned poisoned."""
     M, N, K = sides
     mask = random_mask(N, K, 0.5)
@@ -128,7 +145,7 @@ def check_exactly(cuda: Library, kernel: str, mode: str, dtype: torch.dtype, sid
         variants.append((operands, torch.float32))
     for given, output_dtype in variants:
         right = expected(mode, given, mask).to(output_dtype)
-        output = gemm(cuda, kernel, mode, given, mask, output_dtype)
+        output = gemm(cuda, kernel, mode, given, mask, output_dtype, plan)
         assert torch.equal(output, right), (kernel, mode, sides, output_dtype)
         if mode == "grad_weight":
             assert not output[~mask].signbit().any()
@@ -200,6 +217,36 @@ def test_gemm_splits_a_long_contraction(cuda: Library, mode: str) -> None:
         cuda.set_device(90, 28)
         check_exactly(cuda, "gemm_sm90", mode, torch.bfloat16, (50, 131, 1032))
         assert cuda.cluster() in (8, 0)
+
+
+def test_gemm_takes_any_plan(cuda: Library) -> None:
+    """With more clusters than run at once, too."""
+    skip_unless_served(cuda, "gemm_sm90")
+    M, N, K = 130, 264, 1032
+    mask = random_mask(N, K, 0.5)
+    operands = {"input": small_integers((M, K), torch.bfloat16), "weight": small_integers((N, K), torch.bfloat16)}
+    right = expected("forward", operands, mask).bfloat16()
+    for rows, splits in [(64, 1), (64, 3), (128, 4), (192, 2), (256, 8)]:
+        output = gemm(cuda, "gemm_sm90", "forward", operands, mask, plan=(rows, splits, 1))
+        assert torch.equal(output, right) and cuda.cluster() in (splits, 0)
+    for rows, splits in [(32, 1), (320, 1), (64, 0), (64, 5), (64, 16)]:
+        with pytest.raises(UnsupportedError):
+            gemm(cuda, "gemm_sm90", "forward", operands, mask, plan=(rows, splits, 0))
+    with pytest.raises(UnsupportedError):  # two pairs of steps
+        half = {name: tensor[:, :136].contiguous() for name, tensor in operands.items()}
+        gemm(cuda, "gemm_sm90", "forward", half, mask[:, :136].contiguous(), plan=(64, 3, 0))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rows", [128, 256])
+def test_splits_trade_their_sums(cuda: Library, mode: str, rows: int) -> None:
+    skip_unless_served(cuda, "gemm_sm90")
+    for order, sides in enumerate([(rows // 2 - 1, 264, 136), (rows + 1, 136, 520), (2 * rows - 3, 72, 264)]):
+        cuda.set_mode(lazy=True, order=order)
+        M, R, C = sides
+        sides = {"forward": (M, R, C), "grad_input": (M, C, R), "grad_weight": (C, M // 8 * 8, R)}[mode]
+        check_exactly(cuda, "gemm_sm90", mode, torch.bfloat16, sides, plan=(rows, 2, 1))
+        assert cuda.cluster() in (2, 0)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -1,6 +1,7 @@
 // csrc/cuda/api.h in plain C++ on the CPU's memory, after its comments and not after the kernels: quick enough to run
 // the whole suite on. It checks what callers must keep (alignment, null pointers, the stream's device), counts calls,
 // and fails when it is told to. Fragments and indices, whose order is the kernels' own affair, are kept as plain bits.
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -102,6 +103,14 @@ void pack(int64_t rows, int64_t cols, uint64_t* words, uint64_t* live_cols, Mask
   }
 }
 
+// visit(piece, row, col) for all places of a weight in slices.
+template <typename Visit>
+void for_pieces(int64_t N, int64_t K, const int32_t* order, const Visit& visit) {
+  for (int64_t i = 0; i < (N + 7) / 8 * 8; ++i) {
+    for (int64_t c = 0; c < K && order[i] >= 0; ++c) visit(i / 8 * ((K + 8191) / 8192) + c / 8192, order[i], c);
+  }
+}
+
 bool unaligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 != 0; }
 
 int gemm(const char* name, const Gemm& g) {
@@ -158,7 +167,7 @@ int fake_calls(const char* name) {
 
 int masked_ops_cuda_device_facts(int device, DeviceFacts* facts) {
   ENTER("device_facts");
-  *facts = {device == 0 ? 9 : 8, 0, 132, 60 << 20, 227 << 10};
+  *facts = {device == 0 ? 9 : 8, 0, 132, 60 << 20, device == 0 ? 227 << 10 : 163 << 10};
   return 0;
 }
 const char* masked_ops_cuda_error_string(int error) { return error == 2 ? "out of memory" : "a launch failed"; }
@@ -278,6 +287,56 @@ int masked_ops_cuda_decode(int dtype, int64_t M, int64_t N, int64_t K, int64_t, 
       store(dtype, output, m * N + n, sum + wrong("decode"));
     }
   }
+  return 0;
+}
+
+// Slices: a piece has a value for each of its weights, and its place in the slice, 16 bits each, in the order of its
+// rows. It is as long as if it were all strict steps.
+int masked_ops_cuda_slice(const uint64_t* words, int64_t N, int64_t K, const int32_t* order, SlicedPiece* pieces,
+                          void*) {
+  ENTER("slice");
+  uint32_t lanes[32];
+  for_pieces(N, K, order, [&](int64_t number, int64_t row, int64_t col) {
+    if (col % 8192 == 0) std::fill(lanes, lanes + 32, 0);
+    SlicedPiece& piece = pieces[number];
+    if (!bit(words, K, row, col)) return;
+    ++piece.strict;
+    piece.size = std::max({piece.size, 3 * ++lanes[col % 32], (piece.strict * 4 + 255) / 256});
+  });
+  return 0;
+}
+int masked_ops_cuda_fill_slices(const uint64_t* words, int64_t N, int64_t K, const int64_t* offsets,
+                                const int32_t* order, const SlicedPiece* pieces, const void* values, void* data,
+                                void*) {
+  ENTER("fill_slices");
+  const int64_t segments = (K + 8191) / 8192;
+  std::vector<int64_t> at(size_t(N), 0), used(size_t((N + 7) / 8 * segments), 0);
+  for_pieces(N, K, order, [&](int64_t piece, int64_t row, int64_t col) {
+    if (!bit(words, K, row, col)) return;
+    auto* to = reinterpret_cast<uint16_t*>(static_cast<char*>(data) + pieces[piece].at * 256) + 2 * used[piece]++;
+    const int32_t* const slice = order + piece / segments * 8;
+    to[0] = static_cast<const uint16_t*>(values)[offsets[row] + at[row]++];
+    to[1] = uint16_t((std::find(slice, slice + 8, row) - slice) * 8192 + col % 8192);
+  });
+  return 0;
+}
+int masked_ops_cuda_decode_sliced(int dtype, int64_t M, int64_t N, int64_t K, const void* input, const int32_t* order,
+                                  const SlicedPiece* pieces, const void* data, const void* bias, void* output, void*) {
+  ENTER("decode_sliced");
+  if (M > 64 || K % 2 || unaligned(input) || unaligned(data)) return kUnsupported;
+  std::vector<double> sums(size_t(M * N), 0);
+  for (int64_t m = 0; m < M; ++m) {
+    for (int64_t n = 0; n < N; ++n) sums[m * N + n] = bias ? load(dtype, bias, n) : 0;
+  }
+  const int64_t segments = (K + 8191) / 8192;
+  for (int64_t piece = 0; piece < (N + 7) / 8 * segments; ++piece) {
+    const auto* from = reinterpret_cast<const uint16_t*>(static_cast<const char*>(data) + pieces[piece].at * 256);
+    for (uint32_t i = 0; i < pieces[piece].strict; ++i, from += 2) {
+      const int64_t n = order[piece / segments * 8 + from[1] / 8192], k = piece % segments * 8192 + from[1] % 8192;
+      for (int64_t m = 0; m < M; ++m) sums[m * N + n] += load(dtype, from, 0) * load(dtype, input, m * K + k);
+    }
+  }
+  for (int64_t i = 0; i < M * N; ++i) store(dtype, output, i, sums[i] + wrong("decode_sliced"));
   return 0;
 }
 

@@ -1,4 +1,4 @@
-"""Without MASKED_OPS_CUDA: the kernels that a GPU has confirmed serve, which are all."""
+"""Without MASKED_OPS_CUDA: the kernels that a GPU has confirmed serve, and another only where it is forced."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from masked_ops import _ops
 
 def test_the_kernels_serve(cuda: FakeCuda) -> None:
     assert _ops._module is not None
-    assert set(_ops._module.cuda_kernels(0).values()) == {(True, "ok")}
+    states = _ops._module.cuda_kernels(0)
+    confirmed, state = states.pop("decode_sliced")
+    assert not confirmed and state.startswith("no GPU has confirmed this kernel yet")
+    assert set(states.values()) == {(True, "ok")}
     x, weight, mask, bias, dy = case(16, 64, 64, torch.bfloat16)
     settle(mask, weight)
     before = {name: cuda.calls(name) for name in ("mask_copy", "gemm_sm90", "decode")}
@@ -24,3 +27,14 @@ def test_the_kernels_serve(cuda: FakeCuda) -> None:
         "gemm_sm90": 3,
         "decode": 1,
     }
+
+
+def test_an_unconfirmed_kernel(cuda: FakeCuda) -> None:
+    x, weight, mask, bias, dy = case(4, 1024, 1024, torch.bfloat16)
+    values, bits = packed(weight, mask)
+    for _ in range(4):
+        masked_ops.packed_linear(x, values, bits, 1024)
+    assert cuda.calls("decode_sliced") == 0
+    with masked_ops.use_path("decode_sliced"):
+        y = masked_ops.packed_linear(x, values, bits, 1024, bias)
+    assert cuda.calls("decode_sliced") > 0 and same([y], expected_step(x, weight, mask, bias, dy)[:1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import warnings
@@ -220,6 +221,58 @@ def packed(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     flags = F.pad(mask.cpu().to(torch.uint8), (0, -mask.shape[1] % 8)).view(mask.shape[0], -1, 8)
     bits = (flags << torch.arange(8, dtype=torch.uint8)).sum(2, dtype=torch.uint8)
     return weight[mask != 0], bits.to(weight.device)
+
+
+def test_values_in_slices(cuda: FakeCuda) -> None:
+    """Frozen values are laid out at their second use, and anew when others come."""
+    x, weight, mask, bias, dy = case(4, 1024, 1024, torch.bfloat16)
+    values, bits = packed(weight, mask)
+    masked_ops.packed_linear(x, values, bits, 1024)
+
+    def calls(capture: bool = False) -> list[int]:
+        before = [cuda.calls(name) for name in ("decode", "decode_sliced", "slice", "fill_slices")]
+        with cuda.capture() if capture else contextlib.nullcontext():
+            y = masked_ops.packed_linear(x, values, bits, 1024, bias)
+        assert same([y], expected_step(x, weight, mask, bias, dy)[:1])
+        after = [cuda.calls(name) for name in ("decode", "decode_sliced", "slice", "fill_slices")]
+        return [b - a for a, b in zip(before, after, strict=True)]
+
+    assert calls() == [0, 1, 1, 1]
+    assert calls() == [0, 1, 0, 0]
+    held = masked_ops.cache_info()["bytes"]
+    values.mul_(2)
+    weight.mul_(2)
+    assert calls() == [1, 0, 0, 0] and masked_ops.cache_info()["bytes"] != held
+    assert calls() == [0, 1, 0, 1] and masked_ops.cache_info()["bytes"] == held
+    values.requires_grad_()
+    assert calls() == [1, 0, 0, 0]
+    values.requires_grad_(False)
+    assert _ops.explain_packed_linear(values, bits, 1024, 4)[0] == "decode_sliced"
+    for M, reason in ((33, "decode"), (65, "copy")):
+        assert _ops.explain_packed_linear(values, bits, 1024, M)[0] == reason
+    assert calls(capture=True) == [0, 1, 0, 0]
+    values.add_(0)  # of which the graph knows nothing: what it reads stays
+    for capture in (False, False, True):
+        assert calls(capture) == [1, 0, 0, 0]
+
+
+def test_what_is_not_worth_slices(cuda: FakeCuda) -> None:
+    x, _, mask, _, _ = case(4, 1024, 1024, torch.bfloat16)
+    mask = torch.zeros_like(mask)
+    mask[:, ::32] = 1  # all in one lane's columns
+    uneven, small, odd = (mask, 1024), (mask[:, :32].contiguous(), 32), (binary(1100, 1023).to(mask), 1023)
+    for m, K in (uneven, small, odd):
+        values, bits = packed(whole(*m.shape).bfloat16(), m)
+        before = cuda.calls("decode_sliced"), cuda.calls("slice")
+        for _ in range(3):
+            masked_ops.packed_linear(x[:, :K], values, bits, K)
+        assert cuda.calls("decode_sliced") == before[0], K
+        assert cuda.calls("slice") == before[1] + (m is mask)
+    with masked_ops.use_path("decode_sliced"):
+        with pytest.raises(RuntimeError, match="in_features is odd"):
+            masked_ops.packed_linear(x[:, :K], values, bits, K)
+        with pytest.raises(RuntimeError, match="bfloat16 and float16 only"):
+            masked_ops.packed_linear(x[:, :K].float(), values.float(), bits, K)
 
 
 @pytest.mark.parametrize("path", [None, "copy", "decode"])

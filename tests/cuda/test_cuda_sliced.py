@@ -1,0 +1,149 @@
+"""Linear layers on few rows out of weights in slices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cuda_library import Library, UnsupportedError
+from test_cuda_decode import DTYPES, expected, small_integers
+from test_cuda_passes import random_mask, words_of
+from torch import Tensor
+
+HALVES = DTYPES[1:]
+SEGMENT, ROWS, UNIT = 8192, 8, 256
+
+
+def sliced(cuda: Library, weight: Tensor, mask: Tensor, order: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The order of the rows, the pieces and the data."""
+    N, K = mask.shape
+    if order is None:
+        order = mask.sum(1).argsort(descending=True)
+    order = torch.cat([order, order.new_full((-N % ROWS,), -1)]).int()
+    pieces = cuda.empty((order.numel() // ROWS * -(-K // SEGMENT), 4), torch.int32)
+    words = cuda.put(words_of(mask))
+    order = cuda.put(order)
+    cuda("slice", words, N, K, order, pieces)
+    sizes = pieces[:, 1].long()
+    pieces[:, 0] = sizes.cumsum(0) - sizes
+    data = cuda.empty(UNIT * int(sizes.sum()), torch.uint8)
+    offsets = cuda.put(torch.tensor([0, *mask.sum(1).cumsum(0).tolist()]))
+    cuda("fill_slices", words, N, K, offsets, order, pieces, cuda.put(weight[mask]), data)
+    return order, pieces, data
+
+
+def decode(cuda: Library, input: Tensor, form: tuple[Tensor, Tensor, Tensor], N: int, bias: Tensor | None) -> Tensor:
+    M, K = input.shape
+    output = cuda.empty((M, N), input.dtype)
+    b = None if bias is None else cuda.put(bias)
+    cuda("decode_sliced", input.dtype, M, N, K, cuda.put(input), *form, b, output)
+    return output.cpu()
+
+
+def test_slices_are_as_described(cuda: Library) -> None:
+    """Every value once, in a strict step only in its own lane; and as few bytes as any number of strict steps gives."""
+    for N, K, density in [(1, 2, 1.0), (8, 600, 0.3), (13, 96, 0.5), (11, 8192 + 70, 0.02), (9, 16384, 0.01)]:
+        mask = random_mask(N, K, density)
+        mask[N // 2, : K // 2] = True
+        order = torch.randperm(N)
+        weight = torch.zeros(N, K)
+        weight[mask] = torch.arange(1, 1 + int(mask.sum())).float()
+        order, pieces, data = (t.cpu() for t in sliced(cuda, weight.to(torch.int16), mask, order))
+        segments = -(-K // SEGMENT)
+        got = torch.zeros(N, K)
+        for number, (at, size, strict, loose) in enumerate(pieces.tolist()):
+            rows, first = order[number // segments * ROWS :][:ROWS].tolist(), number % segments * SEGMENT
+            assert size == 3 * strict + 4 * loose
+            place = at * UNIT
+            for step in range(strict + loose):
+                values = data[place : place + 512].view(torch.int16).view(32, ROWS)
+                width = 1 if step < strict else 2
+                columns = data[place + 512 : place + 512 + 256 * width]
+                columns = columns if width == 1 else columns.view(torch.uint16)
+                columns = columns.view(32, ROWS).long()
+                if width == 1:
+                    columns = columns * 32 + torch.arange(32)[:, None]
+                for r, row in enumerate(rows):
+                    lanes = values[:, r].nonzero()[:, 0]
+                    assert row >= 0 or lanes.numel() == 0
+                    assert bool((got[row, first + columns[lanes, r]] == 0).all())
+                    got[row, first + columns[lanes, r]] = values[lanes, r].float()
+                place += 512 + 256 * width
+            assert place == (at + size) * UNIT
+            block = torch.zeros(ROWS, SEGMENT)
+            for r, row in enumerate(rows):
+                if row >= 0:
+                    block[r, : K - first] = mask[row, first : first + SEGMENT].float()
+            counts = block.view(ROWS, -1, 32).sum(1)
+            over = [(counts - s).clamp(min=0).sum(1) for s in range(int(counts.max()) + 1)]
+            assert size == min(3 * s + 4 * int((o / 32).ceil().max()) for s, o in enumerate(over))
+        assert torch.equal(got, weight)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("M", [1, 2, 3, 4, 5, 8, 9, 17, 64])
+def test_decode_exactly(cuda: Library, dtype: torch.dtype, M: int) -> None:
+    """On sides around the edges of slices, lanes and blocks; sums that round to themselves."""
+    cuda.set_mode(lazy=True, order=2)
+    sizes = [(1, 2, 1.0), (3, 254, 0.2), (8, 256, 0.05), (65, 258, 0.5), (130, 520, 0.1), (17, 800, 1.0)]
+    for N, K, density in sizes:
+        mask = random_mask(N, K, density)
+        mask[N // 2] = False
+        mask[0, : K // 2] = False
+        mask[-1, K // 3 :] = False
+        mask[N // 3] = (torch.arange(K) % 32 < 2) | mask[N // 3]  # more than its slice's strict steps take
+        input, weight, bias = (small_integers(shape, dtype) for shape in ((M, K), (N, K), (N,)))
+        weight[~mask] = float("nan")
+        form = sliced(cuda, weight, mask)
+        for b in (None, bias):
+            right = expected(input, weight, mask, b)
+            assert torch.equal(decode(cuda, input, form, N, b), right.to(dtype)), (N, K)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("M", [1, 2, 4, 16])
+def test_decode_long_rows(cuda: Library, dtype: torch.dtype, M: int) -> None:
+    """More columns than are staged at once, in each order in which threads can run; any order of the rows."""
+    N = 11
+    for K in (8192, 16384, 16384 + 8192 + 66):
+        mask = random_mask(N, K, 0.03)
+        mask[2] = random_mask(1, K, 0.4)[0]
+        input, weight = small_integers((M, K), dtype), small_integers((N, K), dtype)
+        right = expected(input, weight, mask, None).to(dtype)
+        form = sliced(cuda, weight, mask, torch.randperm(N))
+        for order in (0, 1, 2):
+            cuda.set_mode(lazy=order == 1, order=order)
+            assert torch.equal(decode(cuda, input, form, N, None), right)
+
+
+@pytest.mark.parametrize(("M", "N"), [(1, 34000), (60, 4200)])
+def test_several_rounds(cuda: Library, M: int, N: int) -> None:
+    """So many rows that a warp takes several slices."""
+    K = 34
+    mask = random_mask(N, K, 0.1)
+    input, weight = small_integers((M, K), torch.bfloat16), small_integers((N, K), torch.bfloat16)
+    right = expected(input, weight, mask, None).bfloat16()
+    assert torch.equal(decode(cuda, input, sliced(cuda, weight, mask), N, None), right)
+
+
+def test_lookups_meet_no_bank_twice(cuda: Library) -> None:
+    """Strict steps, eight rows of input."""
+    mask = torch.ones(8, 1024, dtype=torch.bool)
+    input, weight = small_integers((8, 1024), torch.float16), small_integers((8, 1024), torch.float16)
+    form = sliced(cuda, weight, mask)
+    assert form[1].cpu()[0, 2:].tolist() == [32, 0]
+    cuda.bank_conflicts()
+    assert torch.equal(decode(cuda, input, form, 8, None), expected(input, weight, mask, None).half())
+    assert cuda.bank_conflicts() == 0
+
+
+def test_edges(cuda: Library) -> None:
+    empty = torch.zeros(5, 4, dtype=torch.bool)
+    bias, weight = torch.randn(5).half(), torch.ones(5, 4).half()
+    form = sliced(cuda, weight, empty)
+    assert form[2].numel() == 0
+    for M in (1, 12):
+        assert torch.equal(decode(cuda, torch.randn(M, 4).half(), form, 5, bias), bias.expand(M, 5))
+    assert decode(cuda, torch.empty(0, 4).half(), form, 5, None).shape == (0, 5)
+    for input in (torch.ones(65, 4).half(), torch.ones(1, 4), torch.ones(1, 3).half()):
+        with pytest.raises(UnsupportedError):
+            decode(cuda, input, form, 5, None)
