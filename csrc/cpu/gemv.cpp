@@ -168,15 +168,14 @@ void forward(const Team& team, int64_t M, int64_t N, int64_t K, const T* input, 
   static constexpr KernelTable<DotsKernel, T, kTile> kKernels;
   constexpr int kDepth = Operand<T>::kDepth;
   const RowTiles tiles(M, kTile.rows);
-  const int64_t bytes = N * K * int64_t{sizeof(T)};
-  const bool cached = bytes <= tuning::kCachedBytes;
-  const Chunks chunks(M, ceil_div(K, kDepth),
-                      M == 1             ? row_chunk<T>(cached)
-                      : tiles.count == 1 ? kTileChunk
-                                         : kTilesChunk);
-  const int64_t height = group_rows(kTile, tiles, cached), width = chunks.width * kDepth;
-  const int64_t most = groups_of_step(height * min(width, K) * int64_t{sizeof(T)});
-  const int64_t block = K <= width ? N : max(tuning::kWaitingSums / M / height, int64_t{1}) * height;
+  const int64_t most_by_row = kConverts<T> ? 1 : tuning::kMostByRow;
+  const bool waits = tuning::kWaits && !kConverts<T> && (tiles.count == 1 || kDepth > 1);
+  const Reading reading = Reading::of(M, N * K * int64_t{sizeof(T)}, ceil_div(K, kDepth), most_by_row, waits);
+  const Chunks chunks(M, ceil_div(K, kDepth), reading.chunk<T>(tiles, tiles.count == 1 ? kTileChunk : kTilesChunk));
+  const int64_t height = reading.group_rows(kTile, tiles), width = chunks.width * kDepth;
+  const int64_t most = groups_of_step(height * min(width, K) * int64_t{sizeof(T)}, reading.step());
+  const int64_t waiting = reading.waits ? tuning::kWaitingRows : tuning::kWaitingSums / M;
+  const int64_t block = K <= width ? N : max(waiting / height, int64_t{1}) * height;
   const int64_t grain = ceil_div(tuning::kSmallGrain, max<int64_t>(K, 1));
   const int64_t rows =
       ceil_div(max(grain, ceil_div(N, team.threads * tuning::kSmallTasks)), height) * height;  // of a task
@@ -200,8 +199,11 @@ void forward(const Team& team, int64_t M, int64_t N, int64_t K, const T* input, 
         const T* next = weight + n * K + at.column;
         if (!ahead.done()) {
           next = weight + ahead.row * K + ahead.column;
+          if (reading.waits) fetch_bits(bits, ahead, columns);
           ahead.advance();
         }
+        if (reading.by_row && M > 1) next = weight + n * K + at.column + tuning::kRowAhead / int64_t{sizeof(T)};
+        if (reading.waits) wait_for(at, weight, K, bits, columns);
         for (int64_t t = 0; t < tiles.count; ++t) {
           const int64_t m = tiles.begin(t);
           const Dots<T> group = {chunks.at(x, k, m),

@@ -101,7 +101,9 @@ inline Walk ahead_of(Walk from, int64_t bytes_of_step) {
 }
 
 // Groups of a step, of which each has so many bytes: short rows, many of them.
-inline int64_t groups_of_step(int64_t bytes) { return max<int64_t>(tuning::kSmallStep / max<int64_t>(bytes, 1), 1); }
+inline int64_t groups_of_step(int64_t bytes, int64_t step = tuning::kSmallStep) {
+  return max<int64_t>(step / max<int64_t>(bytes, 1), 1);
+}
 
 // Columns, of operands, of a chunk of a single row of input.
 template <typename T>
@@ -109,10 +111,63 @@ int64_t row_chunk(bool cached) {
   return cached ? tuning::kCachedRowBytes / (Operand<T>::kDepth * int64_t{sizeof(T)}) : tuning::kRowChunk;
 }
 
-// A single row of input leaves time to spare: one row of the weight at a time is what memory likes best; in caches,
-// several have shorter chains.
-inline int64_t group_rows(const RegisterTile& tile, const RowTiles& tiles, bool cached) {
-  return tiles.rows == 1 && !cached ? 1 : tile.weights(int(tiles.height));
+// How a weight is read. A row or two of input leave time to spare: from memory, one row of the weight at a time, as the
+// hardware expects it. With more rows of input the order is another, and prefetches are dropped where too many lines
+// are on their way: loads are not, so a step waits for all of its lines at once before it multiplies with the first.
+// From caches, several rows have shorter chains.
+struct Reading {
+  bool cached, by_row, waits;
+
+  // The weight has so many bytes and its rows so many columns of operands.
+  static Reading of(int64_t M, int64_t bytes, int64_t columns, int64_t most_by_row, bool waits) {
+    const bool cached = bytes <= tuning::kCachedBytes;
+    const bool by_row = !cached && (M == 1 || (M <= most_by_row && columns <= tuning::kRowChunk));
+    return {cached, by_row, waits && !cached && !by_row};
+  }
+  int64_t group_rows(const RegisterTile& tile, const RowTiles& tiles) const {
+    return by_row ? 1 : tile.weights(int(tiles.height));
+  }
+  // Columns of a chunk, of operands of T.
+  template <typename T>
+  int64_t chunk(const RowTiles& tiles, int64_t otherwise) const {
+    if (tiles.rows == 1) return row_chunk<T>(cached);
+    if (by_row) return tuning::kRowChunk;
+    if (!waits) return otherwise;
+    return min(max(tuning::kWaitingFloats / tiles.rows, tuning::kLeastWaiting), tuning::kMostWaiting);
+  }
+  int64_t step() const { return waits ? tuning::kWaitingStep : tuning::kSmallStep; }
+};
+
+// Loads each line of some rows, and does nothing with it.
+template <typename T>
+MASKED_OPS_INLINE void wait_for(const T* first, int64_t ld, int64_t rows, int64_t columns) {
+  constexpr int64_t kLine = 64 / sizeof(T), kLines = 8;
+  const auto load = [](const T* p) __attribute__((always_inline)) {
+    static_cast<void>(*reinterpret_cast<const volatile uint8_t*>(p));
+  };
+  for (int64_t r = 0; r < rows; ++r, first += ld) {
+    int64_t k = 0;
+    for (; k + (kLines - 1) * kLine < columns; k += kLines * kLine) {
+      MASKED_OPS_UNROLL
+      for (int i = 0; i < kLines; ++i) load(first + k + i * kLine);
+    }
+    for (; k < columns; k += kLine) load(first + k);
+  }
+}
+
+// Fetches the bits of a step.
+inline void fetch_bits(const Bits& bits, const Walk& step, int64_t columns) {
+  for (int64_t r = step.row; r < step.row + step.rows(); ++r) {
+    for (int64_t k = 0; k < columns; k += 512) prefetch(bits.row(r) + (step.column + k) / 64);
+  }
+}
+
+// Waits for the bits and the weights of a step.
+template <typename T>
+MASKED_OPS_INLINE void wait_for(const Walk& step, const T* weight, int64_t K, const Bits& bits, int64_t columns) {
+  const int64_t valid = min(columns, K - step.column);
+  wait_for(bits.row(step.row) + step.column / 64, bits.stride, step.rows(), ceil_div(valid, 64));
+  wait_for(weight + step.row * K + step.column, K, step.rows(), valid);
 }
 
 // Kernel<rows of input, rows of the weight, T>::run for each pair that there is.

@@ -236,11 +236,10 @@ Factors factors_of(const RowTiles& tiles, int64_t N, const T* grad_output, int64
 // blocks of them.
 template <typename T>
 void take_area(const Chunks& chunks, const RowTiles& tiles, int64_t N, int64_t K, const Factors& factors,
-               const T* weight, Bits bits, bool all_rows, const Area& area, float* sums) {
+               const T* weight, Bits bits, const Reading& reading, bool all_rows, const Area& area, float* sums) {
   static constexpr KernelTable<AxpysKernel, T, kTile> kKernels;
   constexpr int kDepth = Operand<T>::kDepth;
-  const bool cached = N * K * int64_t{sizeof(T)} <= tuning::kCachedBytes;
-  const int64_t group = group_rows(kTile, tiles, cached) * kDepth;
+  const int64_t group = reading.group_rows(kTile, tiles) * kDepth;
   const int64_t block = all_rows ? N : ceil_div(tuning::kSmallBlock, group) * group;
   const int64_t most = groups_of_step(group * min(chunks.width, K) * int64_t{sizeof(T)});
   Walk at = {group, kDepth, most, block, chunks.width, area.first, area.last, area.begin, area.end};
@@ -252,6 +251,7 @@ void take_area(const Chunks& chunks, const RowTiles& tiles, int64_t N, int64_t K
       next = weight + ahead.row * K + ahead.column;
       ahead.advance();
     }
+    if (reading.by_row && tiles.rows > 1) next = weight + n * K + k + tuning::kRowAhead / int64_t{sizeof(T)};
     for (int64_t t = 0; t < tiles.count; ++t) {
       const Axpys<T> of_group = {factors.at + t * factors.pitch + (n - factors.first) / kDepth * kTile.rows,
                                  area.last - n,
@@ -340,11 +340,12 @@ void by_rows(const Team& team, int64_t M, int64_t N, int64_t K, const T* grad_ou
   // From memory, the weight comes in the order of its rows, of which every thread has a part; from caches in chunks,
   // whose sums no other thread has.
   const int64_t threads = team.threads;
-  const bool cached = N * K * int64_t{sizeof(T)} <= tuning::kCachedBytes;
+  const Reading reading =
+      Reading::of(M, N * K * int64_t{sizeof(T)}, K, kIsFloat<T> ? tuning::kMostByRow : 1, /*waits=*/false);
+  const bool cached = reading.cached;
   const int64_t most_parts = max(min(threads, N / tuning::kLeastPartRows), int64_t{1});
   const RowTiles tiles(M, kTile.rows);
-  const Chunks chunks(M, K, M == 1 ? row_chunk<T>(cached) : tuning::kSumsChunk,
-                      cached || most_parts < threads ? threads : 1);
+  const Chunks chunks(M, K, reading.chunk<T>(tiles, tuning::kSumsChunk), cached || most_parts < threads ? threads : 1);
   const bool by_chunks = most_parts == 1 || (cached && chunks.count() >= threads);
   const int64_t parts = by_chunks ? 1 : most_parts, size = chunks.size();
   const int64_t strips = by_chunks ? chunks.count() : 1, strip = by_chunks ? chunks.width : chunks.columns;
@@ -365,7 +366,7 @@ void by_rows(const Team& team, int64_t M, int64_t N, int64_t K, const T* grad_ou
       if (factors.first != area.first) factors = factors_of(tiles, N, grad_output, area.first, area.last);
       float* const own = sums + part * size;
       for (int64_t i = left * M; i < right * M; i += L) Vec::zero().store(own + i);
-      take_area(chunks, tiles, N, K, factors, weight, bits, cached || by_chunks, area, own);
+      take_area(chunks, tiles, N, K, factors, weight, bits, reading, cached || by_chunks, area, own);
       if (by_chunks) finish_chunk(left);
     }
   });
