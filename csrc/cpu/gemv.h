@@ -52,11 +52,11 @@ struct Chunks {
   static constexpr int64_t kWordLanes = Vec::kLanes * Vec::kWordVectors;
   int64_t rows, columns, width;  // columns: whole words of bits
 
-  // At least so many chunks.
-  Chunks(int64_t M, int64_t columns, int64_t widest, int64_t least = 1)
+  // A multiple of so many chunks, about.
+  Chunks(int64_t M, int64_t columns, int64_t widest, int64_t multiple = 1)
       : rows(M),
         columns(ceil_div(columns, kWordLanes) * kWordLanes),
-        width(ceil_div(ceil_div(columns, max(ceil_div(columns, widest), least)), 64) * 64) {}
+        width(ceil_div(ceil_div(columns, ceil_div(columns, widest * multiple) * multiple), 64) * 64) {}
   int64_t count() const { return ceil_div(columns, width); }
   int64_t size() const { return rows * columns; }
   int64_t size(int64_t k) const { return min(width, columns - k); }

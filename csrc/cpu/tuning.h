@@ -189,6 +189,7 @@ constexpr int kOuterRows = 4, kOuterVectors = 4;
 constexpr int kOuterByRow = 8, kOuterByRowRounded = 3, kOuterByRowStoresTwo = 1;
 constexpr int kOuterRows = 4, kOuterVectors = 2;
 #endif
+constexpr int64_t kShortOuterRow = 256;  // columns; see outer_rows
 
 // Elements per task of the passes over a mask or a weight (64 KB of floats: several tasks a thread, little overhead).
 constexpr int64_t kPassGrain = int64_t{1} << 14;
