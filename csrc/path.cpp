@@ -88,8 +88,11 @@ Choice choose_packed_linear(Pass pass, int64_t rows, const at::Tensor& values, c
   Choice choice = {Path::kCopy, obstacle};
   if (!obstacle) {
     const LinearCosts costs = {pass, rows, values.scalar_type()};
-    const double sparse = costs.of_packed(Path::kSparse, pattern), fused = costs.of_packed(Path::kFused, pattern);
-    const double copy = costs.of_packed(Path::kCopy, pattern);
+    const double sparse = costs.of_packed(Path::kSparse, pattern), copy = costs.of_packed(Path::kCopy, pattern);
+    const int64_t columns = std::min(pattern.cols(), cpu::kRankColumns);
+    const bool fits = pattern.rows() * columns * values.element_size() <= cpu::kMostPieceBytes;
+    const double fused = pass == Pass::kGradInput && !fits ? std::numeric_limits<double>::infinity()
+                                                           : costs.of_packed(Path::kFused, pattern);
     choice = sparse < std::min(fused, copy) ? Choice{Path::kSparse, "SpMM: few weights remain"}
              : fused < copy                 ? Choice{Path::kFused, "masked GEMM: most weights remain"}
                                             : Choice{Path::kCopy, "torch's GEMM over the unpacked weight"};

@@ -107,6 +107,8 @@ struct PackedWeight {
   const void* values;
 };
 inline constexpr int64_t kRankColumns = 192;
+// What a thread keeps of a packed weight, or beside it, at most; grad_input needs kRankColumns columns of it.
+inline constexpr int64_t kMostPieceBytes = int64_t{8} << 20;
 
 struct Kernels {
   const char* capability;

@@ -135,7 +135,9 @@ struct PackedProduct {
   }
 
   void grad_values(const Element* grad_output, const Element* input, Element* values) const {
-    const int64_t N = w.rows, K = w.cols, height = piece(team, M, N, sizeof(Element), K, tuning::kMR);
+    const int64_t N = w.rows, K = w.cols;
+    const int64_t fit = kMostPieceBytes / (M * int64_t{sizeof(Element)}) / tuning::kMR * tuning::kMR;
+    const int64_t height = min(piece(team, M, N, sizeof(Element), K, tuning::kMR), max<int64_t>(fit, tuning::kMR));
     if (is_whole(N, height)) {
       Element* const weight = room<Element>(Slot::kExpanded, N * K);
       linear_grad_weight(team, dtype, M, N, K, grad_output, input, w.bits, weight);
