@@ -88,9 +88,10 @@ struct PackedProduct {
   // Rows of input that are taken at a time, so that what becomes a part of the output stays in the caches.
   static constexpr int64_t kRows = tuning::kDirectRows;
 
-  // All of a small weight, or of one that has no piece for each thread.
+  // All of a small weight, or of one that has no piece for each thread and is not large.
   bool is_whole(int64_t side, int64_t piece) const {
-    return w.rows * w.cols * int64_t{sizeof(Element)} <= tuning::kWholeWeight || side <= piece * (team.threads - 1);
+    const int64_t bytes = w.rows * w.cols * int64_t{sizeof(Element)};
+    return bytes <= tuning::kWholeWeight || (bytes <= kMostPieceBytes && side <= piece * (team.threads - 1));
   }
   Element* whole() const {
     Element* const weight = room<Element>(Slot::kExpanded, w.rows * w.cols);
