@@ -11,9 +11,9 @@ phase --jobs at a time); what it found is in the JSON file at once, and a short 
 set: kernels that no GPU has confirmed are used. What is expected stands in bench/results/gpu-predictions.md, written
 before the first run.
 
-The phase decide is for what no GPU has decided yet: whether decode_sliced is right and how fast, which plan of
-gemm_sm90 is best for few rows, and what a masked copy of a small weight costs. Its table says what was asked and what a
-model expects.
+The phase decide is for what no GPU has decided yet: whether decode_sliced and decode_tiles are right and how fast,
+which plan of gemm_sm90 is best for few rows, and what a masked copy of a small weight costs. Its table says what was
+asked and what a model expects.
 
 Contenders of the timings: hook (multiply by the mask, then dense: torch.nn.utils.prune), dense, copy (torch's own
 operations mask), mask_copy, gemm_sm90 and gemm_sm80 where they serve, and packed (decode, or unpack and multiply).
@@ -202,15 +202,16 @@ def packed_is_right(dtype: torch.dtype) -> Callable[[bool], Iterator[Row]]:
     return run
 
 
-SLICED_SIZES = ((1, 2), (65, 130), (257, 264), (4096, 4096), (1000, 11008), (300, 8192 * 2 + 70), (36000, 64))
+LAID_OUT = ("decode_sliced", "decode_tiles")
+LAID_OUT_SIZES = ((1, 4), (65, 132), (257, 264), (4096, 4096), (1000, 11008), (300, 8192 * 2 + 68), (36000, 64))
 
 
-def sliced_is_right(dtype: torch.dtype) -> Callable[[bool], Iterator[Row]]:
+def laid_out_is_right(path: str, dtype: torch.dtype) -> Callable[[bool], Iterator[Row]]:
     """Frozen values, against float64 with poisoned outputs; then the same bits again and again."""
 
     def run(dry: bool) -> Iterator[Row]:
         worst, changed, refused = 0.0, 0, ""
-        for N, K in SLICED_SIZES[:3] if dry else SLICED_SIZES:
+        for N, K in LAID_OUT_SIZES[:3] if dry else LAID_OUT_SIZES:
             for density in (0.0, 0.03, 0.5, 1.0):
                 weight, bias = torch.randn(N, K, device=DEVICE, dtype=dtype), torch.randn(N, device=DEVICE, dtype=dtype)
                 mask = uniform_mask((N, K), density, dtype)
@@ -219,7 +220,7 @@ def sliced_is_right(dtype: torch.dtype) -> Callable[[bool], Iterator[Row]]:
                 for M in (1, 2, 3, 8, 16, 33, 64):
                     x = torch.randn(M, K, device=DEVICE, dtype=dtype)
                     try:
-                        with masked_ops.use_path("copy" if dry else "decode_sliced"), poisoned():
+                        with masked_ops.use_path("copy" if dry else path), poisoned():
                             ys = [masked_ops.packed_linear(x, values, bits, K, bias) for _ in range(4 if dry else 20)]
                     except RuntimeError as error:
                         if "cannot serve" not in str(error):
@@ -235,7 +236,7 @@ def sliced_is_right(dtype: torch.dtype) -> Callable[[bool], Iterator[Row]]:
                     worst = max(worst, float(error / allowed) if bool(error.isfinite()) else float("inf"))
         ok = worst < 8 and changed == 0 and not refused
         yield {
-            "check": "decode_sliced",
+            "check": f"{path} {dtype}",
             "ok": ok,
             "detail": refused or f"error {worst:.2f} of torch's; {changed} elements changed",
         }
@@ -582,15 +583,22 @@ def convolution_steps(dry: bool) -> Iterator[Row]:
 
 # --- what is to be decided -------------------------------------------------------------------------------------------
 
-# Of decode_sliced, by density and rows of input: how many times as fast as dense is asked, and the microseconds that
-# are expected (bench/results/gpu-predictions.md).
+# Of layers whose values are laid out, 8192x8192, by density and rows of input: how many times as fast as dense is
+# asked, and the microseconds that are expected of each kernel (bench/results/gpu-predictions.md).
 ASKED = {(0.1, 1): 3, (0.1, 16): 3, **{(0.25, M): 1.6 for M in (1, 2, 4, 8, 16)}} | {
     (0.5, M): 1.05 for M in (1, 2, 4, 8, 16)
 }
 EXPECTED_US = {
-    0.1: {1: 9.5, 2: 10, 4: 10.5, 8: 11, 16: 16, 32: 28, 64: 50},
-    0.25: {1: 17, 2: 18, 4: 18.5, 8: 20, 16: 32, 32: 60, 64: 115},
-    0.5: {1: 30, 2: 31, 4: 31, 8: 34, 16: 58, 32: 112, 64: 220},
+    "decode_sliced": {
+        0.1: {1: 9.5, 2: 10, 4: 10.5, 8: 11, 16: 16, 32: 28, 64: 50},
+        0.25: {1: 17, 2: 18, 4: 18.5, 8: 20, 16: 32, 32: 60, 64: 115},
+        0.5: {1: 30, 2: 31, 4: 31, 8: 34, 16: 58, 32: 112, 64: 220},
+    },
+    "decode_tiles": {
+        0.1: {1: 16, 2: 16, 4: 16, 8: 16, 16: 16.5, 32: 18, 64: 33},
+        0.25: {1: 17, 2: 17, 4: 17, 8: 17, 16: 17.5, 32: 19, 64: 35},
+        0.5: {1: 25, 2: 25, 4: 25, 8: 25, 16: 25, 32: 25, 64: 42},
+    },
 }
 
 
@@ -611,14 +619,14 @@ def decode_decisions(side: int, density: float) -> Callable[[bool], Iterator[Row
         for M in (1, 16) if dry else (1, 2, 4, 8, 16, 32, 64) if side == 8192 else (1, 8, 16):
             x = torch.randn(M, n, device=DEVICE, dtype=dtype)
             calls: dict[str, list[Callable[[], object]]] = {"dense": [lambda w=w, x=x: F.linear(x, w) for w in weights]}
-            for path in ("decode", "decode_sliced"):
+            for path in ("decode", *LAID_OUT):
                 calls[path] = [lambda s=s, x=x, path=path: on(path, s, x) for s in stored]
             with torch.no_grad():
                 timings = replayed_on_device(calls, DRY_SECONDS if dry else SECONDS)
             about = {"M": M, "N": n, "K": n, "density": density}
             for row in timed_rows("decode", timings, 0, 0, **about):
-                if row["layer"] == "decode_sliced" and n == 8192:
-                    row |= {"asked": ASKED.get((density, M)), "expected_us": EXPECTED_US[density][M]}
+                if row["layer"] in LAID_OUT and n == 8192:
+                    row |= {"asked": ASKED.get((density, M)), "expected_us": EXPECTED_US[row["layer"]][density][M]}
                 yield row
 
     return run
@@ -712,6 +720,7 @@ PROFILED = {  # the first calls check the kernels and pack the mask
     " for i in range(6):\n  if i == 3: profiler.start()\n  masked_ops.masked_linear(x,w,m)",
     "decode_gather": PROFILED_DECODE.replace("PATH", "decode"),
     "decode_sliced": PROFILED_DECODE.replace("PATH", "decode_sliced"),
+    "decode_tiles": PROFILED_DECODE.replace("PATH", "decode_tiles"),
 }
 METRICS = (
     "gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,"
@@ -829,10 +838,10 @@ def all_cases() -> list[Case]:
     cases.append(Case("amp-steps", "timing", 60, amp_steps))
     cases.append(Case("convolution-steps", "timing", 60, convolution_steps))
 
-    sliced = [sliced_is_right(DTYPES[name]) for name in ("bf16", "fp16")]
-    cases.append(Case("sliced-is-right", "decide", 120, one_after_another(*sliced)))
-    decisions = [decode_decisions(8192, density) for density in EXPECTED_US]
-    cases.append(Case("decide-decode", "decide", 120, one_after_another(*decisions, decode_decisions(4096, 0.1))))
+    laid_out = [laid_out_is_right(path, DTYPES[name]) for path in LAID_OUT for name in ("bf16", "fp16")]
+    cases.append(Case("laid-out-is-right", "decide", 150, one_after_another(*laid_out)))
+    decisions = [decode_decisions(8192, density) for density in EXPECTED_US["decode_tiles"]]
+    cases.append(Case("decide-decode", "decide", 150, one_after_another(*decisions, decode_decisions(4096, 0.1))))
     cases.append(Case("decide-gemm", "decide", 60, gemm_plans))
     cases.append(Case("decide-convolutions", "decide", 60, one_after_another(small_copies, convolution_steps)))
 

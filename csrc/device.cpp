@@ -15,11 +15,12 @@
 namespace masked_ops::device {
 namespace {
 
-constexpr std::array<const char*, kKernels> kNames = {"mask_copy", "packed",    "decode",
-                                                      "gemm_sm80", "gemm_sm90", "decode_sliced"};
+constexpr std::array<const char*, kKernels> kNames = {"mask_copy", "packed",        "decode",      "gemm_sm80",
+                                                      "gemm_sm90", "decode_sliced", "decode_tiles"};
 
 // Kernels that have been right on a GPU, over bench/gpu_suite.py --phase correctness: an H200.
-constexpr std::array<bool, kKernels> kConfirmed = {true, true, true, true, true, /*decode_sliced=*/false};
+constexpr std::array<bool, kKernels> kConfirmed = {
+    true, true, true, true, true, /*decode_sliced=*/false, /*decode_tiles=*/false};
 
 constexpr int kMaxDevices = 64;
 
@@ -59,6 +60,9 @@ const Api* open(const std::string& path) {
   MASKED_OPS_FIND(slice);
   MASKED_OPS_FIND(fill_slices);
   MASKED_OPS_FIND(decode_sliced);
+  MASKED_OPS_FIND(tile);
+  MASKED_OPS_FIND(fill_tiles);
+  MASKED_OPS_FIND(decode_tiles);
   MASKED_OPS_FIND(fragments_bytes);
   MASKED_OPS_FIND(pack_fragments);
   MASKED_OPS_FIND(gemm_sm80);
@@ -99,6 +103,8 @@ bool forced(Kernel kernel) {
       return kernel == Kernel::kDecode || kernel == Kernel::kPacked;
     case Path::kDecodeSliced:
       return kernel == Kernel::kDecodeSliced || kernel == Kernel::kPacked;
+    case Path::kDecodeTiles:
+      return kernel == Kernel::kDecodeTiles || kernel == Kernel::kPacked;
     case Path::kGemmSm80:
       return kernel == Kernel::kGemmSm80 || kernel == Kernel::kMaskCopy;
     case Path::kGemmSm90:
@@ -128,9 +134,10 @@ const char* too_old(const Api& api, Kernel kernel, c10::Device device) {
   const int error = api.device_facts(device.index(), &facts);
   if (error) return intern(std::string("the device cannot be asked: ") + api.error_string(error));
   if (kernel == Kernel::kGemmSm90 && facts.major != 9) return "it needs compute capability 9.0";
-  if (kernel == Kernel::kDecodeSliced && facts.shared_bytes < cuda::kSlicedSharedBytes) {
-    return "it needs a block's shared memory to be as large as Hopper's";
-  }
+  const int64_t shared = kernel == Kernel::kDecodeSliced  ? cuda::kSlicedSharedBytes
+                         : kernel == Kernel::kDecodeTiles ? cuda::kTilesSharedBytes
+                                                          : 0;
+  if (facts.shared_bytes < shared) return "a block has too little shared memory for it";
   return facts.major < 8 ? "it needs compute capability 8.0 or newer" : nullptr;
 }
 

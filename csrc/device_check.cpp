@@ -115,15 +115,16 @@ std::string check_decode(const Case& c) {
   return "";
 }
 
-std::string check_sliced(const Case& c) {
+std::string check_laid_out(const Case& c, Form form) {
   const c10::Device device = c.mask.device();
   for (const at::ScalarType dtype : {at::kBFloat16, at::kHalf}) {
     const at::Tensor weight = whole({c.rows(), c.cols()}, 3, dtype, device), bias = whole({c.rows()}, 4, dtype, device);
-    Sliced form = slice(c.api, c.packed.words, c.offsets, c.rows(), c.cols());
-    form.data = fill_slices(c.api, c.packed.words, c.offsets, form, c.cols(), weight.masked_select(c.mask));
-    for (const int64_t M : {1, 2, 4, 16}) {
+    const Layout layout = lay_out(c.api, form, c.packed.words, c.offsets, c.rows(), c.cols());
+    const at::Tensor values = weight.masked_select(c.mask);
+    const at::Tensor data = fill(c.api, form, layout, c.packed.words, c.offsets, c.cols(), values);
+    for (const int64_t M : {1, 2, 4, 16, 19}) {
       const at::Tensor x = whole({M, c.cols()}, M, dtype, device);
-      const at::Tensor y = decode_sliced(c.api, x, form, c.rows(), bias);
+      const at::Tensor y = decode(c.api, form, x, layout, data, c.rows(), bias);
       if (!y.defined()) return "it refuses a small case";
       if (!y.equal(at::linear(x, c.masked(weight), bias))) return "its product is wrong";
     }
@@ -187,7 +188,10 @@ std::string check(const Api& api, Kernel kernel, c10::Device device) {
           wrong = check_decode(c);
           break;
         case Kernel::kDecodeSliced:
-          if (cols % 2 == 0) wrong = check_sliced(c);
+          if (cols % 2 == 0) wrong = check_laid_out(c, Form::kSlices);
+          break;
+        case Kernel::kDecodeTiles:
+          if (cols % 4 == 0) wrong = check_laid_out(c, Form::kTiles);
           break;
         case Kernel::kGemmSm80:
         case Kernel::kGemmSm90:

@@ -55,7 +55,7 @@ struct Plan {
     const char* sm80 = fused ? fused : obstacle(Kernel::kGemmSm80, device);
     const char* sm90 = fused ? fused : obstacle(Kernel::kGemmSm90, device);
     const char* packed = "it is for packed layers";
-    choice = choose_device("linear layer", pass, M, mask.numel(), {why, packed, sm80, sm90, packed}, why);
+    choice = choose_device("linear layer", pass, M, mask.numel(), {why, packed, sm80, sm90, packed, packed}, why);
     if (M == 0 || mask.numel() == 0) choice.path = Path::kCopy;  // nothing to compute; torch knows the shapes
   }
 

@@ -107,7 +107,7 @@ std::tuple<std::string, std::string> explain_copy(const at::Tensor& weight, cons
   }
   const char* not_fused = "it has no kernel of its own";
   const Choice choice =
-      choose_device(operation, Pass::kForward, 0, 0, {why, not_fused, not_fused, not_fused, not_fused}, why);
+      choose_device(operation, Pass::kForward, 0, 0, {why, not_fused, not_fused, not_fused, not_fused, not_fused}, why);
   return {path_name(choice.path), choice.reason};
 }
 

@@ -171,53 +171,89 @@ at::Tensor decode(const Api& api, const at::Tensor& input, const at::Tensor& val
   return output;
 }
 
-Sliced slice(const Api& api, const at::Tensor& words, const at::Tensor& offsets, int64_t N, int64_t K) {
-  const Launch launch(words.device());
-  const int64_t slices = (N + cuda::kSliceRows - 1) / cuda::kSliceRows;
-  const int64_t segments = (K + cuda::kSliceColumns - 1) / cuda::kSliceColumns;
-  const at::Tensor counts = offsets.narrow(0, 1, N).sub(offsets.narrow(0, 0, N));
-  at::Tensor order = at::full({slices * cuda::kSliceRows}, -1, words.options().dtype(at::kInt));
-  order.narrow(0, 0, N).copy_(counts.argsort(0, /*descending=*/true));
-  static_assert(sizeof(cuda::SlicedPiece) == 4 * sizeof(int32_t));
-  at::Tensor pieces = at::zeros({slices * segments, 4}, order.options());
-  const int error = api.slice(words_of(words), N, K, order.const_data_ptr<int32_t>(),
-                              reinterpret_cast<cuda::SlicedPiece*>(pieces.data_ptr<int32_t>()), launch.stream());
-  check_launch("slice", error);
-  const at::Tensor sizes = pieces.select(1, 1).to(at::kLong), ends = sizes.cumsum(0);
-  pieces.select(1, 0).copy_(ends.sub(sizes));
-  const int64_t units = slices * segments > 0 ? ends.select(0, -1).item<int64_t>() : 0;
-  return {order, pieces, {}, units * cuda::kSliceUnit};
-}
-
 namespace {
 
-const cuda::SlicedPiece* pieces_of(const Sliced& sliced) {
-  return reinterpret_cast<const cuda::SlicedPiece*>(sliced.pieces.const_data_ptr<int32_t>());
+const cuda::SlicedPiece* slices_of(const Layout& layout) {
+  static_assert(sizeof(cuda::SlicedPiece) == 4 * sizeof(int32_t));
+  return reinterpret_cast<const cuda::SlicedPiece*>(layout.pieces.const_data_ptr<int32_t>());
+}
+const cuda::TilePiece* tiles_of(const Layout& layout) {
+  static_assert(sizeof(cuda::TilePiece) == 2 * sizeof(int32_t));
+  return reinterpret_cast<const cuda::TilePiece*>(layout.pieces.const_data_ptr<int32_t>());
+}
+
+int64_t pieces_of(int64_t whole, int64_t piece) { return (whole + piece - 1) / piece; }
+
+// Long rows first.
+at::Tensor by_length(const at::Tensor& offsets, int64_t N) {
+  const at::Tensor counts = offsets.narrow(0, 1, N).sub(offsets.narrow(0, 0, N));
+  const int64_t places = pieces_of(N, cuda::kSliceRows) * cuda::kSliceRows;
+  at::Tensor order = at::full({places}, -1, offsets.options().dtype(at::kInt));
+  order.narrow(0, 0, N).copy_(counts.argsort(0, /*descending=*/true));
+  return order;
+}
+
+// Where each piece begins among all, into starts; and the length of all.
+int64_t begin_pieces(const at::Tensor& sizes, const at::Tensor& starts) {
+  if (sizes.numel() == 0) return 0;
+  const at::Tensor wide = sizes.to(at::kLong), ends = wide.cumsum(0);
+  starts.copy_(ends.sub(wide));
+  return ends.select(0, -1).item<int64_t>();
 }
 
 }  // namespace
 
-at::Tensor fill_slices(const Api& api, const at::Tensor& words, const at::Tensor& offsets, const Sliced& sliced,
-                       int64_t K, const at::Tensor& values) {
+Layout lay_out(const Api& api, Form form, const at::Tensor& words, const at::Tensor& offsets, int64_t N, int64_t K) {
+  const Launch launch(words.device());
+  const auto ints = words.options().dtype(at::kInt);
+  if (form == Form::kTiles) {
+    const int64_t count = pieces_of(N, cuda::kTileSide) * pieces_of(K, cuda::kTileSide);
+    Layout layout{{}, at::zeros({count, 2}, ints), 0};
+    check_launch("tile",
+                 api.tile(words_of(words), N, K, const_cast<cuda::TilePiece*>(tiles_of(layout)), launch.stream()));
+    const at::Tensor starts = layout.pieces.select(1, 0);
+    layout.bytes = begin_pieces(starts, starts) * cuda::kTileUnit;
+    return layout;
+  }
+  const int64_t count = pieces_of(N, cuda::kSliceRows) * pieces_of(K, cuda::kSliceColumns);
+  Layout layout{by_length(offsets, N), at::zeros({count, 4}, ints), 0};
+  check_launch("slice", api.slice(words_of(words), N, K, layout.order.const_data_ptr<int32_t>(),
+                                  const_cast<cuda::SlicedPiece*>(slices_of(layout)), launch.stream()));
+  layout.bytes = begin_pieces(layout.pieces.select(1, 1), layout.pieces.select(1, 0)) * cuda::kSliceUnit;
+  return layout;
+}
+
+at::Tensor fill(const Api& api, Form form, const Layout& layout, const at::Tensor& words, const at::Tensor& offsets,
+                int64_t K, const at::Tensor& values) {
   const Launch launch(values.device());
-  at::Tensor data = empty_on(values.device(), {sliced.bytes}, at::kByte);
-  const int error = api.fill_slices(words_of(words), offsets.numel() - 1, K, offsets.const_data_ptr<int64_t>(),
-                                    sliced.order.const_data_ptr<int32_t>(), pieces_of(sliced), values.const_data_ptr(),
-                                    data.data_ptr(), launch.stream());
-  check_launch("fill_slices", error);
+  at::Tensor data = empty_on(values.device(), {layout.bytes}, at::kByte);
+  const int64_t N = offsets.numel() - 1, *const begins = offsets.const_data_ptr<int64_t>();
+  const void* const from = values.const_data_ptr();
+  if (form == Form::kTiles) {
+    check_launch("fill_tiles", api.fill_tiles(words_of(words), N, K, begins, tiles_of(layout), from, data.data_ptr(),
+                                              launch.stream()));
+  } else {
+    check_launch("fill_slices", api.fill_slices(words_of(words), N, K, begins, layout.order.const_data_ptr<int32_t>(),
+                                                slices_of(layout), from, data.data_ptr(), launch.stream()));
+  }
   return data;
 }
 
-at::Tensor decode_sliced(const Api& api, const at::Tensor& input, const Sliced& sliced, int64_t N,
-                         const at::Tensor& bias) {
+at::Tensor decode(const Api& api, Form form, const at::Tensor& input, const Layout& layout, const at::Tensor& data,
+                  int64_t N, const at::Tensor& bias) {
   const Launch launch(input.device());
   at::Tensor output = empty_with_last_dim(input, N);
+  const int dtype = cuda_dtype(input.scalar_type());
+  const int64_t M = rows_of(input), K = input.size(-1);
   const int error =
-      api.decode_sliced(cuda_dtype(input.scalar_type()), rows_of(input), N, input.size(-1), input.const_data_ptr(),
-                        sliced.order.const_data_ptr<int32_t>(), pieces_of(sliced), sliced.data.const_data_ptr(),
-                        data_or_null(bias), output.data_ptr(), launch.stream());
+      form == Form::kTiles
+          ? api.decode_tiles(dtype, M, N, K, input.const_data_ptr(), tiles_of(layout), data.const_data_ptr(),
+                             data_or_null(bias), output.data_ptr(), launch.stream())
+          : api.decode_sliced(dtype, M, N, K, input.const_data_ptr(), layout.order.const_data_ptr<int32_t>(),
+                              slices_of(layout), data.const_data_ptr(), data_or_null(bias), output.data_ptr(),
+                              launch.stream());
   if (error == cuda::kUnsupported) return {};
-  check_launch("decode_sliced", error);
+  check_launch(form == Form::kTiles ? "decode_tiles" : "decode_sliced", error);
   return output;
 }
 

@@ -38,18 +38,23 @@ at::Tensor decode_index(const Api& api, const at::Tensor& words, int64_t N, int6
 at::Tensor decode(const Api& api, const at::Tensor& input, const at::Tensor& values, const at::Tensor& index, int64_t N,
                   const at::Tensor& bias);
 
-// A weight in slices (cuda/api.h); without data, what a mask says of it.
-struct Sliced {
-  at::Tensor order, pieces, data;
+// A weight laid out for one of the kernels decode_sliced and decode_tiles (cuda/api.h).
+enum class Form { kSlices, kTiles };
+inline constexpr int kForms = 2;
+// What a mask says of it.
+struct Layout {
+  at::Tensor order;  // of the rows in slices
+  at::Tensor pieces;
   int64_t bytes;  // of the data
 };
-// The mask's part, for which the device is waited for.
-Sliced slice(const Api& api, const at::Tensor& words, const at::Tensor& offsets, int64_t N, int64_t K);
+// The device is waited for.
+Layout lay_out(const Api& api, Form form, const at::Tensor& words, const at::Tensor& offsets, int64_t N, int64_t K);
 // The data: values must be contiguous, of 16 bits.
-at::Tensor fill_slices(const Api& api, const at::Tensor& words, const at::Tensor& offsets, const Sliced& sliced,
-                       int64_t K, const at::Tensor& values);
-at::Tensor decode_sliced(const Api& api, const at::Tensor& input, const Sliced& sliced, int64_t N,
-                         const at::Tensor& bias);
+at::Tensor fill(const Api& api, Form form, const Layout& layout, const at::Tensor& words, const at::Tensor& offsets,
+                int64_t K, const at::Tensor& values);
+// The output, or undefined if the kernel does not serve this call.
+at::Tensor decode(const Api& api, Form form, const at::Tensor& input, const Layout& layout, const at::Tensor& data,
+                  int64_t N, const at::Tensor& bias);
 
 at::Tensor fragments(const Api& api, const at::Tensor& words, int64_t N, int64_t K, bool transposed);
 // The output, or undefined if the kernel does not serve this call. input is [M][K], or for grad_input [M][N].

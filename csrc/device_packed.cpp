@@ -14,6 +14,8 @@
 namespace masked_ops::device {
 namespace {
 
+constexpr const char* kNoRoom = "MASKED_OPS_CACHE_BYTES leaves no room for it";
+
 at::Tensor to_aligned(const at::Tensor& t) {
   return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 ? t : t.clone();
 }
@@ -66,8 +68,8 @@ class Bits {
     return at::empty({nnz_ + 1}, weight.options()).scatter_(0, place, flat).narrow(0, 0, nnz_);
   }
 
-  // Why decode cannot serve.
-  const char* decode_obstacle(const at::Tensor& values, int64_t rows) const {
+  // Why no kernel for few rows can serve.
+  const char* few_rows_obstacle(const at::Tensor& values, int64_t rows) const {
     const at::ScalarType dtype = values.scalar_type();
     if (why_) return *why_ ? why_ : obstacle(Kernel::kDecode, bits_.device());
     if (!pattern_) return "the layer was not used before the graph that is being captured";
@@ -78,27 +80,38 @@ class Bits {
     return obstacle(Kernel::kDecode, bits_.device());
   }
 
-  // Why decode_sliced cannot serve, or, unless it is forced, is not worth it.
-  const char* sliced_obstacle(const at::Tensor& values, int64_t rows) const {
+  const char* decode_obstacle(const at::Tensor& values, int64_t rows) const {
+    if (const char* why = few_rows_obstacle(values, rows)) return why;
+    return forced_path() || pattern_->index_has_room() ? nullptr : kNoRoom;
+  }
+
+  // Why the kernel for values in this form cannot serve, or, unless it is forced, is not worth it.
+  const char* form_obstacle(Form form, const at::Tensor& values, int64_t rows) const {
     const at::ScalarType dtype = values.scalar_type();
-    if (const char* why = decode_obstacle(values, rows)) return why;
+    const bool tiles = form == Form::kTiles;
+    if (const char* why = few_rows_obstacle(values, rows)) return why;
     if (dtype == at::kFloat) return "its kernel takes bfloat16 and float16 only";
-    if (cols_ % 2 != 0) return "in_features is odd";
+    if (!tiles && cols_ % 2 != 0) return "in_features is odd";
+    if (tiles && cols_ % 4 != 0) return "in_features is no multiple of 4";
     if (!forced_path()) {
       if (values.requires_grad()) return "it is for frozen values";
-      if (rows > cuda::kMostSlicedRows) return "it is slower for so many rows";
-      if (bits_.size(0) * cols_ < cuda::kLeastSlicedWeights) return "the weight is small";
+      const int64_t weights = bits_.size(0) * cols_;
+      if (!tiles && rows > cuda::kMostSlicedRows) return "it is slower for so many rows";
+      if (!tiles && double(nnz_) > cuda::kMostSlicedDensity * double(weights))
+        return "it is slower for so many weights";
+      if (weights < cuda::kLeastLaidOutWeights) return "the weight is small";
     }
-    return obstacle(Kernel::kDecodeSliced, bits_.device());
+    if (const char* why = obstacle(tiles ? Kernel::kDecodeTiles : Kernel::kDecodeSliced, bits_.device())) return why;
+    return forced_path() || pattern_->form_has_room(form) ? nullptr : kNoRoom;
   }
 
   // Undefined if the values are not laid out, or the kernel does not serve this call after all.
-  at::Tensor decode_sliced(const at::Tensor& input, const at::Tensor& values, const at::Tensor& bias) const {
+  at::Tensor decode(Form form, const at::Tensor& input, const at::Tensor& values, const at::Tensor& bias) const {
     if (!values.is_contiguous()) return {};
-    const Sliced form = pattern_->sliced(values, stream_, capture_, /*now=*/forced_path().has_value());
-    if (!form.data.defined()) return {};
-    return device::decode_sliced(*api(), to_aligned(input.contiguous()), form, rows(),
-                                 bias.defined() ? bias.contiguous() : bias);
+    const auto [layout, data] = pattern_->laid_out(form, values, stream_, capture_, /*now=*/forced_path().has_value());
+    if (!data.defined()) return {};
+    return device::decode(*api(), form, to_aligned(input.contiguous()), layout, data, rows(),
+                          bias.defined() ? bias.contiguous() : bias);
   }
 
   // Undefined if the kernel does not serve this call after all.
@@ -138,9 +151,12 @@ class Bits {
 
 Choice choose(const Bits& bits, const at::Tensor& values, int64_t rows) {
   const char* dense = "a packed layer has no dense weight";
+  const char* decode = bits.decode_obstacle(values, rows);
   return choose_device("packed linear layer", Pass::kForward, rows, values.numel(),
-                       {dense, bits.decode_obstacle(values, rows), dense, dense, bits.sliced_obstacle(values, rows)},
-                       "torch's GEMM over the unpacked weight");
+                       {dense, decode, dense, dense, bits.form_obstacle(Form::kSlices, values, rows),
+                        bits.form_obstacle(Form::kTiles, values, rows)},
+                       decode == kNoRoom ? "torch's GEMM over the unpacked weight: MASKED_OPS_CACHE_BYTES is reached"
+                                         : "torch's GEMM over the unpacked weight");
 }
 
 }  // namespace
@@ -150,11 +166,12 @@ at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& values, cons
   const Bits known(bits, in_features, values.numel());
   const int64_t M = rows_of(input);
   const Choice choice = choose(known, values, M);
-  const bool sliced = choice.path == Path::kDecodeSliced;
-  if ((sliced || choice.path == Path::kDecode) && M > 0 && known.rows() > 0 && in_features > 0) {
+  const bool laid_out = choice.path == Path::kDecodeSliced || choice.path == Path::kDecodeTiles;
+  if ((laid_out || choice.path == Path::kDecode) && M > 0 && known.rows() > 0 && in_features > 0) {
+    const Form form = choice.path == Path::kDecodeTiles ? Form::kTiles : Form::kSlices;
     at::Tensor output;
-    if (sliced) output = known.decode_sliced(input, values, bias);
-    const bool other = !sliced || !forced_path();  // until the values are laid out
+    if (laid_out) output = known.decode(form, input, values, bias);
+    const bool other = !laid_out || !forced_path();  // until the values are laid out
     if (!output.defined() && other) output = known.decode(input, values, bias);
     if (output.defined()) return output;
     TORCH_CHECK(!forced_path(), "path '", path_name(choice.path),

@@ -59,10 +59,10 @@ bool DevicePattern::ready(const at::Tensor& mask, bool kernels, bool wait) const
     if (started_ && with_words_ != kernels) {
       if (captured()) return false;
       started_ = ready_ = false;  // the other form is wanted now
-      for (SharedBuffer* buffer : {&keep_, &words_, &offsets_, &index_, &fragments_[0], &fragments_[1], &places_,
-                                   &slice_order_, &slice_pieces_, &slice_data_}) {
+      for (SharedBuffer* buffer : {&keep_, &words_, &offsets_, &index_, &fragments_[0], &fragments_[1], &places_}) {
         *buffer = SharedBuffer();
       }
+      for (FormBuffers& form : forms_) form = FormBuffers();
     }
     if (!started_) {
       if (++uses_ < patience_ && !wait) return false;
@@ -178,47 +178,73 @@ at::Tensor DevicePattern::fragments(const c10::Stream& stream, bool transposed) 
                  [&] { return device::fragments(*api(), words_.on(stream), rows_, cols_, transposed); });
 }
 
-Sliced DevicePattern::sliced(const at::Tensor& values, const c10::Stream& stream, bool capture, bool now) const {
+DevicePattern::LaidOut DevicePattern::laid_out(Form which, const at::Tensor& values, const c10::Stream& stream,
+                                               bool capture, bool now) const {
   const at::Tensor begins = offsets(stream, capture);
   if (!begins.defined() || values.is_inference()) return {};
-  Sliced result{};
+  LaidOut result{};
   bool grown = false;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
+    FormBuffers& form = forms_[static_cast<size_t>(which)];
     const uint32_t version = values.unsafeGetTensorImpl()->version_counter().current_version();
     const auto* const storage = values.storage().unsafeGetStorageImpl();
-    const bool seen = values_seen_ && values_seen_->storage._unsafe_get_target() == storage &&
-                      values_seen_->data == values.const_data_ptr() && values_seen_->version == version;
+    const bool seen = form.seen && form.seen->storage._unsafe_get_target() == storage &&
+                      form.seen->data == values.const_data_ptr() && form.seen->version == version;
     if (!seen) {
-      if (capture || (slice_data_.defined() && captured())) return {};  // a graph may read what is there
-      slice_data_ = SharedBuffer();
-      values_seen_ = {values.storage().getWeakStorageImpl(), values.const_data_ptr(), version};
+      if (capture || (form.data.defined() && captured())) return {};  // a graph may read what is there
+      form.data = SharedBuffer();
+      form.seen = {values.storage().getWeakStorageImpl(), values.const_data_ptr(), version};
       if (!now) return {};
     }
-    if (!slice_data_.defined()) {
+    if (!form.data.defined()) {
       if (capture) return {};
-      if (!slice_order_.defined()) {
-        const Sliced parts = slice(*api(), words_.on(stream), begins, rows_, cols_);
-        slice_order_.fill(parts.order, stream);
-        slice_pieces_.fill(parts.pieces, stream);
-        slice_bytes_ = parts.bytes;
+      if (!form.pieces.defined()) {
+        const Layout layout = lay_out(*api(), which, words_.on(stream), begins, rows_, cols_);
+        if (layout.order.defined()) form.order.fill(layout.order, stream);
+        form.pieces.fill(layout.pieces, stream);
+        form.data_bytes = layout.bytes;
       }
-      if (!now && double(slice_bytes_) > cuda::kMostSlicedBytes * double(nnz_)) return {};
-      const Sliced parts{slice_order_.on(stream), slice_pieces_.on(stream), {}, slice_bytes_};
-      slice_data_.fill(fill_slices(*api(), words_.on(stream), begins, parts, cols_, values), stream);
+      if (!now && double(form.data_bytes) > cuda::kMostLaidOutBytes * double(nnz_)) return {};
+    }
+    const auto order = [&] { return form.order.defined() ? form.order.on(stream) : at::Tensor(); };
+    const Layout layout{order(), form.pieces.on(stream), form.data_bytes};
+    if (!form.data.defined()) {
+      form.data.fill(fill(*api(), which, layout, words_.on(stream), begins, cols_, values), stream);
       if (!captured()) index_ = SharedBuffer();  // decode's, made anew if it is wanted
       grown = true;
     }
-    if (capture) {
-      if (!slice_order_.settled() || !slice_pieces_.settled() || !slice_data_.settled()) return {};
-      mark_captured();
-    } else {
-      for (SharedBuffer* buffer : {&slice_order_, &slice_pieces_, &slice_data_}) buffer->ask_settled();
+    for (SharedBuffer* buffer : form.buffers()) {
+      if (!buffer->defined()) continue;
+      if (!capture) {
+        buffer->ask_settled();
+      } else if (!buffer->settled()) {
+        return {};
+      }
     }
-    result = {slice_order_.on(stream), slice_pieces_.on(stream), slice_data_.on(stream), slice_bytes_};
+    if (capture) mark_captured();
+    result = {layout, form.data.on(stream)};
   }
   if (grown) trim_cache();
   return result;
+}
+
+bool DevicePattern::form_has_room(Form form) const {
+  int64_t most;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (forms_[static_cast<size_t>(form)].data.defined()) return true;
+    most = int64_t(cuda::kMostLaidOutBytes * double(nnz_));
+  }
+  return cache_has_room(most);
+}
+
+bool DevicePattern::index_has_room() const {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (index_.defined()) return true;
+  }
+  return cache_has_room(int64_t(api()->decode_index_bytes(rows_, cols_, nnz_)));
 }
 
 at::Tensor DevicePattern::places(const c10::Stream& stream, bool capture) const {
@@ -229,8 +255,7 @@ at::Tensor DevicePattern::places(const c10::Stream& stream, bool capture) const 
 size_t DevicePattern::bytes() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   return sizeof(*this) + facts_.bytes() + keep_.bytes() + words_.bytes() + offsets_.bytes() + index_.bytes() +
-         fragments_[0].bytes() + fragments_[1].bytes() + places_.bytes() + slice_order_.bytes() +
-         slice_pieces_.bytes() + slice_data_.bytes();
+         fragments_[0].bytes() + fragments_[1].bytes() + places_.bytes() + forms_[0].bytes() + forms_[1].bytes();
 }
 
 namespace {

@@ -3,7 +3,9 @@
 // mask itself. (A path that is forced, a report, and new packed bits are waited for, once.)
 #pragma once
 
+#include <array>
 #include <mutex>
+#include <optional>
 
 #include "device_ops.h"
 #include "pattern.h"
@@ -41,9 +43,17 @@ class DevicePattern final : public Cached {
   at::Tensor offsets(const c10::Stream& stream, bool capture) const;
   at::Tensor decode_index(const c10::Stream& stream, bool capture) const;
   at::Tensor fragments(const c10::Stream& stream, bool transposed) const;
-  // These values in slices, data undefined if they are not: they are laid out at their second use, or now, and kept
-  // until others come. Unless now, only if that takes little memory.
-  Sliced sliced(const at::Tensor& values, const c10::Stream& stream, bool capture, bool now) const;
+  // These values laid out, data undefined if they are not: that is done at their second use, or now, and kept until
+  // others come. Unless now, only if that takes little memory.
+  struct LaidOut {
+    Layout layout;
+    at::Tensor data;
+  };
+  LaidOut laid_out(Form form, const at::Tensor& values, const c10::Stream& stream, bool capture, bool now) const;
+  // Whether it is there, or may be without anything else being forgotten: more than there is room for would be made
+  // anew at every use.
+  bool form_has_room(Form form) const;
+  bool index_has_room() const;
   // Where the remaining weights lie in the flat matrix: int64 [nnz], out of keep.
   at::Tensor places(const c10::Stream& stream, bool capture) const;
 
@@ -69,15 +79,20 @@ class DevicePattern final : public Cached {
   mutable bool with_words_ = false;
   mutable at::Tensor host_facts_;  // int64, as cuda::MaskFacts
   mutable SharedBuffer facts_, keep_, words_, offsets_, index_, fragments_[2], places_;
-  mutable SharedBuffer slice_order_, slice_pieces_, slice_data_;
-  mutable int64_t slice_bytes_ = 0;
-  // What is, or may be next time, in slice_data_.
   struct ValuesSeen {
     c10::weak_intrusive_ptr<c10::StorageImpl> storage;
     const void* data;
     uint32_t version;
   };
-  mutable std::optional<ValuesSeen> values_seen_;
+  struct FormBuffers {
+    SharedBuffer order, pieces, data;
+    int64_t data_bytes = 0;
+    std::optional<ValuesSeen> seen;  // what is, or may be next time, in data
+
+    std::array<SharedBuffer*, 3> buffers() { return {&order, &pieces, &data}; }
+    size_t bytes() const { return order.bytes() + pieces.bytes() + data.bytes(); }
+  };
+  mutable FormBuffers forms_[kForms];
   mutable bool binary_ = false;
   mutable int64_t nnz_ = 0, stray_ = 0;
 };

@@ -26,11 +26,13 @@ inline constexpr int64_t kMostFusedRowsSm80 = -1;
 // Rows that decode takes; see cuda/api.h.
 inline constexpr int64_t kMostDecodeRows = 64;
 
-// decode_sliced, by a model and not measured (bench/results/gpu-predictions.md): with more rows, density counts against
-// it (8192x8192: 32 rows in 28 us at density .1 and 59 at .25, decode in 52 and 68). Below a million weights a launch
-// takes longer than they do. Many bytes a value, as uneven columns make them (decode reads 4), are not worth it.
-inline constexpr int64_t kMostSlicedRows = 32;
-inline constexpr int64_t kLeastSlicedWeights = 1 << 20;
-inline constexpr double kMostSlicedBytes = 5;
+// The kernels whose values are laid out, by models and not measured (bench/results/gpu-predictions.md). decode_sliced
+// takes its time for values and rows of input, decode_tiles for all weights and memory (8192x8192, 8 rows: 11 and 16 us
+// at density .1, 20 and 17 at .25, 34 and 25 at .5; 16 rows: 16 and 16, 32 and 17, 58 and 25). Below a million weights
+// a launch takes longer than they do. Many bytes a value, as uneven masks make them (decode reads 4), are not worth it.
+inline constexpr int64_t kMostSlicedRows = 8;
+inline constexpr double kMostSlicedDensity = 0.2;
+inline constexpr int64_t kLeastLaidOutWeights = 1 << 20;
+inline constexpr double kMostLaidOutBytes = 5;
 
 }  // namespace masked_ops::cuda

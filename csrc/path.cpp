@@ -14,7 +14,8 @@ namespace masked_ops {
 namespace {
 
 constexpr std::array<const char*, kCpuPaths + kDevicePaths> kNames = {
-    "copy", "fused", "compact", "sparse", "mask_copy", "decode", "gemm_sm80", "gemm_sm90", "decode_sliced"};
+    "copy",   "fused",     "compact",   "sparse",        "mask_copy",
+    "decode", "gemm_sm80", "gemm_sm90", "decode_sliced", "decode_tiles"};
 
 std::atomic<int> forced{-1};
 
@@ -110,7 +111,9 @@ Choice choose_device(const char* operation, Pass pass, int64_t rows, int64_t wei
     TORCH_CHECK(!why, "path '", path_name(*path), "' cannot serve this ", operation, ": ", why);
     return {*path, "forced by use_path"};
   }
-  if (!obstacle(Path::kDecodeSliced)) return {Path::kDecodeSliced, "few rows: the frozen weights, laid out for it"};
+  for (const Path path : {Path::kDecodeSliced, Path::kDecodeTiles}) {
+    if (!obstacle(path)) return {path, "few rows: the frozen weights, laid out for it"};
+  }
   if (!obstacle(Path::kDecode)) return {Path::kDecode, "few rows: the remaining weights are read once"};
   const bool of_weight = pass == Pass::kGradWeight;
   const char* const in_load = "masked GEMM: the mask rides in the load of the weight";

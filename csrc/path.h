@@ -23,6 +23,7 @@ enum class Path {
   kGemmSm80,  // masked GEMM on tensor cores
   kGemmSm90,
   kDecodeSliced,  // as kDecode, with the values laid out for it
+  kDecodeTiles,   // the same for more rows, on tensor cores
 };
 
 // Which of a family's three operations; their break-even points differ.
@@ -56,7 +57,7 @@ Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool chan
 
 // The same on a device, for so many rows of input and weights. obstacles says of each path of a device (in the order of
 // Path) why it cannot serve, null if it can; copy_reason is that of the copy path.
-inline constexpr int kDevicePaths = 5;
+inline constexpr int kDevicePaths = 6;
 using DeviceObstacles = std::array<const char*, kDevicePaths>;
 Choice choose_device(const char* operation, Pass pass, int64_t rows, int64_t weights, const DeviceObstacles& obstacles,
                      const char* copy_reason);

@@ -103,6 +103,12 @@ class Cache {
     while (!entries_.empty()) drop(entries_.begin());
   }
 
+  bool has_room(int64_t more) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    drop_dead();
+    return bytes() + more <= info_.limit_bytes;
+  }
+
   // After a pattern has grown: others make room for it.
   void trim() {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -188,6 +194,7 @@ CachedPtr cached_of(const at::Tensor& mask, int64_t cols, const Make& make) {
 }
 
 void trim_cache() { Cache::instance().trim(); }
+bool cache_has_room(int64_t bytes) { return Cache::instance().has_room(bytes); }
 
 CacheInfo cache_info() { return Cache::instance().info(); }
 void clear_cache() { Cache::instance().clear(); }

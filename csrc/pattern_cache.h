@@ -38,6 +38,8 @@ using Make = std::function<CachedPtr(const Cached* stale)>;
 CachedPtr cached_of(const at::Tensor& mask, int64_t cols, const Make& make);
 // Makes room after one has grown.
 void trim_cache();
+// Whether so much more may be held without anything being forgotten.
+bool cache_has_room(int64_t bytes);
 
 struct CacheInfo {
   int64_t entries = 0;

@@ -52,6 +52,10 @@ def test_on_a_fake_device(device: Path, tests: str, switch: str) -> None:
     run(device, HERE / tests, MASKED_OPS_CUDA=switch)
 
 
+def test_with_little_room(device: Path) -> None:
+    run(device, HERE / "test_little_room.py", MASKED_OPS_CUDA="1", MASKED_OPS_CACHE_BYTES=str(4 << 20))
+
+
 slow = pytest.mark.skipif(
     not {"CI", "MASKED_OPS_CUDA_CHECK"} & os.environ.keys(), reason="takes half a minute: make cuda-check"
 )

@@ -21,7 +21,7 @@ except ImportError as error:
 
 CASES = {case.name: case for case in gpu_suite.all_cases()}
 ON_A_GPU = [name for name, case in CASES.items() if case.phase == "correctness" and "sanitizer" not in name]
-DECIDE = ["sliced-is-right", "decide-decode", "decide-gemm", "decide-convolutions"]
+DECIDE = ["laid-out-is-right", "decide-decode", "decide-gemm", "decide-convolutions"]
 DRY = [
     *ON_A_GPU,
     "copies",

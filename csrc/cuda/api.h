@@ -83,6 +83,15 @@ struct SlicedPiece {
 inline constexpr int64_t kSliceUnit = 256;
 inline constexpr int64_t kSlicedSharedBytes = 220 << 10;  // that a block of decode_sliced may take
 
+// A weight in tiles: decode_tiles', see cuda/tiles.h. A piece is a tile of kTileSide rows and columns.
+inline constexpr int64_t kTileSide = 64;
+struct TilePiece {
+  uint32_t at;              // where it begins among all data, in units of kTileUnit bytes
+  uint16_t batches, loose;  // of four values of each lane; steps
+};
+inline constexpr int64_t kTileUnit = 128;
+inline constexpr int64_t kTilesSharedBytes = 196 << 10;  // that a block of decode_tiles may take
+
 // Only what its mode reads needs to be there.
 struct Gemm {
   int mode;
@@ -167,6 +176,20 @@ int masked_ops_cuda_fill_slices(const uint64_t* words, int64_t N, int64_t K, con
 int masked_ops_cuda_decode_sliced(int dtype, int64_t M, int64_t N, int64_t K, const void* input, const int32_t* order,
                                   const masked_ops::cuda::SlicedPiece* pieces, const void* data, const void* bias,
                                   void* output, void* stream);
+
+// --- tiles.cu, decode_tiles.cu: the same for more rows of input ---
+
+// pieces[ceil(N / kTileSide)][ceil(K / kTileSide)], aligned to 8 bytes; at is the size of each, of which the caller
+// makes where it begins.
+int masked_ops_cuda_tile(const uint64_t* words, int64_t N, int64_t K, masked_ops::cuda::TilePiece* pieces,
+                         void* stream);
+// data: of all pieces, aligned to 16 bytes; values in row-major order, 16 bits each.
+int masked_ops_cuda_fill_tiles(const uint64_t* words, int64_t N, int64_t K, const int64_t* offsets,
+                               const masked_ops::cuda::TilePiece* pieces, const void* values, void* data, void* stream);
+// As decode_sliced, on Hopper and newer; also unsupported: a K that is no multiple of 4.
+int masked_ops_cuda_decode_tiles(int dtype, int64_t M, int64_t N, int64_t K, const void* input,
+                                 const masked_ops::cuda::TilePiece* pieces, const void* data, const void* bias,
+                                 void* output, void* stream);
 
 // --- fragments.cu, gemm_sm80.cu, gemm_sm90.cu ---
 

@@ -1,6 +1,8 @@
 // How gemm_sm90 cuts a product into pieces of work.
 #pragma once
 
+#include <initializer_list>
+
 #include "bits.h"
 #include "tuning.h"
 

@@ -213,6 +213,26 @@ void cp_async_wait() {
   cp_async_wait_all_but(kGroups);
 }
 
+template <int kByte, int kStep>
+void expand_byte(uint32_t (&to)[4], uint32_t bits, uint32_t turned, uint32_t one, uint32_t& place) {
+  if (turned != __builtin_bswap32(bits) || one != 1) emulator::fail("expand_byte: not what it asks for");
+  for (int i = 0; i < 4; ++i) {
+    uint32_t word;
+    std::memcpy(&word, shared_pointer(place, 4, 4), 4);
+    const bool low = bits >> (8 * kByte + 2 * i) & 1, high = bits >> (8 * kByte + 2 * i + 1) & 1;
+    place += kStep * (low + high);
+    to[i] = low && high ? word : low ? word & 0xffff : high ? word << 16 : 0;
+  }
+}
+
+template <typename T>
+T* computed(T* pointer) {
+  return pointer;
+}
+
+// Nothing, but that the memory has to be there.
+inline void prefetch_l2(const void* from) { (void)*static_cast<const volatile uint8_t*>(from); }
+
 // Eight rows of 16 bytes take one turn if they are in different groups of banks.
 void count_bank_conflicts(const uint32_t* rows);
 

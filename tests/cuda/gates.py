@@ -136,7 +136,17 @@ RULES = (
         128,
         {r"LDGSTS\.E\S*\.128": 4, r"LDSM\.16\.MT88\.4": 17, r"HMMA\.16816\.F32": 16, r"PRMT": 8, r"STS\.128": 6},
     ),
-    Rule(r"(slice|fill_slices)_kernel", 64),
+    Rule(r"(slice|fill_slices|tile|fill_tiles)_kernel", 64),
+    # A word of operand A is a load, of which the halves' bits are tested six at once or one by one; four words are one
+    # product with each eight rows of input. 512 threads, or 256.
+    Rule(
+        r"decode_tiles_kernel<\d, (8|16), \w+>$",
+        128,
+        {r"R2P": 16, r"LDS": 64, r"HMMA\.16816\.F32": 32, r"LDG\.E\S*\.64": 8, r"STS": 30},
+        architecture="90a",
+    ),
+    Rule(r"decode_tiles_kernel", 255, {r"R2P": 16, r"LDS": 64, r"HMMA\.16816\.F32": 128}, architecture="90a"),
+    Rule(r"decode_tiles_kernel", 32, architecture="80"),  # empty
     Rule(r"split_sum_kernel", 64),
     Rule(
         r"gemm_sm80_kernel", 255, {r"HMMA\.16816\.F32": 32, r"LDGSTS\.E\S*\.128": 12, r"LDSM\.16\.M": 16, r"PRMT": 32}

@@ -291,7 +291,7 @@ int masked_ops_cuda_decode(int dtype, int64_t M, int64_t N, int64_t K, int64_t, 
 }
 
 // Slices: a piece has a value for each of its weights, and its place in the slice, 16 bits each, in the order of its
-// rows. It is as long as if it were all strict steps.
+// rows. It is half as long as if it were all strict steps, if that is enough.
 int masked_ops_cuda_slice(const uint64_t* words, int64_t N, int64_t K, const int32_t* order, SlicedPiece* pieces,
                           void*) {
   ENTER("slice");
@@ -301,7 +301,7 @@ int masked_ops_cuda_slice(const uint64_t* words, int64_t N, int64_t K, const int
     SlicedPiece& piece = pieces[number];
     if (!bit(words, K, row, col)) return;
     ++piece.strict;
-    piece.size = std::max({piece.size, 3 * ++lanes[col % 32], (piece.strict * 4 + 255) / 256});
+    piece.size = std::max({piece.size, 3 * ++lanes[col % 32] / 2, (piece.strict * 4 + 255) / 256});
   });
   return 0;
 }
@@ -337,6 +337,53 @@ int masked_ops_cuda_decode_sliced(int dtype, int64_t M, int64_t N, int64_t K, co
     }
   }
   for (int64_t i = 0; i < M * N; ++i) store(dtype, output, i, sums[i] + wrong("decode_sliced"));
+  return 0;
+}
+
+// Tiles: the same, with four bytes a value of which the second two are the place in the tile.
+int masked_ops_cuda_tile(const uint64_t* words, int64_t N, int64_t K, TilePiece* pieces, void*) {
+  ENTER("tile");
+  for (int64_t r = 0; r < N; ++r) {
+    for (int64_t c = 0; c < K; ++c) {
+      TilePiece& piece = pieces[r / 64 * ((K + 63) / 64) + c / 64];
+      if (bit(words, K, r, c)) piece.at = (++piece.batches * 4 + 127) / 128;
+    }
+  }
+  return 0;
+}
+int masked_ops_cuda_fill_tiles(const uint64_t* words, int64_t N, int64_t K, const int64_t*, const TilePiece* pieces,
+                               const void* values, void* data, void*) {
+  ENTER("fill_tiles");
+  std::vector<int64_t> used(size_t((N + 63) / 64 * ((K + 63) / 64)), 0);
+  const auto* from = static_cast<const uint16_t*>(values);
+  for (int64_t r = 0; r < N; ++r) {
+    for (int64_t c = 0; c < K; ++c) {
+      if (!bit(words, K, r, c)) continue;
+      const int64_t piece = r / 64 * ((K + 63) / 64) + c / 64;
+      auto* to = reinterpret_cast<uint16_t*>(static_cast<char*>(data) + pieces[piece].at * 128) + 2 * used[piece]++;
+      to[0] = *from++;
+      to[1] = uint16_t(r % 64 * 64 + c % 64);
+    }
+  }
+  return 0;
+}
+int masked_ops_cuda_decode_tiles(int dtype, int64_t M, int64_t N, int64_t K, const void* input, const TilePiece* pieces,
+                                 const void* data, const void* bias, void* output, void*) {
+  ENTER("decode_tiles");
+  if (M > 64 || K % 4 || unaligned(input) || unaligned(data)) return kUnsupported;
+  std::vector<double> sums(size_t(M * N), 0);
+  for (int64_t m = 0; m < M; ++m) {
+    for (int64_t n = 0; n < N; ++n) sums[m * N + n] = bias ? load(dtype, bias, n) : 0;
+  }
+  const int64_t across = (K + 63) / 64;
+  for (int64_t piece = 0; piece < (N + 63) / 64 * across; ++piece) {
+    const auto* from = reinterpret_cast<const uint16_t*>(static_cast<const char*>(data) + pieces[piece].at * 128);
+    for (int i = 0; i < pieces[piece].batches; ++i, from += 2) {
+      const int64_t n = piece / across * 64 + from[1] / 64, k = piece % across * 64 + from[1] % 64;
+      for (int64_t m = 0; m < M; ++m) sums[m * N + n] += load(dtype, from, 0) * load(dtype, input, m * K + k);
+    }
+  }
+  for (int64_t i = 0; i < M * N; ++i) store(dtype, output, i, sums[i] + wrong("decode_tiles"));
   return 0;
 }
 

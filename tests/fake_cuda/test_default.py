@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from fake_device import FakeCuda
 from test_kernels import case, expected_step, packed, same, settle, step
@@ -13,8 +14,9 @@ from masked_ops import _ops
 def test_the_kernels_serve(cuda: FakeCuda) -> None:
     assert _ops._module is not None
     states = _ops._module.cuda_kernels(0)
-    confirmed, state = states.pop("decode_sliced")
-    assert not confirmed and state.startswith("no GPU has confirmed this kernel yet")
+    for name in ("decode_sliced", "decode_tiles"):
+        confirmed, state = states.pop(name)
+        assert not confirmed and state.startswith("no GPU has confirmed this kernel yet")
     assert set(states.values()) == {(True, "ok")}
     x, weight, mask, bias, dy = case(16, 64, 64, torch.bfloat16)
     settle(mask, weight)
@@ -29,12 +31,14 @@ def test_the_kernels_serve(cuda: FakeCuda) -> None:
     }
 
 
-def test_an_unconfirmed_kernel(cuda: FakeCuda) -> None:
+@pytest.mark.parametrize("path", ["decode_sliced", "decode_tiles"])
+def test_an_unconfirmed_kernel(cuda: FakeCuda, path: str) -> None:
     x, weight, mask, bias, dy = case(4, 1024, 1024, torch.bfloat16)
     values, bits = packed(weight, mask)
+    before = cuda.calls(path)
     for _ in range(4):
         masked_ops.packed_linear(x, values, bits, 1024)
-    assert cuda.calls("decode_sliced") == 0
-    with masked_ops.use_path("decode_sliced"):
+    assert cuda.calls(path) == before
+    with masked_ops.use_path(path):
         y = masked_ops.packed_linear(x, values, bits, 1024, bias)
-    assert cuda.calls("decode_sliced") > 0 and same([y], expected_step(x, weight, mask, bias, dy)[:1])
+    assert cuda.calls(path) > before and same([y], expected_step(x, weight, mask, bias, dy)[:1])

@@ -223,19 +223,30 @@ def packed(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return weight[mask != 0], bits.to(weight.device)
 
 
-def test_values_in_slices(cuda: FakeCuda) -> None:
+FORMS = {"decode_sliced": ("slice", "fill_slices"), "decode_tiles": ("tile", "fill_tiles")}
+
+
+def frozen_case(M: int, density: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    x, weight, mask, bias, dy = case(M, 1024, 1024, dtype)
+    return x, weight, (torch.rand(mask.shape) < density).to(mask), bias, dy
+
+
+@pytest.mark.parametrize(
+    ("path", "M", "density"), [("decode_sliced", 8, 0.1), ("decode_tiles", 9, 0.1), ("decode_tiles", 1, 0.4)]
+)
+def test_values_that_are_laid_out(cuda: FakeCuda, path: str, M: int, density: float) -> None:
     """Frozen values are laid out at their second use, and anew when others come."""
-    x, weight, mask, bias, dy = case(4, 1024, 1024, torch.bfloat16)
+    x, weight, mask, bias, dy = frozen_case(M, density, torch.bfloat16)
     values, bits = packed(weight, mask)
     masked_ops.packed_linear(x, values, bits, 1024)
 
     def calls(capture: bool = False) -> list[int]:
-        before = [cuda.calls(name) for name in ("decode", "decode_sliced", "slice", "fill_slices")]
+        names = ("decode", path, *FORMS[path])
+        before = [cuda.calls(name) for name in names]
         with cuda.capture() if capture else contextlib.nullcontext():
             y = masked_ops.packed_linear(x, values, bits, 1024, bias)
         assert same([y], expected_step(x, weight, mask, bias, dy)[:1])
-        after = [cuda.calls(name) for name in ("decode", "decode_sliced", "slice", "fill_slices")]
-        return [b - a for a, b in zip(before, after, strict=True)]
+        return [cuda.calls(name) - count for name, count in zip(names, before, strict=True)]
 
     assert calls() == [0, 1, 1, 1]
     assert calls() == [0, 1, 0, 0]
@@ -247,29 +258,48 @@ def test_values_in_slices(cuda: FakeCuda) -> None:
     values.requires_grad_()
     assert calls() == [1, 0, 0, 0]
     values.requires_grad_(False)
-    assert _ops.explain_packed_linear(values, bits, 1024, 4)[0] == "decode_sliced"
-    for M, reason in ((33, "decode"), (65, "copy")):
-        assert _ops.explain_packed_linear(values, bits, 1024, M)[0] == reason
+    of_few = "decode_sliced" if density < 0.2 else "decode_tiles"
+    for rows, chosen in ((8, of_few), (9, "decode_tiles"), (64, "decode_tiles"), (65, "copy")):
+        assert _ops.explain_packed_linear(values, bits, 1024, rows)[0] == chosen
     assert calls(capture=True) == [0, 1, 0, 0]
     values.add_(0)  # of which the graph knows nothing: what it reads stays
     for capture in (False, False, True):
         assert calls(capture) == [1, 0, 0, 0]
 
 
-def test_what_is_not_worth_slices(cuda: FakeCuda) -> None:
-    x, _, mask, _, _ = case(4, 1024, 1024, torch.bfloat16)
-    mask = torch.zeros_like(mask)
+def test_both_forms_of_the_same_values(cuda: FakeCuda) -> None:
+    x, weight, mask, bias, dy = frozen_case(9, 0.1, torch.float16)
+    values, bits = packed(weight, mask)
+    expected = expected_step(x, weight, mask, bias, dy)[0]
+    for _ in range(3):
+        assert same([masked_ops.packed_linear(x, values, bits, 1024, bias)], [expected])
+        assert same([masked_ops.packed_linear(x[:2], values, bits, 1024, bias)], [expected[:2]])
+    before = {name: cuda.calls(name) for name in ("decode_sliced", "decode_tiles", "fill_slices", "fill_tiles")}
+    for rows in (9, 2):
+        masked_ops.packed_linear(x[:rows], values, bits, 1024, bias)
+    assert [cuda.calls(name) - count for name, count in before.items()] == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("path", "M", "K", "refusal"),
+    [("decode_sliced", 4, 1023, "in_features is odd"), ("decode_tiles", 9, 1022, "in_features is no multiple of 4")],
+)
+def test_what_is_not_worth_laying_out(cuda: FakeCuda, path: str, M: int, K: int, refusal: str) -> None:
+    x, _, mask, _, _ = frozen_case(M, 0.1, torch.bfloat16)
+    odd = mask.repeat(2, 1)[:, :K].contiguous()
+    mask.zero_()
     mask[:, ::32] = 1  # all in one lane's columns
-    uneven, small, odd = (mask, 1024), (mask[:, :32].contiguous(), 32), (binary(1100, 1023).to(mask), 1023)
-    for m, K in (uneven, small, odd):
+    of_pieces = FORMS[path][0]
+    for m, k in ((mask, 1024), (mask[:, :32].contiguous(), 32), (odd, K)):
         values, bits = packed(whole(*m.shape).bfloat16(), m)
-        before = cuda.calls("decode_sliced"), cuda.calls("slice")
+        before = cuda.calls(path), cuda.calls(of_pieces)
         for _ in range(3):
-            masked_ops.packed_linear(x[:, :K], values, bits, K)
-        assert cuda.calls("decode_sliced") == before[0], K
-        assert cuda.calls("slice") == before[1] + (m is mask)
-    with masked_ops.use_path("decode_sliced"):
-        with pytest.raises(RuntimeError, match="in_features is odd"):
+            masked_ops.packed_linear(x[:, :k], values, bits, k)
+        served = m is mask and path == "decode_tiles"  # whose model here is even
+        assert (cuda.calls(path) > before[0]) == served, k
+        assert cuda.calls(of_pieces) == before[1] + (m is mask)
+    with masked_ops.use_path(path):
+        with pytest.raises(RuntimeError, match=refusal):
             masked_ops.packed_linear(x[:, :K], values, bits, K)
         with pytest.raises(RuntimeError, match="bfloat16 and float16 only"):
             masked_ops.packed_linear(x[:, :K].float(), values.float(), bits, K)
