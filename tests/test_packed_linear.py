@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
+import mmap
 from typing import NamedTuple
 
 import pytest
@@ -20,7 +23,9 @@ from generators import (
     every_float,
     integers,
     mask_of,
+    name_of,
     on_each_device,
+    poison_scratch,
     poisoned,
     refuses,
     running_on,
@@ -153,6 +158,87 @@ def test_masked_gemm_takes_a_large_weight_in_pieces(
     with running_on("fused", capability), poisoned():
         for op in ("packed_linear", "packed_linear_grad_input", "packed_linear_grad_values"):
             assert_exact(getattr(_ops, op)(*calls[op]), exact[op], op, str(shape))
+
+
+# Around the edges of what is expanded in registers: rows of the weight that are taken together and the last, which are
+# read from a copy; vectors, words, tiles and chunks of columns; weights whose parts threads share.
+FEW_ROWS = (
+    (1, 1),
+    (3, 16),
+    (5, 17),
+    (8, 31),
+    (9, 33),
+    (2, 63),
+    (4, 64),
+    (13, 65),
+    (6, 97),
+    (33, 130),
+    (21, 193),
+    (70, 300),
+    (50, 1100),
+    (31, 1600),
+    (300, 70),
+)
+LONG_ROWS = ((7, 4100), (5, 8300), (40, 4097))
+
+
+def between_nans(values: Tensor) -> Tensor:
+    """Contiguous, and NaN before and behind."""
+    nans = torch.full((100,), float("nan"), dtype=values.dtype)
+    return torch.cat([nans, values, nans])[100 : 100 + len(values)]
+
+
+@pytest.mark.cpu_only("about a path of the CPU's")
+@every_capability
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=name_of)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_few_rows_against_many_weights(threads: int, dtype: torch.dtype, capability: str) -> None:
+    torch.manual_seed(6)
+    torch.set_num_threads(threads)
+    patterns = ("half", "most", "all", "some rows", "none", "tenth", "diagonal", "one row", "two of four", "single")
+    shapes = [(M, *sides) for M in (*range(1, 18), 24, 25) for sides in FEW_ROWS]
+    shapes += [(M, *sides) for M in (1, 2, 5, 12, 16) for sides in LONG_ROWS]
+    with running_on("fused", capability), poisoned():
+        poison_scratch()
+        for i, (M, N, K) in enumerate(shapes):
+            pattern = patterns[(i + i // len(FEW_ROWS)) % len(patterns)]
+            mask = mask_of(pattern, N, K)
+            values, x = between_nans(integers(int(mask.sum()), dtype=dtype)), integers(M, K, dtype=dtype)
+            bias, g = integers(N, dtype=dtype), integers(M, N, dtype=dtype)
+            weight = torch.zeros(N, K, dtype=torch.float64).masked_scatter(mask, values.double())
+            bits, exact = bits_of(mask), x.double() @ weight.t()
+            case = f"{M}x{N}x{K} {pattern}"
+            assert_exact(_ops.packed_linear(x, values, bits, K, bias), exact + bias.double(), case)
+            assert_exact(_ops.packed_linear(x, values, bits, K), exact, case)
+            assert_exact(_ops.packed_linear_grad_input(g, values, bits, K), g.double() @ weight, case)
+
+
+@pytest.mark.cpu_only("about memory of the CPU's")
+@every_capability
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=name_of)
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mprotect"), reason="needs memory that cannot be read")
+def test_nothing_is_read_behind_the_values(dtype: torch.dtype, capability: str) -> None:
+    torch.manual_seed(7)
+    memory = mmap.mmap(-1, 64 * mmap.PAGESIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    guard = ctypes.c_void_p(address + 63 * mmap.PAGESIZE)
+    assert ctypes.CDLL(None).mprotect(guard, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    with running_on("fused", capability):
+        for pattern, (M, N, K) in itertools.product(
+            ("half", "all", "tenth", "single", "some rows"),
+            ((1, 9, 130), (2, 4, 64), (5, 33, 300), (8, 1, 16), (16, 70, 97)),
+        ):
+            mask = mask_of(pattern, N, K)
+            nnz = int(mask.sum())
+            if nnz == 0:
+                continue
+            values = torch.frombuffer(memory, dtype=dtype, count=nnz, offset=63 * mmap.PAGESIZE - nnz * dtype.itemsize)
+            values.copy_(integers(nnz, dtype=dtype))
+            x, g = integers(M, K, dtype=dtype), integers(M, N, dtype=dtype)
+            weight = torch.zeros(N, K, dtype=torch.float64).masked_scatter(mask, values.double())
+            bits = bits_of(mask)
+            assert_exact(_ops.packed_linear(x, values, bits, K), x.double() @ weight.t(), pattern)
+            assert_exact(_ops.packed_linear_grad_input(g, values, bits, K), g.double() @ weight, pattern)
 
 
 def test_paths_that_read_a_dense_weight_are_refused(device: str) -> None:

@@ -238,6 +238,22 @@ struct Operand {
   // One operand in all lanes.
   static MASKED_OPS_INLINE Vec broadcast(int64_t, const T* p) { return Vec::set1(to_float(*p)); }
 
+  // The operands of a row of which memory holds only what has a bit, from p on: p moves on to what comes next, and a
+  // whole vector is read. expand_across is the same for operands of one depth, with a row for each depth.
+  static constexpr bool kExpands = Vec::kExpands;
+#if defined(__AVX2__)
+  static constexpr int kRead = Vec::kLanes;  // elements
+  static MASKED_OPS_INLINE Vec expand(const uint64_t* bits, int64_t k, const T*& p) {
+    const uint32_t m = Vec::bits_of_lanes(bits, k);
+    const Vec v = load_floats(p).expand(m);
+    p += __builtin_popcount(m);
+    return v;
+  }
+  static MASKED_OPS_INLINE void expand_across(Bits bits, bool, int64_t k, const T* (&p)[kDepth], Vec (&to)[kDepth]) {
+    to[0] = expand(bits.row(0), k, p[0]);
+  }
+#endif
+
   // Operands of one depth for neighbouring columns; across_two, where there is such, gives two vectors for less.
   static constexpr bool kHasAcrossTwo = false;
   template <typename Mask>
@@ -286,13 +302,36 @@ struct Operand<BFloat16> {
   }
   static MASKED_OPS_INLINE uint32_t first_of_two(int64_t n) { return n >= 32 ? ~0u : (1u << (n > 0 ? n : 0)) - 1; }
   static MASKED_OPS_INLINE void across_two(const uint32_t (&m)[kDepth], const BFloat16* p, int64_t ld, Vec (&to)[2]) {
+    interleave(_mm512_maskz_loadu_epi16(m[0], p), _mm512_maskz_loadu_epi16(m[1], p + ld), to);
+  }
+  static MASKED_OPS_INLINE void interleave(__m512i even, __m512i odd, Vec (&to)[2]) {
     alignas(64) static constexpr uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                                       8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-    const __m512i even = _mm512_maskz_loadu_epi16(m[0], p), odd = _mm512_maskz_loadu_epi16(m[1], p + ld);
     const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     to[0] = {_mm512_castsi512_ps(_mm512_permutex2var_epi16(even, low, odd))};
     to[1] = {_mm512_castsi512_ps(_mm512_permutex2var_epi16(even, high, odd))};
   }
+#if defined(__AVX512VBMI2__)
+  static constexpr bool kExpands = true;
+  static constexpr int kRead = 32;
+  static MASKED_OPS_INLINE __m512i expand_two(uint32_t m, const BFloat16*& p) {
+    const __m512i v = _mm512_maskz_expand_epi16(m, _mm512_loadu_si512(p));
+    p += __builtin_popcount(m);
+    return v;
+  }
+  static MASKED_OPS_INLINE Vec expand(const uint64_t* bits, int64_t k, const BFloat16*& p) {
+    return {_mm512_castsi512_ps(expand_two(word(bits, k), p))};
+  }
+  // 32 columns; of a last row that has no other beside it, `paired` is false.
+  static MASKED_OPS_INLINE void expand_across(Bits bits, bool paired, int64_t k, const BFloat16* (&p)[2],
+                                              Vec (&to)[2]) {
+    const __m512i even = expand_two(word(bits.row(0), k), p[0]);
+    const __m512i odd = expand_two(paired ? word(bits.row(1), k) : 0, p[1]);
+    interleave(even, odd, to);
+  }
+#else
+  static constexpr bool kExpands = false;
+#endif
   static MASKED_OPS_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
     return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
   }

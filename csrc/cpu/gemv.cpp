@@ -26,28 +26,6 @@ struct Dots {
   int64_t N;
 };
 
-// totals[i] = the sum of vector i's lanes; as many at a time as a vector has, where that is worth it.
-template <int N>
-MASKED_OPS_INLINE void sum_each(const Vec* sums, float* totals) {
-  constexpr int kLeast = L / 2;
-  MASKED_OPS_UNROLL
-  for (int i = 0; i < N; i += L) {
-    if (N - i < kLeast) {
-      MASKED_OPS_UNROLL
-      for (int j = i; j < N; ++j) totals[j] = sums[j].sum();
-      return;
-    }
-    const auto at = [&](int j) { return j < N ? sums[j] : Vec::zero(); };
-    Vec quads[L / 4];
-    MASKED_OPS_UNROLL
-    for (int q = 0; q < L / 4; ++q) {
-      const int j = i + 4 * q;
-      quads[q] = j < N ? sum_quads(at(j), at(j + 1), at(j + 2), at(j + 3)) : Vec::zero();
-    }
-    sum_across_quads(quads).storeu(totals + i);
-  }
-}
-
 // y[m][r] = x[m] . weight[r] + bias[r] for M rows of input and R rows of the weight.
 template <int M, int R, typename T>
 MASKED_OPS_INLINE void dots_of_group(const Dots<T>& o) {
@@ -107,21 +85,7 @@ MASKED_OPS_INLINE void dots_of_group(const Dots<T>& o) {
     }
     return;
   }
-  float totals[ceil_div(M * R, L) * L];
-  sum_each<M * R>(sum[0], totals);
-  if (o.bias) {
-    MASKED_OPS_UNROLL
-    for (int i = 0; i < M * R; ++i) totals[i] += to_float(o.bias[i % R]);
-  }
-  MASKED_OPS_UNROLL
-  for (int m = 0; m < M; ++m) {
-    if constexpr (kIsFloat<T>) {
-      std::memcpy(o.y + m * o.N, totals + m * R, R * sizeof(float));
-      continue;
-    }
-    MASKED_OPS_UNROLL
-    for (int r = 0; r < R; ++r) store_float(totals[m * R + r], o.y + m * o.N + r);
-  }
+  store_dots<M, R>(sum, o.bias, o.y, o.N);
 }
 
 // The same for so many groups of R rows.
@@ -137,23 +101,6 @@ __attribute__((noinline)) void dots(const Dots<T>& first, int64_t groups) {
     group.sums += M * R;
     group.bias += group.bias ? R : 0;
     group.y += R;
-  }
-}
-
-template <typename T>
-void pack(const Chunks& chunks, const RowTiles& tiles, int64_t K, const T* input, float* x) {
-  constexpr int kDepth = Operand<T>::kDepth;
-  for (int64_t k = 0; k < chunks.columns; k += chunks.width) {
-    for (int64_t t = 0; t < tiles.count; ++t) {
-      const int64_t first = tiles.begin(t), rows = tiles.size(t);
-      for (int64_t m = 0; m < rows; ++m) {
-        const T* const from = input + (first + m) * K;
-        float* to = chunks.at(x, k, first) + m * L;
-        for (int64_t at = k * kDepth, end = (k + chunks.size(k)) * kDepth; at < end; at += L * kDepth, to += rows * L) {
-          Operand<T>::along(K - at, from + at).store(to);
-        }
-      }
-    }
   }
 }
 

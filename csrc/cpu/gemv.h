@@ -170,6 +170,86 @@ MASKED_OPS_INLINE void wait_for(const Walk& step, const T* weight, int64_t K, co
   wait_for(weight + step.row * K + step.column, K, step.rows(), valid);
 }
 
+// The operands of the rows of input.
+template <typename T>
+void pack(const Chunks& chunks, const RowTiles& tiles, int64_t K, const T* input, float* x) {
+  constexpr int kDepth = Operand<T>::kDepth, L = Vec::kLanes;
+  for (int64_t k = 0; k < chunks.columns; k += chunks.width) {
+    for (int64_t t = 0; t < tiles.count; ++t) {
+      const int64_t first = tiles.begin(t), rows = tiles.size(t);
+      for (int64_t m = 0; m < rows; ++m) {
+        const T* const from = input + (first + m) * K;
+        float* to = chunks.at(x, k, first) + m * L;
+        for (int64_t at = k * kDepth, end = (k + chunks.size(k)) * kDepth; at < end; at += L * kDepth, to += rows * L) {
+          Operand<T>::along(K - at, from + at).store(to);
+        }
+      }
+    }
+  }
+}
+
+// totals[i] = the sum of vector i's lanes; as many at a time as a vector has, where that is worth it.
+template <int N>
+MASKED_OPS_INLINE void sum_each(const Vec* sums, float* totals) {
+  constexpr int L = Vec::kLanes, kLeast = L / 2;
+  MASKED_OPS_UNROLL
+  for (int i = 0; i < N; i += L) {
+    if (N - i < kLeast) {
+      MASKED_OPS_UNROLL
+      for (int j = i; j < N; ++j) totals[j] = sums[j].sum();
+      return;
+    }
+    const auto at = [&](int j) { return j < N ? sums[j] : Vec::zero(); };
+    Vec quads[L / 4];
+    MASKED_OPS_UNROLL
+    for (int q = 0; q < L / 4; ++q) {
+      const int j = i + 4 * q;
+      quads[q] = j < N ? sum_quads(at(j), at(j + 1), at(j + 2), at(j + 3)) : Vec::zero();
+    }
+    sum_across_quads(quads).storeu(totals + i);
+  }
+}
+
+// y[m][r] = the sum of the lanes of sum[m][r], and bias[r].
+template <int M, int R, typename T>
+MASKED_OPS_INLINE void store_dots(const Vec (&sum)[M][R], const T* bias, T* y, int64_t N) {
+  constexpr int L = Vec::kLanes;
+  float totals[ceil_div(M * R, L) * L];
+  sum_each<M * R>(sum[0], totals);
+  if (bias) {
+    MASKED_OPS_UNROLL
+    for (int i = 0; i < M * R; ++i) totals[i] += to_float(bias[i % R]);
+  }
+  MASKED_OPS_UNROLL
+  for (int m = 0; m < M; ++m) {
+    if constexpr (kIsFloat<T>) {
+      std::memcpy(y + m * N, totals + m * R, R * sizeof(float));
+      continue;
+    }
+    MASKED_OPS_UNROLL
+    for (int r = 0; r < R; ++r) store_float(totals[m * R + r], y + m * N + r);
+  }
+}
+
+// Writes the chunk at column k of the gradient: the sum of all parts' sums, each `size` floats.
+template <typename T>
+void finish_sums(const Chunks& chunks, const RowTiles& tiles, int64_t k, int64_t K, float* sums, int64_t parts,
+                 int64_t size, T* grad_input) {
+  constexpr int L = Vec::kLanes;
+  for (int64_t t = 0; t < tiles.count; ++t) {
+    const int64_t first = tiles.begin(t), rows = tiles.size(t);
+    for (int64_t m = 0; m < rows; ++m) {
+      const float* from = chunks.at(sums, k, first) + m * L;
+      T* const to = grad_input + (first + m) * K;
+      for (int64_t at = k, end = min(k + chunks.width, K); at < end; at += L, from += rows * L) {
+        Vec sum = Vec::load(from);
+        for (int64_t part = 1; part < parts; ++part) sum = sum + Vec::load(from + part * size);
+        store_floats(sum, K - at, to + at);
+      }
+    }
+  }
+}
+
 // Kernel<rows of input, rows of the weight, T>::run for each pair that there is.
 template <template <int, int, typename> typename Kernel, typename T, RegisterTile kTile>
 struct KernelTable {

@@ -268,24 +268,6 @@ void take_area(const Chunks& chunks, const RowTiles& tiles, int64_t N, int64_t K
   }
 }
 
-// Writes the chunk at column k of the gradient: the sum of all parts' sums, each `size` floats.
-template <typename T>
-void finish(const Chunks& chunks, const RowTiles& tiles, int64_t k, int64_t K, float* sums, int64_t parts, int64_t size,
-            T* grad_input) {
-  for (int64_t t = 0; t < tiles.count; ++t) {
-    const int64_t first = tiles.begin(t), rows = tiles.size(t);
-    for (int64_t m = 0; m < rows; ++m) {
-      const float* from = chunks.at(sums, k, first) + m * L;
-      T* const to = grad_input + (first + m) * K;
-      for (int64_t at = k, end = min(k + chunks.width, K); at < end; at += L, from += rows * L) {
-        Vec sum = Vec::load(from);
-        for (int64_t part = 1; part < parts; ++part) sum = sum + Vec::load(from + part * size);
-        store_floats(sum, K - at, to + at);
-      }
-    }
-  }
-}
-
 // sums [M][ld] begins at the area's first column.
 template <typename T>
 void take_tiles(const RowTiles& tiles, int64_t N, int64_t K, const T* grad_output, const T* weight, Bits bits,
@@ -354,7 +336,7 @@ void by_rows(const Team& team, int64_t M, int64_t N, int64_t K, const T* grad_ou
     return part == parts ? N : N * part / parts / kDepth * kDepth;
   };
   float* const sums = static_cast<float*>(scratch(Slot::kPanelB, size_t(parts * size) * sizeof(float)));
-  const auto finish_chunk = [&](int64_t k) { finish(chunks, tiles, k, K, sums, parts, size, grad_input); };
+  const auto finish_chunk = [&](int64_t k) { finish_sums(chunks, tiles, k, K, sums, parts, size, grad_input); };
   const int64_t workers = min(threads, parts * strips);
   TaskQueue queue(parts * strips, workers);
   team.for_each(workers, [&](int64_t number) {

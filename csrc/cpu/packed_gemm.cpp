@@ -1,7 +1,9 @@
-// The masked GEMM of a packed weight: a piece of it at a time, which stays in the caches, is laid out densely and
-// multiplied by the kernels for dense weights. The pieces are the tasks of the team: rows of the weight, or, for the
+// The masked GEMM of a packed weight. For a few rows of input it is expanded on its way into registers
+// (packed_gemv*.cpp); for more, a piece of it at a time, which stays in the caches, is laid out densely and multiplied
+// by the kernels for dense weights. The pieces are the tasks of the team: rows of the weight, or, for the
 // gradient of the input, which sums over rows, columns of it. A small weight is one piece, which the team multiplies.
 // It takes over from SpMM where many weights remain.
+#include "elements.h"
 #include "kernels.h"
 #include "simd_words.h"
 #include "tuning.h"
@@ -155,6 +157,17 @@ struct PackedProduct {
   }
 };
 
+// Whether the weight is expanded in registers: forward, and for the gradient of the input.
+template <typename T>
+bool in_registers(int64_t M, int64_t K) {
+  const bool short_rows = !kIsFloat<T> && K <= tuning::kExpandedShortRows * M;
+  return Operand<T>::kExpands && M <= tuning::kExpandedRows && !short_rows;
+}
+template <typename T>
+bool in_registers_of_grad(int64_t M) {
+  return Operand<T>::kExpands && M <= (kConverts<T> ? tuning::kExpandedGradRowsConverted : tuning::kExpandedGradRows);
+}
+
 template <typename Body>
 void with_moved(Dtype dtype, const Body& body) {
   dtype == Dtype::kFloat ? body(uint32_t()) : body(uint16_t());
@@ -178,6 +191,9 @@ void row_ranks(const Team& team, Bits bits, int64_t rows, int64_t cols, uint32_t
 
 void packed_linear(const Team& team, Dtype dtype, int64_t M, const PackedWeight& weight, const void* input,
                    const void* bias, void* output) {
+  bool small = false;
+  with_element(dtype, [&](auto element) { small = in_registers<decltype(element)>(M, weight.cols); });
+  if (small) return packed_linear_small(team, dtype, M, weight, input, bias, output);
   with_moved(dtype, [&](auto element) {
     using Element = decltype(element);
     PackedProduct<Element>{team, dtype, M, weight}.forward(
@@ -187,6 +203,9 @@ void packed_linear(const Team& team, Dtype dtype, int64_t M, const PackedWeight&
 
 void packed_linear_grad_input(const Team& team, Dtype dtype, int64_t M, const PackedWeight& weight,
                               const void* grad_output, void* grad_input) {
+  bool small = false;
+  with_element(dtype, [&](auto element) { small = in_registers_of_grad<decltype(element)>(M); });
+  if (small) return packed_linear_grad_input_small(team, dtype, M, weight, grad_output, grad_input);
   with_moved(dtype, [&](auto element) {
     using Element = decltype(element);
     PackedProduct<Element>{team, dtype, M, weight}.grad_input(static_cast<const Element*>(grad_output),

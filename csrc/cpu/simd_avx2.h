@@ -5,6 +5,18 @@
 
 namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
 
+// For each eight bits, where the lanes that have one come from: how many bits are below; negative where there is none.
+struct ExpandTable {
+  int8_t from[256][8];
+  constexpr ExpandTable() : from{} {
+    for (int bits = 0; bits < 256; ++bits) {
+      int8_t below = 0;
+      for (int i = 0; i < 8; ++i) from[bits][i] = bits >> i & 1 ? below++ : int8_t(-1);
+    }
+  }
+};
+alignas(64) inline constexpr ExpandTable kExpandTable;
+
 struct Vec {
   static constexpr int kLanes = 8;
   __m256 v;
@@ -93,6 +105,15 @@ struct Vec {
   MASKED_OPS_INLINE Vec select(Predicate m) const { return {_mm256_and_ps(_mm256_castsi256_ps(m.lanes), v)}; }
   MASKED_OPS_INLINE Vec select(Signs m) const {
     return {_mm256_blendv_ps(_mm256_setzero_ps(), v, _mm256_castsi256_ps(m.lanes))};
+  }
+  static constexpr bool kExpands = true;
+  MASKED_OPS_INLINE Vec expand(uint32_t bits) const {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kExpandTable.from[bits]));
+    const __m256i from = _mm256_cvtepi8_epi32(bytes);
+    return {_mm256_blendv_ps(_mm256_permutevar8x32_ps(v, from), _mm256_setzero_ps(), _mm256_castsi256_ps(from))};
+  }
+  static MASKED_OPS_INLINE uint32_t bits_of_lanes(const uint64_t* row, int64_t k) {
+    return reinterpret_cast<const uint8_t*>(row)[k >> 3];
   }
   MASKED_OPS_INLINE float sum() const {
     const __m128 a = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));

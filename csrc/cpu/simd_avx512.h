@@ -59,6 +59,9 @@ struct Vec {
     _mm256_store_ps(high, _mm512_extractf32x8_ps(v, 1));
   }
   MASKED_OPS_INLINE Vec select(Predicate m) const { return {_mm512_maskz_mov_ps(m, v)}; }
+  // The first lanes, moved to those that have a bit; the others are zero.
+  static constexpr bool kExpands = true;
+  MASKED_OPS_INLINE Vec expand(uint32_t bits) const { return {_mm512_maskz_expand_ps(Predicate(bits), v)}; }
   MASKED_OPS_INLINE float sum() const { return _mm512_reduce_add_ps(v); }
 
   // p[columns[i]] for each lane.
@@ -78,6 +81,10 @@ struct Vec {
   // The bits of lanes [k, k + kLanes) of a row; k is a multiple of kLanes.
   static MASKED_OPS_INLINE Predicate predicate(const uint64_t* row, int64_t k) {
     return reinterpret_cast<const Word16*>(row)[k >> 4];
+  }
+  // The same as a number. A count of bits that is loaded with them would wait for the one before it.
+  static MASKED_OPS_INLINE uint32_t bits_of_lanes(const uint64_t* row, int64_t k) {
+    return opaque(uint32_t{reinterpret_cast<const Word16*>(row)[k >> 4]});
   }
   // The bits of so many vectors, and vector j's; only the AVX2 file has more than one.
   static constexpr int kWordVectors = 1;

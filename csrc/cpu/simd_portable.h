@@ -7,6 +7,7 @@ namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
 
 struct Vec {
   static constexpr int kLanes = 4;
+  static constexpr bool kExpands = false;
   using Predicate = uint8_t;
   typedef float Floats __attribute__((vector_size(16)));
   typedef float LooseFloats __attribute__((vector_size(16), aligned(4), may_alias));

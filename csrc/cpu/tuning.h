@@ -175,8 +175,8 @@ constexpr int64_t kCachedBytes = int64_t{16} << 20;
 constexpr int64_t kSmallGrain = int64_t{1} << 14, kSmallTasks = 8;
 // How far the passes over a row of remaining weights prefetch.
 constexpr int64_t kBytesAhead = 2048;
-// The least rows of the weight for which a thread has sums of grad_input of its own.
-constexpr int64_t kLeastPartRows = 64;
+// The least rows of the weight for which a thread has sums of grad_input of its own; and where they are expanded.
+constexpr int64_t kLeastPartRows = 64, kLeastExpandedRows = 16;
 // Up to so many steps, of one row of input or of two, grad_weight is written row by row. AVX2, one thread, us, by tiles
 // and by rows: 4, 512 x 512 41 and 24, 8 55 and 44; 4, 1024 x 64 9.9 and 7.2, 8 13.3 and 13.2; without AVX2 8, 512 x
 // 512 133 and 104. Fewer where a sum is rounded in many instructions (AVX2, one thread, bfloat16, 6, 512 x 512, 64 us
@@ -203,6 +203,26 @@ constexpr int64_t kStreamAhead = 8192;
 // grad_input 2485 without fetching, 1740 with it.
 constexpr int64_t kFewRowsPiece = int64_t{256} << 10, kPiece = int64_t{384} << 10, kPiecesPerThread = 3;
 constexpr int64_t kPiecesAhead = 6;
+// Rows of input up to which it is expanded in registers instead, forward and grad_input; unless, of 16 bits, its rows
+// have so few columns for each row of input. 3072 x 768 at 75%, one thread, us, by pieces and in registers, forward: 1,
+// float32 293 and 133, bfloat16 161 and 72, 8 629 and 423, 340 and 242, 16 1109 and 897, 580 and 484; grad_input: 1 474
+// and 139, 285 and 109, 8 686 and 449, 389 and 267, 16 1066 and 900, 606 and 531, float16 918 and 978. 16, 64 -> 1024
+// bfloat16 20 and 35, 8 14.8 and 17.8, 4 12.7 and 10.4. AVX2, float32 at 25%, 24 2320 and 1457.
+#if defined(__AVX512F__)
+constexpr int64_t kExpandedRows = 16, kExpandedGradRows = 16, kExpandedGradRowsConverted = 12;
+constexpr int64_t kExpandedShortRows = 12;
+#else
+constexpr int64_t kExpandedRows = 24, kExpandedGradRows = 16, kExpandedGradRowsConverted = 16;
+constexpr int64_t kExpandedShortRows = 4;
+#endif
+// grad_input goes by rows, up to so many rows of input, or by tiles (packed_gemv_grad_input.cpp). 3072 x 768 at 75%,
+// one thread, us, by rows and by tiles: 4, float32 275 and 261, 8 477 and 449, bfloat16 2 124 and 127, 8 284 and 267;
+// two threads, few rows of the weight, 16 x 4096, 4 12.9 and 6.2; AVX2, 4, at 25%, 285 and 359.
+#if defined(__AVX512F__)
+constexpr int64_t kExpandedByRow = 3;
+#else
+constexpr int64_t kExpandedByRow = kExpandedGradRows;
+#endif
 // Bytes of a weight that is one piece: 128, 1024 -> 1024 337, 365 and 313 us by pieces, 306, 308 and 307 whole.
 constexpr int64_t kWholeWeight = int64_t{2} << 20;
 
