@@ -69,7 +69,9 @@ struct LinearCosts {
                                                                                          : cpu::kHalfPackedCosts;
       return of(costs, path, pattern.rows(), pattern.cols(), pattern.nnz(), pattern.blocked());
     }
-    const double expanded = double(pattern.rows() * pattern.cols()) * cpu::kExpandCost / threads;
+    const bool in_registers = path == Path::kFused && M <= cpu::kSmallM && pass != Pass::kGradWeight && !portable();
+    const double each = in_registers ? cpu::kRegisterCost : cpu::kExpandCost;
+    const double expanded = double(pattern.rows() * pattern.cols()) * each / threads;
     return of(path, pattern, /*reads_dense_weight=*/false) + (path == Path::kSparse ? 0 : expanded);
   }
 
