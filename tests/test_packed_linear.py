@@ -124,6 +124,44 @@ def test_family_is_exact_on_integers(path: str | None, dtype: torch.dtype, capab
     assert served or path not in (None, "copy")
 
 
+def before_no_memory(source: Tensor) -> Tensor:
+    """A copy, behind which is a page that nobody may read."""
+    size = source.numel() * source.element_size()
+    pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(address + pages), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    copy = torch.frombuffer(memory, dtype=source.dtype, count=source.numel(), offset=pages - size)
+    return copy.copy_(source.flatten()).view(source.shape)
+
+
+@every_capability
+@every_float
+@pytest.mark.parametrize("cols", [64, 127, 200])
+def test_words_of_every_kind_are_packed_and_unpacked(
+    cols: int, dtype: torch.dtype, capability: str, device: str
+) -> None:
+    """A word at a time moves its elements in other ways where they are few, or none is among the last."""
+    if device != "cpu":
+        return
+    torch.manual_seed(6)
+    column = torch.arange(cols)
+    ends = [column <= last for last in (0, 6, 7, 8, 55, 56, 62, 63)]
+    begins = [column >= first for first in (1, 7, 8, 55, 56, 57, 63)]
+    drawn = [torch.rand(cols) < density for density in (0, 0.02, 0.1, 0.15, 0.2, 0.3, 0.6, 0.9, 1) for _ in range(5)]
+    rows = torch.stack([*ends, *begins, *drawn])
+    weight = torch.randint(1, 256, rows.shape).to(dtype)
+    for mask in (rows, rows.flip(0), rows[-1:], *rows[:8].unbind()[2:5]):
+        mask = mask.view(-1, cols)
+        dense = before_no_memory(weight[: len(mask)])
+        with running_on(None, capability), poisoned():
+            values = _ops.pack_values(dense, bits_of(mask), int(mask.sum()))
+            assert torch.equal(values, dense[mask])
+            unpacked = _ops.unpack_values(before_no_memory(values), bits_of(mask), cols)
+        assert torch.equal(unpacked, torch.where(mask, dense, 0))
+
+
 # More than is laid out densely at once: the piece of few rows of input and of many, and more rows than are taken at a
 # time, with one dtype.
 PIECES = (

@@ -5,6 +5,8 @@
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
+#elif defined(__AVX2__)
+#include "shuffles_avx2.h"
 #endif
 
 namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
@@ -86,6 +88,9 @@ MASKED_OPS_INLINE Element* compress64(uint64_t bits, const Element* in, Element*
   }
   return out;
 #else
+#if defined(__AVX2__)
+  if constexpr (!kExact && sizeof(Element) < 8) return compress_by_eight(bits, in, out);
+#endif
   for (; bits; bits &= bits - 1) *out++ = in[__builtin_ctzll(bits)];
   return out;
 #endif
@@ -132,6 +137,9 @@ MASKED_OPS_INLINE const Element* expand64(uint64_t bits, const Element* in, Elem
   }
   return in;
 #else
+#if defined(__AVX2__)
+  if constexpr (!kExact && sizeof(Element) < 8) return expand_by_eight(bits, in, out);
+#endif
   for (int i = 0; i < 64; ++i) out[i] = 0;
   for (; bits; bits &= bits - 1) out[__builtin_ctzll(bits)] = *in++;
   return in;
