@@ -1,6 +1,6 @@
 // grad_input for a few rows of input. From memory, the weight comes a few rows at a time, each added to every row's
 // sums by a factor of grad_output, which stays in a register (axpys); threads share the rows, and their sums are added
-// at the end. From caches, tiles of columns come, whose sums stay in registers down a block of rows (sum_down): no sum
+// at the end. From caches, where that is faster (tuning.h), tiles of columns come, whose sums stay in registers down a block of rows (sum_down): no sum
 // is stored for each few products, which costs more than the order of memory gains.
 #include "gemv.h"
 #include "pack.h"
@@ -368,7 +368,8 @@ void linear_grad_input_small(const Team& team, Dtype dtype, int64_t M, int64_t N
     using T = decltype(element);
     const int64_t bytes = N * K * int64_t{sizeof(T)};
     const int64_t least = kConverts<T> ? tuning::kDownColumnsConverted : tuning::kDownColumns * team.threads;
-    const bool tiles = M > tuning::kAxpyRows / Operand<T>::kDepth && K >= least && bytes <= tuning::kCachedBytes;
+    const int64_t most = kConverts<T> ? tuning::kDownBytesConverted : tuning::kDownBytes;
+    const bool tiles = M > tuning::kAxpyRows / Operand<T>::kDepth && K >= least && bytes <= most;
     const bool short_rows = M <= tuning::kShortTile && kIsFloat<T> && K <= tuning::kDownShort &&
                             bytes <= tuning::kDownShortBytes && K >= tile_vectors(int(M)) * L * team.threads;
     (tiles || short_rows ? by_tiles<T> : by_rows<T>)(team, M, N, K, static_cast<const T*>(dy),

@@ -124,8 +124,9 @@ constexpr int64_t kWaitingSums = 192, kSmallBlock = 24;
 // they are not more because rows may lie whole 4 KB apart, and then few lines stay in L1 (AVX2, 2048 -> 2048: 128).
 // Rows are fetched just ahead, for the same reason. Where elements are converted, short rows go as they lie.
 // The most rows of input, one thread, us, packed and not: 24, 768 -> 1024 bfloat16 95 and 80, float32 164 and 157; 24,
-// 2048 -> 2048, whole 4 KB apart, bfloat16 606 and 696; float16, 16, 1024 -> 1024, 345 and 388. AVX2 float32, 12, 512
-// -> 512 81 and 61, 16 90 and 82, 24 113 and 121; 12, 1024 -> 1024, whole 4 KB apart, 324 and 280, 16 359 and 425.
+// 2048 -> 2048, whole 4 KB apart, bfloat16 606 and 696; float16, 16, 1024 -> 1024, 345 and 388. AVX2, 12 and 16, 1024
+// -> 1024, float32 425 and 341, 481 and 453; 20 544 and 568; float16 and bfloat16, 12, 414 and 402, 417 and 425, 16 465
+// and 534, 478 and 567, but with the weight from memory 864 and 594, 793 and 641.
 constexpr int64_t kAxpyRows = 3, kSmallStrip = 512;
 #if defined(__AVX512F__)
 constexpr int kDownTile = 12, kDownVectors[kDownTile] = {6, 6, 6, 6, 4, 4, 3, 3, 2, 2, 2, 2};
@@ -134,11 +135,20 @@ constexpr int64_t kDownMost = 24, kDownMostApart = 16, kDownMostConverted = 12;
 #elif defined(__AVX2__)
 constexpr int kDownTile = 6, kDownVectors[kDownTile] = {8, 4, 3, 2, 2, 2};
 constexpr int64_t kDownRows = 128, kDownAhead = 2;
-constexpr int64_t kDownMost = 16, kDownMostApart = 12, kDownMostConverted = 8;
+constexpr int64_t kDownMost = 16, kDownMostApart = 16, kDownMostConverted = 12;
 #else
 constexpr int kDownTile = 6, kDownVectors[kDownTile] = {4, 4, 3, 2, 2, 2};
 constexpr int64_t kDownRows = 128, kDownAhead = 2;
 constexpr int64_t kDownMost = 8, kDownMostApart = 8, kDownMostConverted = 8;
+#endif
+// Bytes of a weight up to which it goes by tiles: AVX2's are a line wide, which is slow to come from anywhere but L2.
+// One thread, us, by tiles and by rows: float32, 6, 512 -> 512 37 and 45, 768 -> 768 84 and 102, or from memory 411 and
+// 140; 8, 1024 -> 1024 262 and 238, or 429 and 296; 8, 4096 -> 1024 4890 and 1290 from memory; float16, 4, 512 -> 256
+// 21.6 and 16.9, 8, 1024 -> 1024 356 and 270; bfloat16 22.1 and 18.0, 357 and 285.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int64_t kDownBytes = int64_t{1} << 20, kDownBytesConverted = 0;
+#else
+constexpr int64_t kDownBytes = int64_t{16} << 20, kDownBytesConverted = kDownBytes;
 #endif
 // Columns and bytes of a weight of floats up to which kShortTile rows of input, or fewer, go by tiles too. AVX2, one
 // thread, us, by rows and by tiles: 1, 1024 x 64 3.3 and 2.1, 1024 x 256 11.7 and 9.6, 1024 x 512 25 and 22 (another
