@@ -37,7 +37,7 @@ struct LinearCosts {
   // Where bfloat16 is converted, float16 tells what our kernels take, and torch's are no faster than for float32.
   const cpu::CostTable& table(Path path) const {
     if (portable()) return cpu::kFloatCostsPortable;
-    if (cpu::kernels().lanes == 8) return cpu::kFloatCostsAvx2;
+    if (cpu::kernels().lanes == 8) return dtype == at::kFloat ? cpu::kFloatCostsAvx2 : cpu::kHalfCostsAvx2;
     if (dtype == at::kFloat) return cpu::kFloatCosts;
     if (dtype == at::kHalf) return cpu::kHalfCosts;
     if (cpu::kernels().bf16_dots) return cpu::kBFloat16Costs;
@@ -63,16 +63,16 @@ struct LinearCosts {
 
   // Of a packed weight, which the copy path lays out in memory and the masked GEMM in the caches.
   double of_packed(Path path, const Pattern& pattern) const {
-    if (cpu::kernels().lanes == 16) {
-      const cpu::CostTable& costs = dtype == at::kFloat                                  ? cpu::kFloatPackedCosts
-                                    : dtype == at::kBFloat16 && cpu::kernels().bf16_dots ? cpu::kBFloat16PackedCosts
-                                                                                         : cpu::kHalfPackedCosts;
-      return of(costs, path, pattern.rows(), pattern.cols(), pattern.nnz(), pattern.blocked());
+    if (!portable()) {
+      return of(packed_table(), path, pattern.rows(), pattern.cols(), pattern.nnz(), pattern.blocked());
     }
-    const bool in_registers = path == Path::kFused && M <= cpu::kSmallM && pass != Pass::kGradWeight && !portable();
-    const double each = in_registers ? cpu::kRegisterCost : cpu::kExpandCost;
-    const double expanded = double(pattern.rows() * pattern.cols()) * each / threads;
+    const double expanded = double(pattern.rows() * pattern.cols()) * cpu::kExpandCost / threads;
     return of(path, pattern, /*reads_dense_weight=*/false) + (path == Path::kSparse ? 0 : expanded);
+  }
+  const cpu::CostTable& packed_table() const {
+    if (cpu::kernels().lanes == 8) return dtype == at::kFloat ? cpu::kFloatPackedCostsAvx2 : cpu::kHalfPackedCostsAvx2;
+    if (dtype == at::kFloat) return cpu::kFloatPackedCosts;
+    return dtype == at::kBFloat16 && cpu::kernels().bf16_dots ? cpu::kBFloat16PackedCosts : cpu::kHalfPackedCosts;
   }
 
   double of_compact(const Pattern& pattern) const {

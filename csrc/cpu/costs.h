@@ -28,9 +28,8 @@ struct Cost {
 // The compact path gathers and scatters: nanoseconds for an element moved, and for the calls themselves.
 inline constexpr double kGatherCost = 0.5, kCompactCall = 8e3;
 
-// Nanoseconds for an element of a packed weight to be laid out densely, where a vector has no instruction for it; and
-// to be expanded in registers, by a table.
-inline constexpr double kExpandCost = 0.6, kRegisterCost = 0.02;
+// Nanoseconds for an element of a packed weight to be laid out densely without vectors.
+inline constexpr double kExpandCost = 0.6;
 
 // By how much of its part a product with weights in blocks of rows takes less (forward, grad_input, grad_weight): 128,
 // 768 -> 3072 and 512, 3072 -> 768 at 30 to 90%: 0.86 to 0.96 of the time, 0.97 to 1.18 and 0.79 to 0.95.
@@ -168,37 +167,135 @@ inline constexpr CostTable kHalfPackedCosts = {
 };
 
 // Of AVX2 and of any CPU, measured on the same machine with torch held to the like (ATEN_CPU_CAPABILITY and
-// ONEDNN_MAX_CPU_ISA). They serve for all dtypes: elements of 16 bits are converted.
+// ONEDNN_MAX_CPU_ISA). Elements of 16 bits are converted: float16's costs serve for bfloat16, and without AVX2 float's
+// for all.
 inline constexpr CostTable kFloatCostsAvx2 = {
     // float32, AVX2: begin
     {
         // copy
-        {2.02e+03, 0, 0.021, 0, 0.127, 0, 0, 0},         // forward, M <= 16
-        {2.75e+03, 0, 0.0187, 0, 0.186, 0, 0, 0},        // forward, M > 16
-        {2.29e+03, 0, 0.0257, 0, 0.123, 0, 0, 0},        // grad_input, M <= 16
-        {3.41e+03, 0, 0.0188, 0, 0.198, 0, 0, 0},        // grad_input, M > 16
-        {3.1e+03, 0, 0.0182, 0.0202, 0.0974, 0, 0, 0},   // grad_weight, M <= 16
-        {4.03e+03, 0, 0.0197, 0, 0.0911, 0, 0.0254, 0},  // grad_weight, M > 16
+        {2.67e+03, 0, 0.0258, 0, 0.236, 0, 0, 0},     // forward, M <= 16
+        {4.05e+03, 0, 0.0222, 0, 0.358, 0, 0, 0},     // forward, M > 16
+        {3.69e+03, 0, 0.0261, 0, 0.233, 0, 0, 0},     // grad_input, M <= 16
+        {5.22e+03, 0, 0.0216, 0, 0.343, 0, 0, 0},     // grad_input, M > 16
+        {4.1e+03, 0, 0.0254, 0.049, 0.193, 0, 0, 0},  // grad_weight, M <= 16
+        {5e+03, 0, 0.0224, 0, 0.242, 0, 0.0526, 0},   // grad_weight, M > 16
     },
     {
         // fused
-        {1.8e+03, 0, 0.0196, 0.0117, 0.0104, 0, 0.0788, 0},   // forward, M <= 16
-        {2.56e+03, 0, 0.016, 0.00136, 0.0721, 0, 0.0329, 0},  // forward, M > 16
-        {1.88e+03, 0, 0.0205, 0.00523, 0.0159, 0, 0, 0},      // grad_input, M <= 16
-        {3.34e+03, 0, 0.0159, 0, 0.052, 0, 0, 0},             // grad_input, M > 16
-        {2.21e+03, 0, 0.0175, 0.00727, 0.0212, 0, 0, 0},      // grad_weight, M <= 16
-        {3.13e+03, 0, 0.0163, 0, 0.0171, 0, 0.0266, 0},       // grad_weight, M > 16
+        {2.16e+03, 0, 0.0278, 0.0166, 0.0257, 0, 0, 0},   // forward, M <= 16
+        {2.83e+03, 0, 0.0203, 0, 0.173, 0, 0.0324, 0},    // forward, M > 16
+        {2.15e+03, 0, 0.0272, 0, 0.0414, 0, 0, 0},        // grad_input, M <= 16
+        {4.17e+03, 0, 0.0189, 0, 0.139, 0, 0.06, 0},      // grad_input, M > 16
+        {2.53e+03, 0, 0.0262, 0.00729, 0.0368, 0, 0, 0},  // grad_weight, M <= 16
+        {3.72e+03, 0, 0.0192, 0, 0.1, 0, 0.0836, 0},      // grad_weight, M > 16
     },
     {
         // sparse
-        {2.04e+03, 0.00807, 0, 0.0152, 0.0165, 0.467, 0, 0.773},   // forward, M <= 16
-        {2.24e+03, 0.0161, 0, 0, 0.078, 0.357, 0.0909, 0.126},     // forward, M > 16
-        {2.6e+03, 0.0293, 0, 0.0102, 0.0196, 0.757, 0, 0.507},     // grad_input, M <= 16
-        {2.95e+03, 0.0179, 0, 0, 0.0771, 0.71, 0.0441, 0.11},      // grad_input, M > 16
-        {2.17e+03, 0.0271, 0, 0.308, 0.0162, 0.772, 0, 0.0486},    // grad_weight, M <= 16
-        {3.15e+03, 0.019, 0, 0.201, 0.124, 0.294, 0.0799, 0.112},  // grad_weight, M > 16
+        {2.64e+03, 0, 0, 0.0122, 0.0443, 0.449, 0, 1.01},        // forward, M <= 16
+        {3.06e+03, 0.0203, 0, 0, 0.141, 0.0746, 0.0984, 0.265},  // forward, M > 16
+        {2.83e+03, 0, 0, 0, 0.0468, 1.14, 0, 0.898},             // grad_input, M <= 16
+        {4.25e+03, 0.0211, 0, 0, 0.127, 0.476, 0.039, 0.329},    // grad_input, M > 16
+        {3.81e+03, 0.0318, 0, 0.0269, 0.0697, 1.07, 0, 0.358},   // grad_weight, M <= 16
+        {3.87e+03, 0.0287, 0, 0, 0.122, 0.264, 0.0956, 0.271},   // grad_weight, M > 16
     },
     // float32, AVX2: end
+};
+
+inline constexpr CostTable kHalfCostsAvx2 = {
+    // float16, AVX2: begin
+    {
+        // copy
+        {8.15e+03, 0, 0.106, 0.188, 0.13, 0, 0, 0},  // forward, M <= 16
+        {2.35e+04, 0, 0.114, 0, 0, 0, 0, 0},         // forward, M > 16
+        {0, 0, 0.705, 0, 0.742, 0, 0, 0},            // grad_input, M <= 16
+        {0, 0, 0.513, 0, 8.2, 0, 0, 0},              // grad_input, M > 16
+        {4.83e+03, 0, 0.32, 0, 0.939, 0, 0, 0},      // grad_weight, M <= 16
+        {6.15e+03, 0, 0.282, 0, 3.37, 0, 0.13, 0},   // grad_weight, M > 16
+    },
+    {
+        // fused
+        {2.76e+03, 0, 0.026, 0.024, 0.025, 0, 0.157, 0},      // forward, M <= 16
+        {4.21e+03, 0, 0.0235, 0.00951, 0.167, 0, 0.0275, 0},  // forward, M > 16
+        {2.8e+03, 0, 0.0327, 0, 0.0621, 0, 0, 0},             // grad_input, M <= 16
+        {3.02e+03, 0, 0.0188, 0, 0.229, 0, 0.223, 0},         // grad_input, M > 16
+        {2.92e+03, 0, 0.0254, 0, 0.0467, 0, 0.161, 0},        // grad_weight, M <= 16
+        {3.91e+03, 0, 0.0204, 0, 0.124, 0, 0.0923, 0},        // grad_weight, M > 16
+    },
+    {
+        // sparse
+        {2.98e+03, 0, 0, 0.0136, 0.0512, 0.484, 0, 0.762},      // forward, M <= 16
+        {2.45e+03, 0.0221, 0, 0, 0.188, 0.184, 0.197, 0.0795},  // forward, M > 16
+        {2.61e+03, 0.0264, 0, 0, 0.0877, 0.821, 0, 0.726},      // grad_input, M <= 16
+        {1.54e+03, 0.0297, 0, 0, 0.345, 0.0011, 0, 0.337},      // grad_input, M > 16
+        {3.33e+03, 0.0614, 0, 0, 0.0999, 0.565, 0, 0.631},      // grad_weight, M <= 16
+        {2.97e+03, 0.035, 0, 0, 0.259, 0, 0, 0.247},            // grad_weight, M > 16
+    },
+    // float16, AVX2: end
+};
+
+// Of packed weights, on AVX2.
+inline constexpr CostTable kFloatPackedCostsAvx2 = {
+    // float32, AVX2, packed: begin
+    {
+        // copy
+        {3.1e+03, 0, 0.0224, 0, 0.202, 0, 0, 0},        // forward, M <= 16
+        {2.5e+03, 0, 0.0225, 0, 0.347, 0, 0, 0},        // forward, M > 16
+        {3.28e+03, 0, 0.0216, 0, 0.194, 0.0743, 0, 0},  // grad_input, M <= 16
+        {3.79e+03, 0, 0.0218, 0, 0.393, 0, 0, 0},       // grad_input, M > 16
+        {5.29e+03, 0, 0.0246, 0, 0.188, 0.0525, 0, 0},  // grad_weight, M <= 16
+        {6.17e+03, 0, 0.0232, 0, 0.217, 0.0783, 0, 0},  // grad_weight, M > 16
+    },
+    {
+        // fused
+        {2.88e+03, 0, 0.0263, 0.0275, 0.0903, 0.0255, 0, 0},  // forward, M <= 16
+        {2.24e+03, 0, 0.021, 0, 0.282, 0.114, 0, 0},          // forward, M > 16
+        {2.76e+03, 0, 0.0255, 0.00371, 0.116, 0.0434, 0, 0},  // grad_input, M <= 16
+        {3.76e+03, 0, 0.0207, 0, 0.293, 0.00962, 0, 0},       // grad_input, M > 16
+        {3.74e+03, 0, 0.0288, 0.0301, 0.0646, 0.0796, 0, 0},  // grad_weight, M <= 16
+        {4.75e+03, 0, 0.0211, 0, 0.194, 0.093, 0.00356, 0},   // grad_weight, M > 16
+    },
+    {
+        // sparse
+        {3.16e+03, 0, 0, 0, 0, 0.321, 0.0359, 0.754},      // forward, M <= 16
+        {2.83e+03, 0.0179, 0, 0, 0, 0.19, 0.0628, 0.356},  // forward, M > 16
+        {3.26e+03, 0, 0, 0, 0, 0.754, 0, 0.97},            // grad_input, M <= 16
+        {3.73e+03, 0.0194, 0, 0, 0, 0.799, 0.027, 0.377},  // grad_input, M > 16
+        {4.01e+03, 0, 0, 0, 0, 1.1, 0.0325, 0.947},        // grad_weight, M <= 16
+        {4.46e+03, 0.0256, 0, 0, 0, 0.569, 0.104, 0.371},  // grad_weight, M > 16
+    },
+    // float32, AVX2, packed: end
+};
+
+inline constexpr CostTable kHalfPackedCostsAvx2 = {
+    // float16, AVX2, packed: begin
+    {
+        // copy
+        {6.91e+03, 0, 0.0971, 0.0453, 0.0259, 0, 0, 0},  // forward, M <= 16
+        {2.14e+04, 0, 0.0987, 0, 0, 0, 0, 0},            // forward, M > 16
+        {887, 0, 0.667, 0, 0.418, 0.0773, 0, 0},         // grad_input, M <= 16
+        {0, 0, 0.509, 0, 7.65, 0, 0, 0},                 // grad_input, M > 16
+        {5.6e+03, 0, 0.313, 0, 0.639, 0, 0, 0},          // grad_weight, M <= 16
+        {6.91e+03, 0, 0.258, 0, 3.09, 0, 1.19, 0},       // grad_weight, M > 16
+    },
+    {
+        // fused
+        {3.13e+03, 0, 0.0227, 0.1, 0.0241, 0.0194, 0.385, 0},  // forward, M <= 16
+        {3.64e+03, 0, 0.02, 0.217, 0.0364, 0.0627, 0.177, 0},  // forward, M > 16
+        {3.6e+03, 0, 0.0314, 0.0297, 0.1, 0.0622, 0, 0},       // grad_input, M <= 16
+        {3.67e+03, 0, 0.0186, 0, 0.237, 0, 0.229, 0},          // grad_input, M > 16
+        {4.16e+03, 0, 0.029, 0.064, 0.0268, 0.133, 0, 0},      // grad_weight, M <= 16
+        {4.58e+03, 0, 0.0203, 0.016, 0.121, 0.0441, 0.17, 0},  // grad_weight, M > 16
+    },
+    {
+        // sparse
+        {3.45e+03, 0, 0, 0, 0, 0.325, 0, 0.932},            // forward, M <= 16
+        {2.32e+03, 0.0142, 0, 0, 0, 0.408, 0.294, 0.174},   // forward, M > 16
+        {3.12e+03, 0, 0, 0, 0, 0.699, 0, 1.56},             // grad_input, M <= 16
+        {2.72e+03, 0.0145, 0, 0, 0, 0.657, 0.0127, 0.68},   // grad_input, M > 16
+        {4.28e+03, 0.0329, 0, 0, 0, 0.48, 0, 1.55},         // grad_weight, M <= 16
+        {4.11e+03, 0.0185, 0, 0, 0, 0.651, 0.0257, 0.589},  // grad_weight, M > 16
+    },
+    // float16, AVX2, packed: end
 };
 
 inline constexpr CostTable kFloatCostsPortable = {
