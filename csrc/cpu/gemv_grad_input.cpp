@@ -1,7 +1,7 @@
 // grad_input for a few rows of input. From memory, the weight comes a few rows at a time, each added to every row's
 // sums by a factor of grad_output, which stays in a register (axpys); threads share the rows, and their sums are added
-// at the end. From caches, where that is faster (tuning.h), tiles of columns come, whose sums stay in registers down a block of rows (sum_down): no sum
-// is stored for each few products, which costs more than the order of memory gains.
+// at the end. From caches, where that is faster (tuning.h), tiles of columns come, whose sums stay in registers down a
+// block of rows (sum_down): no sum is stored for each few products, which costs more than the order of memory gains.
 #include "gemv.h"
 #include "pack.h"
 
