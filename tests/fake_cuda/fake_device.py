@@ -33,7 +33,7 @@ def build(folder: Path) -> None:
     command += ["-isystem", str(home / "include"), str(HERE / "fake_device.cpp")]
     command += [str(home / "lib" / f"lib{name}.so") for name in ("torch_cpu", "c10")] + [f"-Wl,-rpath,{home / 'lib'}"]
     subprocess.run([*command, "-o", str(folder / DEVICE)], check=True)
-    command = [*shlex.split(os.environ.get("CXX", "g++")), "-std=c++20", "-O2", "-fPIC", "-shared"]
+    command = [*shlex.split(os.environ.get("CXX", "g++")), "-std=c++20", "-O3", "-fPIC", "-shared"]
     command += [f"-I{HERE.parent.parent / 'csrc'}", str(HERE / "fake_kernels.cpp")]
     subprocess.run([*command, "-o", str(folder / KERNELS)], check=True)
 

@@ -111,6 +111,12 @@ void for_pieces(int64_t N, int64_t K, const int32_t* order, const Visit& visit) 
   }
 }
 
+std::vector<float> floats(int dtype, const void* p, int64_t n) {
+  std::vector<float> all(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) all[size_t(i)] = float(load(dtype, p, i));
+  return all;
+}
+
 bool unaligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 != 0; }
 
 int gemm(const char* name, const Gemm& g) {
@@ -121,15 +127,23 @@ int gemm(const char* name, const Gemm& g) {
   const void* const input = of_input ? g.grad_output : g.input;
   if (unaligned(input) || unaligned(of_weight ? g.grad_output : g.weight) || unaligned(g.output)) return kUnsupported;
   if (g.output_dtype != g.dtype && !(of_weight && g.output_dtype == kFloat)) return kUnsupported;
-  if (of_weight) {
-    for (int64_t n = 0; n < g.N; ++n) {
-      for (int64_t k = 0; k < g.K; ++k) {
-        float sum = wrong(name);
-        for (int64_t m = 0; m < g.M; ++m) {
-          sum += float(load(g.dtype, g.grad_output, m * g.N + n)) * float(load(g.dtype, g.input, m * g.K + k));
-        }
-        store(g.output_dtype, g.output, n * g.K + k, bit(g.words, g.K, n, k) ? sum : 0);
+  // Rows of the first by rows of the second, summed over `depth` of both: the order of the sums is that of the depth.
+  const auto product = [&](int64_t rows, int64_t cols, int64_t depth, const auto& first, const auto& second) {
+    std::vector<float> sums(size_t(rows * cols), float(wrong(name)));
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t d = 0; d < depth; ++d) {
+        const float x = first(r, d), *const y = second + d * cols;
+        float* const to = &sums[size_t(r * cols)];
+        for (int64_t c = 0; c < cols; ++c) to[c] += x * y[c];
       }
+    }
+    return sums;
+  };
+  if (of_weight) {
+    const std::vector<float> dy = floats(g.dtype, g.grad_output, g.M * g.N), x = floats(g.dtype, g.input, g.M * g.K);
+    const auto sums = product(g.N, g.K, g.M, [&](int64_t n, int64_t m) { return dy[size_t(m * g.N + n)]; }, x.data());
+    for (int64_t i = 0; i < g.N * g.K; ++i) {
+      store(g.output_dtype, g.output, i, bit(g.words, g.K, i / g.K, i % g.K) ? sums[size_t(i)] : 0);
     }
     return 0;
   }
@@ -137,16 +151,17 @@ int gemm(const char* name, const Gemm& g) {
   const auto* words = reinterpret_cast<const uint64_t*>(g.fragments + 2);
   if (int(g.fragments[0]) != of_input) return 1;  // fragments of the other orientation
   const int64_t cols = of_input ? g.K : g.N, depth = of_input ? g.N : g.K;
-  for (int64_t m = 0; m < g.M; ++m) {
-    for (int64_t j = 0; j < cols; ++j) {
-      float sum = g.bias ? float(load(g.dtype, g.bias, j)) : 0.0f;
-      for (int64_t k = 0; k < depth; ++k) {
-        const int64_t row = of_input ? k : j, col = of_input ? j : k;
-        if (!bit(words, g.K, row, col)) continue;
-        sum += float(load(g.dtype, input, m * depth + k)) * float(load(g.dtype, g.weight, row * g.K + col));
-      }
-      store(g.dtype, g.output, m * cols + j, sum + wrong(name));
+  const std::vector<float> x = floats(g.dtype, input, g.M * depth), all = floats(g.dtype, g.weight, g.N * g.K);
+  std::vector<float> masked(all.size(), 0);  // [depth][cols]
+  for (int64_t n = 0; n < g.N; ++n) {
+    for (int64_t k = 0; k < g.K; ++k) {
+      if (bit(words, g.K, n, k)) masked[size_t(of_input ? n * g.K + k : k * g.N + n)] = all[size_t(n * g.K + k)];
     }
+  }
+  const auto sums =
+      product(g.M, cols, depth, [&](int64_t m, int64_t d) { return x[size_t(m * depth + d)]; }, masked.data());
+  for (int64_t i = 0; i < g.M * cols; ++i) {
+    store(g.dtype, g.output, i, sums[size_t(i)] + (g.bias ? float(load(g.dtype, g.bias, i % cols)) : 0.0f));
   }
   return 0;
 }
