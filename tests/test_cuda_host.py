@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from builds import built, compiler
 from generators import compiled_only
+from paths import ROOT
 
 import masked_ops
 
@@ -29,10 +31,22 @@ import fake_device  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("fake_cuda")
-    fake_device.build(folder)
-    return folder
+def device() -> Path:
+    csrc = ROOT / "csrc"
+    sources = [Path(__file__), *HERE.glob("*.cpp"), *csrc.glob("*.h"), *csrc.glob("cuda/*.h")]
+    return built("fake_cuda", sources, build)
+
+
+def build(folder: Path) -> None:
+    home = Path(torch.__file__).parent
+    libraries = [str(home / "lib" / f"lib{name}.so") for name in ("torch_cpu", "c10")]
+    command = [*compiler(), "-std=c++20", "-fPIC", "-shared"]
+    device = ["-O1", "-isystem", str(home / "include"), str(HERE / "fake_device.cpp"), *libraries]
+    kernels = ["-O3", f"-I{ROOT / 'csrc'}", str(HERE / "fake_kernels.cpp")]
+    device += [f"-Wl,-rpath,{home / 'lib'}", "-o", str(folder / fake_device.DEVICE)]
+    kernels += ["-o", str(folder / fake_device.KERNELS)]
+    for running in [subprocess.Popen([*command, *arguments]) for arguments in (device, kernels)]:
+        assert running.wait() == 0
 
 
 def run(device: Path, *tests: Path | str, **variables: str) -> None:
@@ -57,13 +71,13 @@ def test_with_little_room(device: Path) -> None:
 
 
 slow = pytest.mark.skipif(
-    not {"CI", "MASKED_OPS_CUDA_CHECK"} & os.environ.keys(), reason="takes half a minute: make cuda-check"
+    not {"CI", "MASKED_OPS_CUDA_CHECK"} & os.environ.keys(), reason="takes a minute: make cuda-check"
 )
 
 
 @slow
-def test_with_emulated_kernels(device: Path, tmp_path: Path) -> None:
-    library = cuda_library.build_emulated(tmp_path)
+def test_with_emulated_kernels(device: Path) -> None:
+    library = cuda_library.emulated()
     run(device, HERE / "test_emulated.py", MASKED_OPS_CUDA="1", MASKED_OPS_TEST_EMULATED=str(library))
 
 

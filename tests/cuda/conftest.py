@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-from cuda_library import Library, build_emulated, build_native, has_nvcc
+from cuda_library import Library, emulated, has_nvcc, native
 
 NAMES = ["emulated", "cuda"] if torch.cuda.is_available() and has_nvcc() else ["emulated"]
 
@@ -18,14 +17,10 @@ def libraries() -> dict[str, Library]:
 
 
 @pytest.fixture(params=NAMES)
-def cuda(
-    request: pytest.FixtureRequest, libraries: dict[str, Library], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Library]:
+def cuda(request: pytest.FixtureRequest, libraries: dict[str, Library]) -> Iterator[Library]:
     name = request.param
     if name not in libraries:
-        folder: Path = tmp_path_factory.mktemp(name)
-        emulated = name == "emulated"
-        libraries[name] = Library((build_emulated if emulated else build_native)(folder), "cpu" if emulated else "cuda")
+        libraries[name] = Library(emulated(), "cpu") if name == "emulated" else Library(native(), "cuda")
     library = libraries[name]
     library.set_mode(lazy=False, order=0)
     library.set_device()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import shlex
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -13,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from builds import built, compiler
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parent.parent / "csrc" / "cuda"
+LIBRARY = "library.so"
 DTYPES = (
     torch.uint8,
     torch.int8,
@@ -34,39 +35,51 @@ class UnsupportedError(RuntimeError):
     """The kernel refused before it launched anything."""
 
 
-def _build(folder: Path, compile_: list[str], sources: list[Path], link: list[str], jobs: int) -> Path:
+def _build(folder: Path, compile_: list[str], sources: dict[Path, list[str]], link: list[str], jobs: int) -> None:
+    """Of sources, each with flags of its own."""
+
     def compile_one(source: Path) -> Path:
         target = folder / f"{source.name}.o"
-        done = subprocess.run([*compile_, "-c", str(source), "-o", str(target)], capture_output=True, text=True)
+        command = [*compile_, *sources[source], "-c", str(source), "-o", str(target)]
+        done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, f"{source.name}:\n{done.stdout}{done.stderr}"
         assert "warning" not in done.stderr, done.stderr
         return target
 
     with ThreadPoolExecutor(jobs) as pool:
         objects = [str(target) for target in pool.map(compile_one, sources)]
-    library = folder / "library.so"
-    subprocess.run([*link, *objects, "-o", str(library)], check=True)
-    return library
+    subprocess.run([*link, *objects, "-o", str(folder / LIBRARY)], check=True)
 
 
-def build_emulated(folder: Path) -> Path:
-    """Compile every .cu file as C++, on the model of a device beside this file."""
-    cxx = shlex.split(os.environ.get("CXX", "g++"))
-    flags = ["-std=c++20", "-O1", "-g", "-fPIC", "-DMASKED_OPS_EMULATE"]
-    flags += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
-    flags += ["-fsanitize=undefined", "-fno-sanitize-recover=undefined", f"-I{HERE}", f"-I{SOURCES}", "-x", "c++"]
-    sources = [HERE / "emulator.cpp", *sorted(SOURCES.glob("*.cu"))]
+def emulated() -> Path:
+    """Every .cu file compiled as C++, on the model of a device beside this file."""
+    sources = [Path(__file__), *HERE.glob("emulator.*"), *SOURCES.iterdir()]
+    return built("emulated", sources, _build_emulated) / LIBRARY
+
+
+def _build_emulated(folder: Path) -> None:
+    flags = ["-std=c++20", "-g", "-fPIC", "-DMASKED_OPS_EMULATE", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+    flags += ["-Wno-maybe-uninitialized", f"-I{HERE}", f"-I{SOURCES}", "-x", "c++"]
+    # The model is not what is tested; most of the time goes into its products.
+    sources = {HERE / "emulator.cpp": ["-O3"]}
+    checked = ["-O1", "-fsanitize=undefined", "-fno-sanitize-recover=undefined"]
+    sources |= dict.fromkeys(sorted(SOURCES.glob("*.cu")), checked)
     jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
-    return _build(folder, [*cxx, *flags], sources, [*cxx, "-shared", "-fsanitize=undefined"], jobs)
+    _build(folder, [*compiler(), *flags], sources, [*compiler(), "-shared", "-fsanitize=undefined"], jobs)
 
 
-def build_native(folder: Path) -> Path:
-    """Compile for the GPU that is there."""
+def native() -> Path:
+    """Compiled for the GPU that is there."""
+    return built("native", [Path(__file__), *SOURCES.iterdir()], _build_native) / LIBRARY
+
+
+def _build_native(folder: Path) -> None:
     major, minor = torch.cuda.get_device_capability()
     architecture = "90a" if (major, minor) == (9, 0) else f"{major}{minor}"
     flags = ["nvcc", "-std=c++17", "-O3", "-Xcompiler", "-fPIC"]
     flags += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
-    return _build(folder, flags, sorted(SOURCES.glob("*.cu")), ["nvcc", "-shared", "-cudart", "static"], 4)
+    sources: dict[Path, list[str]] = {source: [] for source in sorted(SOURCES.glob("*.cu"))}
+    _build(folder, flags, sources, ["nvcc", "-shared", "-cudart", "static"], 4)
 
 
 class Library:

@@ -23,15 +23,19 @@ namespace {
 constexpr size_t kStack = 256 << 10, kShared = 228 << 10;
 constexpr int kMaxThreads = 1024, kGroups = 256;
 
+struct Meeting {
+  int here;
+  int turn;
+};
 struct Fibre {
   ucontext_t context;
   jmp_buf resume;
   std::unique_ptr<uint8_t[]> stack;
   bool started, finished;
-};
-struct Meeting {
-  int here;
+  const Meeting* meeting;  // where it waits for this turn to end; null if it can go on
   int turn;
+
+  bool waits() const { return meeting && meeting->turn == turn; }
 };
 struct Transfer {  // of the asynchronous proxy
   int block;       // of the cluster
@@ -97,6 +101,7 @@ __attribute__((noinline)) void prepare(Fibre& fibre) {
   fibre.context.uc_stack.ss_size = kStack;
   fibre.context.uc_link = nullptr;
   fibre.started = fibre.finished = false;
+  fibre.meeting = nullptr;
   makecontext(&fibre.context, enter, 0);
 }
 
@@ -126,7 +131,7 @@ bool run_block() {
     for (int i : order) {
       if (fibres[i].finished) continue;
       all = false;
-      if (!(running >> (i / 32 % 64) & 1)) continue;
+      if (!(running >> (i / 32 % 64) & 1) || fibres[i].waits()) continue;
       run(i);
       if (!error.empty()) return false;
     }
@@ -182,7 +187,9 @@ void meet(int group, int threads, const std::function<void()>& action) {
     ++meeting.turn;
     return;
   }
-  while (meeting.turn == turn) yield();
+  fibres[current].meeting = &meeting;
+  fibres[current].turn = turn;
+  yield();
 }
 
 int launch(int cluster, dim3 grid, unsigned threads, size_t bytes, const std::function<void()>& kernel) {
@@ -193,7 +200,7 @@ int launch(int cluster, dim3 grid, unsigned threads, size_t bytes, const std::fu
     return cudaErrorLaunchFailure;
   }
   while (fibres.size() < threads * size_t(cluster)) {
-    fibres.push_back({{}, {}, std::unique_ptr<uint8_t[]>(new uint8_t[kStack]), 0, 0});
+    fibres.push_back({{}, {}, std::unique_ptr<uint8_t[]>(new uint8_t[kStack]), false, false, nullptr, 0});
   }
   body = &kernel;
   shared_bytes = bytes;
@@ -368,7 +375,32 @@ void tma_load(uint32_t to, const TensorMap* map, uint32_t barrier, int col, int 
   transfer({rank(), to, std::move(bytes), true, barrier});
 }
 
-// --- wgmma: D[64][N] += A[64][16] B[N][16]^T, A in registers, B in shared memory, swizzled by 128 bytes ---
+// --- mma and wgmma ---
+
+namespace {
+
+float half_of(bool bfloat, uint32_t pair, int which) {
+  const auto bits = uint16_t(pair >> (16 * which));
+  return bfloat ? to_float<true>(bits) : to_float<false>(bits);
+}
+
+}  // namespace
+
+void mma_m16n8k16(bool bfloat, float* d, const MmaOperands& mine) {
+  const MmaOperands* all = exchange(mine);
+  float a[2][16], b[2][16];  // this lane's rows of A and columns of B
+  for (int k = 0; k < 16; ++k) {
+    for (int i = 0; i < 2; ++i) {
+      a[i][k] = half_of(bfloat, all[lane() / 4 * 4 + k % 8 / 2].a[i + 2 * (k / 8)], k % 2);
+      b[i][k] = half_of(bfloat, all[(lane() % 4 * 2 + i) * 4 + k % 8 / 2].b[k / 8], k % 2);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    for (int k = 0; k < 16; ++k) d[i] += a[i / 2][k] * b[i % 2][k];
+  }
+}
+
+// wgmma: D[64][N] += A[64][16] B[N][16]^T, A in registers, B in shared memory, swizzled by 128 bytes.
 
 namespace {
 
@@ -386,36 +418,38 @@ float b_element(const Wgmma& op, uint32_t n, uint32_t k) {
   address ^= (address >> 7 & 7) << 4;
   uint16_t bits;
   std::memcpy(&bits, shared_pointer(address, 2, 2), 2);
-  return op.bfloat ? to_float<true>(bits) : to_float<false>(bits);
+  return half_of(op.bfloat, bits, 0);
 }
 
 // One product of the four warps that begin at thread `first`.
 void perform(const std::vector<const Wgmma*>& ops) {
-  float a[64][16];
+  static float a[64][16], b[16][256], sums[64][256];
   const int N = ops[0]->N;
+  // Element i of D that thread t has.
+  const auto row_of = [](int t, int i) { return t / 32 * 16 + t % 32 / 4 + 8 * (i / 2 % 2); };
+  const auto column_of = [](int t, int i) { return i / 4 * 8 + t % 4 * 2 + i % 2; };
   for (int t = 0; t < 128; ++t) {
+    const Wgmma& op = *ops[t];
+    if (op.b != ops[0]->b || op.N != N || op.transposed_b != ops[0]->transposed_b)
+      fail("threads of a warpgroup differ in their wgmma");
     for (int i = 0; i < 4; ++i) {
-      if (ops[t]->a[i] != ops[t]->at_issue[i]) fail("a register of A was written under a wgmma");
+      if (op.a[i] != op.at_issue[i]) fail("a register of A was written under a wgmma");
       for (int h = 0; h < 2; ++h) {
-        const int row = t / 32 * 16 + t % 32 / 4 + 8 * (i % 2), k = t % 4 * 2 + h + 8 * (i / 2);
-        const uint32_t pair = ops[t]->a[i];
-        a[row][k] = ops[t]->bfloat ? half_of<true>(pair, h) : half_of<false>(pair, h);
+        a[t / 32 * 16 + t % 32 / 4 + 8 * (i % 2)][t % 4 * 2 + h + 8 * (i / 2)] = half_of(op.bfloat, op.a[i], h);
       }
     }
+    for (int i = 0; i < N / 2; ++i) sums[row_of(t, i)][column_of(t, i)] = op.d[i];
   }
-  std::vector<float> b(size_t(N) * 16);
-  for (int n = 0; n < N; ++n) {
-    for (int k = 0; k < 16; ++k) b[size_t(n) * 16 + k] = b_element(*ops[0], uint32_t(n), uint32_t(k));
+  for (int k = 0; k < 16; ++k) {
+    for (int n = 0; n < N; ++n) b[k][n] = b_element(*ops[0], uint32_t(n), uint32_t(k));
+  }
+  for (int row = 0; row < 64; ++row) {
+    for (int k = 0; k < 16; ++k) {
+      for (int n = 0; n < N; ++n) sums[row][n] += a[row][k] * b[k][n];
+    }
   }
   for (int t = 0; t < 128; ++t) {
-    if (ops[t]->b != ops[0]->b || ops[t]->N != N || ops[t]->transposed_b != ops[0]->transposed_b)
-      fail("threads of a warpgroup differ in their wgmma");
-    for (int i = 0; i < N / 2; ++i) {
-      const int row = t / 32 * 16 + t % 32 / 4 + 8 * (i / 2 % 2), n = i / 4 * 8 + t % 4 * 2 + i % 2;
-      float sum = ops[t]->d[i];
-      for (int k = 0; k < 16; ++k) sum += a[row][k] * b[size_t(n) * 16 + k];
-      ops[t]->d[i] = sum;
-    }
+    for (int i = 0; i < N / 2; ++i) ops[t]->d[i] = sums[row_of(t, i)][column_of(t, i)];
   }
 }
 

@@ -192,9 +192,10 @@ uint32_t round_pair(uint32_t low, uint32_t high) {
 template <bool kBFloat>
 float to_float(uint16_t bits) {
   if (kBFloat) return __uint_as_float(uint32_t(bits) << 16);
-  _Float16 half;
-  std::memcpy(&half, &bits, 2);
-  return float(half);
+  // Exponent and fraction where a float has them, and the exponent's bias put right by a product, which is exact.
+  const float size = __uint_as_float(uint32_t(bits & 0x7fff) << 13) * 0x1p112f;
+  const uint32_t special = (bits & 0x7c00) == 0x7c00 ? 0x7f800000 : 0;
+  return __uint_as_float(__float_as_uint(size) | special | uint32_t(bits & 0x8000) << 16);
 }
 
 // --- ptx.h: see the PTX manual, "Warp-level matrix instructions", "Asynchronous warpgroup-level matrix instructions",
@@ -266,28 +267,14 @@ void stmatrix_x4(uint32_t address, const uint32_t* from) {
   __syncwarp();
 }
 
-template <bool kBFloat>
-float half_of(uint32_t pair, int which) {
-  return to_float<kBFloat>(uint16_t(pair >> (16 * which)));
-}
-
+// Lane l has A[l/4 + 8 (i%2)][2 (l%4) + h + 8 (i/2)], B[2 (l%4) + h + 8 i][l/4], D[l/4 + 8 (i/2)][2 (l%4) + i%2].
 struct MmaOperands {
   uint32_t a[4], b[2];
 };
-// Lane l has A[l/4 + 8 (i%2)][2 (l%4) + h + 8 (i/2)], B[2 (l%4) + h + 8 i][l/4], D[l/4 + 8 (i/2)][2 (l%4) + i%2].
+void mma_m16n8k16(bool bfloat, float* d, const MmaOperands& mine);
 template <bool kBFloat>
 void mma_m16n8k16(float* d, const uint32_t* a, uint32_t b0, uint32_t b1) {
-  const MmaOperands* all = emulator::exchange(MmaOperands{{a[0], a[1], a[2], a[3]}, {b0, b1}});
-  for (int i = 0; i < 4; ++i) {
-    const int row = emulator::lane() / 4 + 8 * (i / 2), col = emulator::lane() % 4 * 2 + i % 2;
-    float sum = d[i];
-    for (int k = 0; k < 16; ++k) {
-      const uint32_t x = all[row % 8 * 4 + k % 8 / 2].a[row / 8 + 2 * (k / 8)];
-      const uint32_t y = all[col * 4 + k % 8 / 2].b[k / 8];
-      sum += half_of<kBFloat>(x, k % 2) * half_of<kBFloat>(y, k % 2);
-    }
-    d[i] = sum;
-  }
+  mma_m16n8k16(kBFloat, d, {{a[0], a[1], a[2], a[3]}, {b0, b1}});
 }
 
 // A byte of 0xff or 0 for each selector's nibble: the sign of that byte where the nibble's top bit is set.
