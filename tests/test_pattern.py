@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import multiprocessing
 import os
 import threading
@@ -39,7 +38,6 @@ N, K = 40, 70
 
 @pytest.fixture(autouse=True)
 def empty_cache() -> Iterator[None]:
-    gc.collect()
     masked_ops.clear_cache()
     yield
     masked_ops.clear_cache()
