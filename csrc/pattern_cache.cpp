@@ -135,12 +135,18 @@ class Cache {
   void store(const Key& key, Entry entry) {
     const int64_t bytes = static_cast<int64_t>(entry.pattern->bytes());
     const std::lock_guard<std::mutex> lock(mutex_);
+    entry.last_use = ++clock_;
+    if (const auto it = entries_.find(key); it != entries_.end()) {
+      // The same bits once more, as DDP writes them in each step: no way through all entries.
+      if (it->second.pattern == entry.pattern) {
+        it->second = std::move(entry);
+        return;
+      }
+      drop(it);
+    }
     drop_dead();
-    if (const auto it = entries_.find(key); it != entries_.end() && it->second.pattern != entry.pattern) drop(it);
-    entries_.erase(key);
     if (bytes > info_.limit_bytes) return;
     make_room(bytes);
-    entry.last_use = ++clock_;
     entries_.emplace(key, std::move(entry));
   }
 
