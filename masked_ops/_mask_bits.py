@@ -10,11 +10,11 @@ def _pack(flags: Tensor) -> Tensor:
     """Bool tensor of any shape -> uint8 ``[ceil(n / 8)]`` on the CPU, first entry in the lowest bit."""
     flat = flags.detach().reshape(-1).to("cpu", torch.uint8)
     octets = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
-    return (octets << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+    return (octets << torch.arange(8, dtype=torch.uint8, device="cpu")).sum(1, dtype=torch.uint8)
 
 
 def _unpack(bits: Tensor, shape: torch.Size) -> Tensor:
-    octets = (bits.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)) & 1
+    octets = (bits.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device="cpu")) & 1
     return octets.view(-1)[: shape.numel()].view(shape).bool()
 
 

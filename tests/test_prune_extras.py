@@ -389,6 +389,33 @@ def test_a_method_keeps_its_mask_to_itself() -> None:
     assert prune.CustomFromMask(torch.tensor([0.5, 0.0])).mask.tolist() == [0.5, 0]
 
 
+def test_a_default_device_does_not_matter() -> None:
+    """``torch.set_default_device``: what is made on the way lies where the parameters do."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Conv2d(2, 3, 1))
+    same = copy.deepcopy(model)
+    pairs: dict[nn.Module, list[tuple[nn.Module, str]]] = {m: [(layer, "weight") for layer in m] for m in (model, same)}
+    image, rows = torch.randn(1, 2, 4, 4), torch.randn(2, 6)
+    with torch.device("meta"):
+        prune.global_unstructured(pairs[model], prune.L1Unstructured, amount=0.5)
+        prune.ln_structured(pairs[model], amount=1, n=2, dim=0)
+        prune.l1_unstructured(pairs[model], amount=0.5)
+        prune.undo(model)
+        pickle.loads(pickle.dumps(model))
+        prune.load_state_dict(model, model.state_dict())
+        outputs = model[0](rows), model[1](image)
+        masked_ops.report(model, batch=1)
+        masked_ops.pack(model)
+        outputs += model[0](rows), model[1](image)
+        masked_ops.unpack(model)
+    prune.global_unstructured(pairs[same], prune.L1Unstructured, amount=0.5)
+    prune.ln_structured(pairs[same], amount=1, n=2, dim=0)
+    for layer, other in zip(model, same, strict=True):
+        assert torch.equal(layer.weight_mask, other.weight_mask)
+    for out, expected in zip(outputs, (same[0](rows), same[1](image)) * 2, strict=True):
+        torch.testing.assert_close(out, expected)
+
+
 def test_pruning_without_values() -> None:
     layer = prune.identity(nn.Linear(3, 2, device="meta"), "weight")
     prune.custom_from_mask(layer, "weight", torch.ones(2, 3, device="meta"))
