@@ -151,6 +151,7 @@ def unprune(module: Module, name: str, where: Any) -> Module:
 
     Raises:
         ValueError: if the parameter is not pruned.
+        TypeError: if ``where`` is None, or a dict without an entry for one of the pairs.
         IndexError: if ``where`` does not fit.
 
     Example:
@@ -160,6 +161,8 @@ def unprune(module: Module, name: str, where: Any) -> Module:
                 [0., 0., 0.]])
     """
     require_pruned(module, name, "entries can be revived")
+    if where is None:  # which would index everything
+        raise TypeError("where must be an index or a bool tensor for each parameter, got None")
     with nn.atomic([module]):
         adopt(module, name)
         mask = getattr(module, f"{name}_mask")

@@ -336,6 +336,12 @@ def test_unprune_errors_change_nothing() -> None:
     for where in (5, torch.ones(3, 2, dtype=torch.bool), torch.ones(2, 3), (0, 0, 0)):
         with pytest.raises(IndexError):
             prune.unprune(layer, "weight", where)
+    # As an index None would mean everything, and a dict has it for a pair that it lacks.
+    other = prune.l1_unstructured(nn.Linear(3, 2), "weight", 3)
+    pairs: list[tuple[nn.Module, str]] = [(layer, "weight"), (other, "weight")]
+    for missing in (None, {pairs[0]: 0}):
+        with pytest.raises(TypeError, match="where must be an index or a bool tensor for each parameter, got None"):
+            prune.unprune(pairs, where=missing)
     assert torch.equal(layer.weight_mask, mask)
 
 
