@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
 import torch
@@ -234,8 +234,9 @@ def to_sparse(
         if blocksize is not None:
             raise ValueError(f"blocksize is for torch.sparse_bsr and torch.sparse_bsc, got {blocksize} for {layout}")
         return matrix.to_sparse(layout=layout)
-    rows, columns = matrix.shape
-    if blocksize is None or len(blocksize) != 2 or min(blocksize) < 1 or rows % blocksize[0] or columns % blocksize[1]:
+    sizes = tuple(blocksize) if isinstance(blocksize, Sequence) else ()
+    fits = (isinstance(n, int) and n > 0 and m % n == 0 for m, n in zip(matrix.shape, sizes, strict=False))
+    if len(sizes) != 2 or not all(fits):
         raise ValueError(f"blocksize must be two numbers that divide {list(matrix.shape)}, got {blocksize}")
     return matrix.to_sparse(layout=layout, blocksize=blocksize)
 

@@ -479,6 +479,8 @@ def test_to_sparse_of_a_list() -> None:
         ({"layout": torch.sparse_bsr, "blocksize": (3, 3)}, ValueError, r"got \(3, 3\)"),
         ({"layout": torch.sparse_bsc, "blocksize": (0, 1)}, ValueError, r"got \(0, 1\)"),
         ({"layout": torch.sparse_bsc, "blocksize": (2,)}, ValueError, r"got \(2,\)"),
+        ({"layout": torch.sparse_bsc, "blocksize": 2}, ValueError, r"divide \[4, 6\], got 2"),
+        ({"layout": torch.sparse_bsc, "blocksize": (2.0, 2.0)}, ValueError, r"divide \[4, 6\], got \(2.0, 2.0\)"),
         ({"blocksize": (2, 2)}, ValueError, "blocksize is for torch.sparse_bsr"),
         ({"name": "bias"}, ValueError, r"two dimensions or more, got shape \[4\]"),
         ({"name": "in_features"}, TypeError, "Linear.in_features must be a Tensor, got int"),
