@@ -318,6 +318,8 @@ def _own(mask: Tensor, param: Tensor, like: Tensor | None = None) -> Tensor:
         raise ValueError(
             f"mask: a meta tensor has no values; the parameter is on '{param.device}' and the mask on '{mask.device}'"
         )
+    if mask.layout != torch.strided:
+        raise ValueError(f"mask: a dense tensor expected, got {mask.layout}; its to_dense() makes it one")
     # An inference tensor could not be written to later.
     with torch.inference_mode(False), torch.no_grad():
         return torch.empty_like((param if like is None else like).detach(), dtype=mask.dtype).copy_(mask)

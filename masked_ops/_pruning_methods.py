@@ -176,6 +176,16 @@ def require_scores(scores: Any, parameter: Tensor, name: str) -> None:
         raise AssertionError(
             f"importance_scores must have the shape of {name}, {list(parameter.shape)}, got {list(scores.shape)}"
         )
+    require_values(scores, parameter, name)
+
+
+def require_values(scores: Tensor, parameter: Tensor, name: str) -> None:
+    """Raise if a parameter that has values cannot be judged by ``scores``; torch then prunes nothing."""
+    if scores.layout != torch.strided or (scores.is_meta and not parameter.is_meta):
+        raise RuntimeError(
+            f"importance_scores must be dense and have values, as {name} on {parameter.device} has, "
+            f"got {scores.layout} on {scores.device}"
+        )
 
 
 def mask_of(module: Module, name: str, parameter: Tensor) -> Tensor:
@@ -430,13 +440,17 @@ class CustomFromMask(torch_prune.CustomFromMask, BasePruningMethod):  # type: ig
     def mask(self, mask: Tensor) -> None:
         if not isinstance(mask, Tensor):
             raise TypeError(f"mask must be a Tensor, got {type(mask).__name__}")
-        self._packed = PackedMask(mask)
+        self._packed = PackedMask(mask if mask.layout == torch.strided else mask.to_dense())
 
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
         mask = self.mask
         if mask.shape != default_mask.shape:
             raise AssertionError(
                 f"mask must have the shape of the parameter, {list(default_mask.shape)}, got {list(mask.shape)}"
+            )
+        if mask.is_meta and not default_mask.is_meta:
+            raise RuntimeError(
+                f"mask must have values, as the parameter on {default_mask.device} has, got a meta tensor"
             )
         return default_mask * mask.to(default_mask)
 

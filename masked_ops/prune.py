@@ -49,6 +49,7 @@ from ._pruning_methods import (
     remove_below,
     remove_one,
     require_pruned,
+    require_values,
 )
 
 __all__ = [
@@ -340,6 +341,7 @@ def global_unstructured(
                 raise AssertionError(
                     f"importance_scores must have the shape of {name}, {list(parameter.shape)}, got {list(score.shape)}"
                 )
+            require_values(score, parameter, name)
             scores.append(score.contiguous())
             masks.append(mask_of(module, name, parameter).contiguous())
         container = PruningContainer()

@@ -279,8 +279,14 @@ def test_set_mask_of_a_module_built_for_inference() -> None:
 
 @pytest.mark.parametrize(
     ("mask", "error"),
-    [(torch.ones(6, 5), ValueError), (torch.ones(6), ValueError), (torch.ones(()), ValueError), ([1, 0], TypeError)],
-    ids=["transposed", "row", "scalar", "list"],
+    [
+        (torch.ones(6, 5), ValueError),
+        (torch.ones(6), ValueError),
+        (torch.ones(()), ValueError),
+        (torch.ones(5, 6).to_sparse(), ValueError),
+        ([1, 0], TypeError),
+    ],
+    ids=["transposed", "row", "scalar", "sparse", "list"],
 )
 def test_a_mask_that_does_not_fit_changes_nothing(mask: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match=r"mask: .* expected, got"):

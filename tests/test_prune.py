@@ -757,3 +757,31 @@ linear = nn.Linear(2, 2)
 def test_errors_say_what_came_and_what_is_accepted(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         call()
+
+
+META, SPARSE = torch.ones(2, 3, device="meta"), torch.ones(2, 3).to_sparse()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: prune.l1_unstructured(m, "weight", 1, META), "have values, as weight on cpu has, got .* on meta"),
+        (lambda m: prune.l1_unstructured(m, "weight", 1, SPARSE), "must be dense .* got torch.sparse_coo on cpu"),
+        (
+            lambda m: prune.global_unstructured([(m, "weight")], prune.L1Unstructured, {(m, "weight"): META}, amount=1),
+            "have values, as weight on cpu has, got .* on meta",
+        ),
+        (lambda m: prune.custom_from_mask(m, "weight", META), "mask must have values, as the parameter on cpu has"),
+    ],
+)
+def test_what_has_no_values_to_judge_by_is_refused(call: Callable[[Any], Any], message: str) -> None:
+    """Torch silently prunes nothing by scores on the meta device."""
+    layer = nn.Linear(3, 2)
+    with pytest.raises(RuntimeError, match=message):
+        call(layer)
+    assert type(layer) is nn.Linear and list(layer.state_dict()) == ["weight", "bias"]
+
+
+def test_a_sparse_mask_is_taken_as_torch_takes_it() -> None:
+    layer = prune.custom_from_mask(nn.Linear(3, 2), "weight", torch.eye(2, 3).to_sparse())
+    assert torch.equal(layer.weight_mask, torch.eye(2, 3))
