@@ -88,12 +88,14 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def _masked_dtensor(orig: Any, mask: Tensor) -> Tensor:
-    """A sharded parameter (FSDP2 outside forward) under a mask that every rank holds in full."""
+    """A sharded parameter (FSDP2 outside forward, tensor parallel) under a mask that every rank holds in full."""
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh, placements = orig.device_mesh, orig.placements
     # Replicate -> Shard takes the local part, without communication: one rank alone may read the weight.
-    whole = DTensor.from_local(mask, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    whole: Any = (
+        mask if is_sharded(mask) else DTensor.from_local(mask, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    )
     local = functional.apply_mask(orig.to_local(), whole.redistribute(placements=placements).to_local())
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=orig.shape, stride=orig.stride())
 

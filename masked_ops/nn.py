@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.prune import BasePruningMethod
 
 from . import functional
-from ._masked_class import Masked, sparsity, stands_in_for
+from ._masked_class import Masked, is_sharded, sparsity, stands_in_for
 from ._masking import atomic, attach, detach, masked_names, path_of, set_mask
 
 __all__ = [
@@ -64,11 +64,13 @@ class _MaskedWeight(Masked):
     """The fraction of the weight that is pruned, counted from the mask at every read (one pass over it)."""
 
     def _masked_operands(self) -> tuple[Any, Any, Any] | None:
-        """``weight_orig``, ``weight_mask`` and ``bias``; None where there is no mask (any more)."""
+        """``weight_orig``, ``weight_mask`` and ``bias``; None where torch is to read ``weight``."""
         try:
             # Module.__getattr__ would cost 0.45 µs for each of the three.
-            parameters = self._parameters
-            return parameters["weight_orig"], self._buffers["weight_mask"], parameters["bias"]
+            parameters, mask = self._parameters, self._buffers["weight_mask"]
+            if type(mask) is not Tensor and mask is not None and is_sharded(mask):
+                return None  # tensor parallel: the operations have no sharding rules
+            return parameters["weight_orig"], mask, parameters["bias"]
         except KeyError:
             # Parametrized, or an attribute of a replica (DataParallel), or a bias that is masked too.
             mask = getattr(self, "weight_mask", None)

@@ -684,6 +684,22 @@ def check_fsdp_from_meta(model: Any) -> None:
     torch.testing.assert_close(model(_tokens()), source(_tokens()))
 
 
+def check_tensor_parallel(model: Any) -> None:
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    torch.manual_seed(0)
+    layer, x = masked(nn.Linear(6, 8), "weight"), torch.randn(3, 6)
+    reference = copy.deepcopy(layer)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    parallelize_module(layer, mesh, ColwiseParallel(use_local_output=False))
+    assert layer.weight_orig.to_local().shape == (4, 6)
+    out: Any = layer(x)
+    torch.testing.assert_close(out.full_tensor(), reference(x))
+    out.square().sum().backward()
+    reference(x).square().sum().backward()
+    torch.testing.assert_close(layer.weight_orig.grad.full_tensor(), reference.weight_orig.grad)
+
+
 CHECKS: list[Check] = [
     check_ddp_trains_as_one_process,
     check_ddp_broadcasts_masks,
@@ -694,6 +710,7 @@ CHECKS: list[Check] = [
     check_fsdp_takes_new_masks,
     check_fsdp_mixed_precision,
     check_fsdp_from_meta,
+    check_tensor_parallel,
 ]
 
 
