@@ -226,8 +226,6 @@ int gather(const Decode& decode) {
                 splits);
 }
 
-bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
 bool takes_mma(int dtype, int64_t M) { return M > tuning::kLeastMmaRows && dtype != kFloat; }
 
 // Up to kMostGatherRows, few values are still gathered faster.
@@ -274,8 +272,10 @@ int masked_ops_cuda_decode(int dtype, int64_t M, int64_t N, int64_t K, int64_t n
                            void* stream) {
   using namespace masked_ops::cuda;
   if (dtype != kFloat && dtype != kBFloat16 && dtype != kHalf) return kUnsupported;
-  if (M > 64 || nnz > kMaxNnz || K > kMostDecodeColumns || !aligned(input) || !aligned(values) || !aligned(index))
+  if (M > 64 || nnz > kMaxNnz || K > kMostDecodeColumns || !is_aligned(input, 16) || !is_aligned(values, 16) ||
+      !is_aligned(index, 16)) {
     return kUnsupported;
+  }
   if (M == 0 || N == 0) return 0;
   const Decode decode{M, N, K, nnz, input, values, DecodeIndex::of(index, N, K), bias, output, workspace, stream};
   if (takes_mma(dtype, decode)) return decode_mma(dtype, decode);

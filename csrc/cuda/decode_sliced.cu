@@ -450,8 +450,6 @@ int run(const SlicedDecode& decode, void* stream) {
   return decode.M <= 4 ? run<kDtype, 4>(decode, stream) : run<kDtype, 8>(decode, stream);
 }
 
-bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
 }  // namespace
 }  // namespace masked_ops::cuda
 
@@ -460,8 +458,10 @@ int masked_ops_cuda_decode_sliced(int dtype, int64_t M, int64_t N, int64_t K, co
                                   void* output, void* stream) {
   using namespace masked_ops::cuda;
   if (dtype != kBFloat16 && dtype != kHalf) return kUnsupported;
-  if (M > 64 || K % 2 != 0 || K > kMostSlicedColumns || !aligned(input) || !aligned(data) || !aligned(pieces))
+  if (M > 64 || K % 2 != 0 || K > kMostSlicedColumns || !is_aligned(input, 16) || !is_aligned(data, 16) ||
+      !is_aligned(pieces, 16)) {
     return kUnsupported;
+  }
   if (M == 0 || N == 0) return 0;
   const SlicedDecode decode{M,
                             N,

@@ -251,8 +251,6 @@ int run(const TiledDecode& decode, void* stream) {
   return decode.M <= 16 ? run<kDtype, 16>(decode, stream) : run<kDtype, 32>(decode, stream);
 }
 
-bool is_aligned(const void* pointer, uintptr_t to) { return reinterpret_cast<uintptr_t>(pointer) % to == 0; }
-
 }  // namespace
 }  // namespace masked_ops::cuda
 

@@ -61,6 +61,8 @@ namespace masked_ops::cuda {
 inline constexpr int kWarp = 32;
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
+inline bool is_aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
 template <typename T>
 MASKED_OPS_DEVICE T warp_sum(T x) {
 #pragma unroll

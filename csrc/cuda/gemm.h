@@ -19,8 +19,6 @@ struct GemmShape {
   }
 };
 
-inline bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
 // Whether the arguments are served, on a device that fits.
 inline bool serves(const Gemm& g) {
   constexpr int64_t kMaxSide = int64_t{1} << 31;
@@ -28,9 +26,10 @@ inline bool serves(const Gemm& g) {
   if (g.output_dtype != g.dtype && !(g.mode == kGradWeight && g.output_dtype == kFloat)) return false;
   if (g.M >= kMaxSide - 256 || g.N >= kMaxSide - 256 || g.K >= kMaxSide - 256) return false;
   if (g.K % 8 != 0 || (g.mode != kForward && g.N % 8 != 0)) return false;
-  if (g.mode != kGradInput && !aligned16(g.input)) return false;
-  if (g.mode != kForward && !aligned16(g.grad_output)) return false;
-  return aligned16(g.output) && (g.mode == kGradWeight || (aligned16(g.weight) && aligned16(g.fragments)));
+  if (g.mode != kGradInput && !is_aligned(g.input, 16)) return false;
+  if (g.mode != kForward && !is_aligned(g.grad_output, 16)) return false;
+  return is_aligned(g.output, 16) &&
+         (g.mode == kGradWeight || (is_aligned(g.weight, 16) && is_aligned(g.fragments, 16)));
 }
 
 inline bool nothing_to_do(const Gemm& g) {

@@ -187,8 +187,6 @@ __global__ void __launch_bounds__(tuning::kCopyThreads) mask_copy_kernel(const _
   }
 }
 
-bool aligned(const void* pointer, int bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
-
 template <CopyKind kind, int kElements>
 int copy_batch(const FullBatch& batch, uint32_t blocks, void* stream) {
   if (batch.count == 1) {
@@ -220,7 +218,7 @@ int copy_all(const MaskCopyTask* tasks, int64_t count, void* stream) {
     const MaskCopyTask& from = tasks[i];
     const int64_t elements = from.rows * from.cols;
     if (elements > 0) {
-      const bool fits = aligned(from.weight, 16) && aligned(from.out, 16);
+      const bool fits = is_aligned(from.weight, 16) && is_aligned(from.out, 16);
       // A weight that lies askew goes into a launch of its own kind.
       if (batch.count && (batch.count == tuning::kCopyTasks || fits != vector)) {
         if (const int error = copy_batch<kind>(batch, vector, stream)) return error;
