@@ -13,26 +13,18 @@
 namespace masked_ops::device {
 namespace {
 
-bool aligned(const at::Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
-
 bool half_precision(const at::Tensor& t) { return t.scalar_type() == at::kHalf || t.scalar_type() == at::kBFloat16; }
 
 // What the fused kernels ask of shapes and layouts, by cuda/api.h; null if they have it. factor is the weight, or for
 // the gradient of the weight grad_output.
 const char* misfit(Pass pass, const at::Tensor& factor, const at::Tensor& mask) {
   if (!half_precision(factor)) return "its kernel takes bfloat16 and float16 only";
-  if (pass != Pass::kGradWeight && !(factor.is_contiguous() && aligned(factor))) {
+  if (pass != Pass::kGradWeight && !(factor.is_contiguous() && is_aligned(factor))) {
     return "the weight is not contiguous and aligned";
   }
   if (mask.size(1) % 8 != 0) return "in_features is not a multiple of 8";
   if (pass != Pass::kForward && mask.size(0) % 8 != 0) return "out_features is not a multiple of 8";
   return nullptr;
-}
-
-// As the kernels take it: contiguous, and aligned to 16 bytes.
-at::Tensor in_order(const at::Tensor& t) {
-  const at::Tensor given = t.contiguous();
-  return aligned(given) ? given : given.clone();
 }
 
 // The path of a call, and the pattern that it needs. A mask that is new is not waited for, unless a path is forced.

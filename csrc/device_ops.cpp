@@ -87,6 +87,13 @@ int copy_kind(at::ScalarType from, at::ScalarType to) {
   }
 }
 
+bool is_aligned(const at::Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
+
+at::Tensor in_order(const at::Tensor& t) {
+  const at::Tensor given = t.contiguous();
+  return is_aligned(given) ? given : given.clone();
+}
+
 Packed pack_mask(const Api& api, const at::Tensor& mask, int64_t rows, int64_t cols) {
   const Launch launch(mask.device());
   const Packed packed = room_for(mask.device(), rows, cols);

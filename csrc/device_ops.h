@@ -10,6 +10,11 @@ int cuda_dtype(at::ScalarType dtype);
 // How mask_copy turns one dtype into the other; -1 if it cannot.
 int copy_kind(at::ScalarType from, at::ScalarType to);
 
+// To 16 bytes.
+bool is_aligned(const at::Tensor& t);
+// As the kernels that multiply take it: contiguous and aligned.
+at::Tensor in_order(const at::Tensor& t);
+
 // What is taken of a mask at once; none of it is known to the host yet.
 struct Packed {
   at::Tensor words;      // int64 [rows][words_per_row]

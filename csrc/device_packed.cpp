@@ -16,10 +16,6 @@ namespace {
 
 constexpr const char* kNoRoom = "MASKED_OPS_CACHE_BYTES leaves no room for it";
 
-at::Tensor to_aligned(const at::Tensor& t) {
-  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 ? t : t.clone();
-}
-
 // The bits of a call: known, checked against the number of values, and in the form that the kernels or torch want. New
 // bits are waited for, once. In a graph that is captured, bits that were not used before it are read by torch's own
 // operations, which cannot check them.
@@ -110,7 +106,7 @@ class Bits {
     if (!values.is_contiguous()) return {};
     const auto [layout, data] = pattern_->laid_out(form, values, stream_, capture_, /*now=*/forced_path().has_value());
     if (!data.defined()) return {};
-    return device::decode(*api(), form, to_aligned(input.contiguous()), layout, data, rows(),
+    return device::decode(*api(), form, in_order(input), layout, data, rows(),
                           bias.defined() ? bias.contiguous() : bias);
   }
 
@@ -118,7 +114,7 @@ class Bits {
   at::Tensor decode(const at::Tensor& input, const at::Tensor& values, const at::Tensor& bias) const {
     const at::Tensor index = pattern_->decode_index(stream_, capture_);
     if (!index.defined()) return {};
-    return device::decode(*api(), to_aligned(input.contiguous()), to_aligned(values.contiguous()), index, rows(),
+    return device::decode(*api(), in_order(input), in_order(values), index, rows(),
                           bias.defined() ? bias.contiguous() : bias);
   }
 
