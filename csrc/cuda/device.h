@@ -70,4 +70,13 @@ MASKED_OPS_DEVICE T warp_sum(T x) {
   return x;
 }
 
+MASKED_OPS_DEVICE int warp_most(int x) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) {
+    const int other = __shfl_xor_sync(kAllLanes, x, step);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+
 }  // namespace masked_ops::cuda

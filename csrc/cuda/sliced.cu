@@ -44,11 +44,7 @@ __global__ void __launch_bounds__(tuning::kPassThreads) slice_kernel(PieceBits b
     for (int h = 0; h < halves; ++h) counts[r] += from[h] >> lane & 1;
     most = counts[r] > most ? counts[r] : most;
   }
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) {
-    const int other = __shfl_xor_sync(kAllLanes, most, step);
-    most = other > most ? other : most;
-  }
+  most = warp_most(most);
   SlicedPiece best = {};
   for (int strict = 0; strict <= most; ++strict) {
     int loose = 0;

@@ -57,15 +57,6 @@ struct Lane {
   }
 };
 
-MASKED_OPS_DEVICE int warp_most(int x) {
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) {
-    const int other = __shfl_xor_sync(kAllLanes, x, step);
-    x = other > x ? other : x;
-  }
-  return x;
-}
-
 // at is the size here. A loose step counts for one unit more than it has, for its values meet in banks.
 __global__ void __launch_bounds__(tuning::kPassThreads) tile_kernel(Run runs, TilePiece* __restrict__ pieces) {
   const int64_t run = Run::number();
