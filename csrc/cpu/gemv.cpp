@@ -24,24 +24,28 @@ struct Dots {
   const T* bias;    // null for none
   T* y;             // [M][N]; if this is the last chunk
   int64_t N;
+
+  template <int M, int R>
+  void advance() {
+    weight += R * K;
+    bits.words += R * bits.stride;
+    ahead += R * K;
+    sums += M * R;
+    bias += bias ? R : 0;
+    y += R;
+  }
 };
 
 // y[m][r] = x[m] . weight[r] + bias[r] for M rows of input and R rows of the weight.
 template <int M, int R, typename T>
-MASKED_OPS_INLINE void dots_of_group(const Dots<T>& o) {
+MASKED_OPS_INLINE void take_group(const Dots<T>& o) {
   constexpr int kStep = L * Operand<T>::kDepth;  // elements of a vector
   constexpr bool kWords = M == 1 && Vec::kWordVectors > 1;
   constexpr int W = kWords ? Vec::kWordVectors : 1;
   constexpr int kSets = M * R == 1 ? W : 1;  // a single chain of sums would be slower than memory
   Vec sets[kSets][M][R] = {};
   Vec(&sum)[M][R] = sets[0];
-  if (o.begin) {
-    MASKED_OPS_UNROLL
-    for (int m = 0; m < M; ++m) {
-      MASKED_OPS_UNROLL
-      for (int r = 0; r < R; ++r) sum[m][r] = o.sums[m * R + r];
-    }
-  }
+  if (o.begin) copy_vectors<M * R>(o.sums, sum[0]);
   const int64_t K = o.K;
   const T* ahead = o.ahead;
   const float* x = o.x;
@@ -77,42 +81,14 @@ MASKED_OPS_INLINE void dots_of_group(const Dots<T>& o) {
   }
   MASKED_OPS_UNROLL
   for (int i = 1; i < kSets; ++i) sum[0][0] = sum[0][0] + sets[i][0][0];
-  if (o.end < K) {
-    MASKED_OPS_UNROLL
-    for (int m = 0; m < M; ++m) {
-      MASKED_OPS_UNROLL
-      for (int r = 0; r < R; ++r) o.sums[m * R + r] = sum[m][r];
-    }
-    return;
-  }
+  if (o.end < K) return copy_vectors<M * R>(sum[0], o.sums);
   store_dots<M, R>(sum, o.bias, o.y, o.N);
 }
-
-// The same for so many groups of R rows.
-template <int M, int R, typename T>
-__attribute__((noinline)) void dots(const Dots<T>& first, int64_t groups) {
-  Dots<T> group = first;  // which no store can change
-  for (;;) {
-    dots_of_group<M, R>(group);
-    if (--groups == 0) return;
-    group.weight += R * group.K;
-    group.bits.words += R * group.bits.stride;
-    group.ahead += R * group.K;
-    group.sums += M * R;
-    group.bias += group.bias ? R : 0;
-    group.y += R;
-  }
-}
-
-template <int M, int R, typename T>
-struct DotsKernel {
-  static void run(const Dots<T>& group, int64_t groups) { dots<M, R>(group, groups); }
-};
 
 template <typename T>
 void forward(const Team& team, int64_t M, int64_t N, int64_t K, const T* input, const T* weight, Bits bits,
              const T* bias, T* output) {
-  static constexpr KernelTable<DotsKernel, T, kTile> kKernels;
+  static constexpr KernelTable<Dots<T>, kTile> kKernels;
   constexpr int kDepth = Operand<T>::kDepth;
   const RowTiles tiles(M, kTile.rows);
   const int64_t most_by_row = kConverts<T> ? 1 : tuning::kMostByRow;

@@ -188,6 +188,13 @@ void pack(const Chunks& chunks, const RowTiles& tiles, int64_t K, const T* input
   }
 }
 
+// Of sums between registers and memory.
+template <int N>
+MASKED_OPS_INLINE void copy_vectors(const Vec* from, Vec* to) {
+  MASKED_OPS_UNROLL
+  for (int i = 0; i < N; ++i) to[i] = from[i];
+}
+
 // totals[i] = the sum of vector i's lanes; as many at a time as a vector has, where that is worth it.
 template <int N>
 MASKED_OPS_INLINE void sum_each(const Vec* sums, float* totals) {
@@ -250,16 +257,28 @@ void finish_sums(const Chunks& chunks, const RowTiles& tiles, int64_t k, int64_t
   }
 }
 
-// Kernel<rows of input, rows of the weight, T>::run for each pair that there is.
-template <template <int, int, typename> typename Kernel, typename T, RegisterTile kTile>
+// The kernel of M rows of input and groups of R rows of the weight. A Group holds its operands: take_group<M, R>, which
+// stands beside it, is the product of one, and advance<M, R> goes to the next.
+template <int M, int R, typename Group>
+__attribute__((noinline)) void take_groups(const Group& first, int64_t groups) {
+  Group group = first;  // which no store can change
+  for (;;) {
+    take_group<M, R>(group);
+    if (--groups == 0) return;
+    group.template advance<M, R>();
+  }
+}
+
+// take_groups for each pair of heights that there is.
+template <typename Group, RegisterTile kTile>
 struct KernelTable {
-  using Function = decltype(&Kernel<1, 1, T>::run);
+  using Function = void (*)(const Group& first, int64_t groups);
   Function at[kTile.rows][4] = {};
 
   constexpr KernelTable() { fill<kTile.rows, 4>(); }
   template <int M, int R>
   constexpr void fill() {
-    if constexpr (kTile.has_group(R) && (M + 1) * R <= kTile.registers) at[M - 1][R - 1] = Kernel<M, R, T>::run;
+    if constexpr (kTile.has_group(R) && (M + 1) * R <= kTile.registers) at[M - 1][R - 1] = take_groups<M, R, Group>;
     if constexpr (R > 1) {
       fill<M, R - 1>();
     } else if constexpr (M > 1) {

@@ -130,11 +130,21 @@ struct Axpys {
   const T* ahead;   // what is fetched ahead of the first row
   int64_t pace;     // columns that it moves by with every vector
   float* dx;        // the chunk of the tile's sums
+
+  template <int M, int R>
+  void advance() {
+    constexpr int64_t kRows = R * Operand<T>::kDepth;
+    dy += R * kTile.rows;
+    rows -= kRows;
+    weight += kRows * K;
+    bits.words += kRows * bits.stride;
+    ahead += kRows * K;
+  }
 };
 
 // dx[m] += sum over R rows of dy[m][r] * weight[r], of operands.
 template <int M, int R, typename T>
-MASKED_OPS_INLINE void axpys_of_group(const Axpys<T>& o) {
+MASKED_OPS_INLINE void take_group(const Axpys<T>& o) {
   constexpr int kDepth = Operand<T>::kDepth;
   constexpr bool kWords = M == 1 && Vec::kWordVectors > 1;
   constexpr int W = kWords ? Vec::kWordVectors : 1;
@@ -194,27 +204,6 @@ MASKED_OPS_INLINE void axpys_of_group(const Axpys<T>& o) {
   }
 }
 
-// The same for so many groups of R rows.
-template <int M, int R, typename T>
-__attribute__((noinline)) void axpys(const Axpys<T>& first, int64_t groups) {
-  Axpys<T> group = first;  // which no store can change
-  constexpr int64_t kRows = R * Operand<T>::kDepth;
-  for (;;) {
-    axpys_of_group<M, R>(group);
-    if (--groups == 0) return;
-    group.dy += R * kTile.rows;
-    group.rows -= kRows;
-    group.weight += kRows * group.K;
-    group.bits.words += kRows * group.bits.stride;
-    group.ahead += kRows * group.K;
-  }
-}
-
-template <int M, int R, typename T>
-struct AxpysKernel {
-  static void run(const Axpys<T>& group, int64_t groups) { axpys<M, R>(group, groups); }
-};
-
 // grad_output of rows [first, last) of the weight, as panels of operands [row][kTile.rows], one for each tile.
 struct Factors {
   float* at;
@@ -237,7 +226,7 @@ Factors factors_of(const RowTiles& tiles, int64_t N, const T* grad_output, int64
 template <typename T>
 void take_area(const Chunks& chunks, const RowTiles& tiles, int64_t N, int64_t K, const Factors& factors,
                const T* weight, Bits bits, const Reading& reading, bool all_rows, const Area& area, float* sums) {
-  static constexpr KernelTable<AxpysKernel, T, kTile> kKernels;
+  static constexpr KernelTable<Axpys<T>, kTile> kKernels;
   constexpr int kDepth = Operand<T>::kDepth;
   const int64_t group = reading.group_rows(kTile, tiles) * kDepth;
   const int64_t block = all_rows ? N : ceil_div(tuning::kSmallBlock, group) * group;

@@ -20,20 +20,23 @@ struct ExpandedDots {
   const T* bias;       // null for none
   T* y;                // [M][N]; if this is the last chunk
   int64_t N;
+
+  template <int M, int R>
+  void advance() {
+    next += R;
+    bits.words += R * bits.stride;
+    sums += M * R;
+    bias += bias ? R : 0;
+    y += R;
+  }
 };
 
 // y[m][r] = x[m] . weight[r] + bias[r] for M rows of input and R rows of the weight.
 template <int M, int R, typename T>
-MASKED_OPS_INLINE void dots_of_group(const ExpandedDots<T>& o) {
+MASKED_OPS_INLINE void take_group(const ExpandedDots<T>& o) {
   constexpr int kStep = L * Operand<T>::kDepth;  // elements of a vector
   Vec sum[M][R] = {};
-  if (o.begin) {
-    MASKED_OPS_UNROLL
-    for (int m = 0; m < M; ++m) {
-      MASKED_OPS_UNROLL
-      for (int r = 0; r < R; ++r) sum[m][r] = o.sums[m * R + r];
-    }
-  }
+  if (o.begin) copy_vectors<M * R>(o.sums, sum[0]);
   const T* in[R];
   MASKED_OPS_UNROLL
   for (int r = 0; r < R; ++r) in[r] = o.next[r];
@@ -56,36 +59,12 @@ MASKED_OPS_INLINE void dots_of_group(const ExpandedDots<T>& o) {
   if (o.last) return store_dots<M, R>(sum, o.bias, o.y, o.N);
   MASKED_OPS_UNROLL
   for (int r = 0; r < R; ++r) o.next[r] = in[r];
-  MASKED_OPS_UNROLL
-  for (int m = 0; m < M; ++m) {
-    MASKED_OPS_UNROLL
-    for (int r = 0; r < R; ++r) o.sums[m * R + r] = sum[m][r];
-  }
+  copy_vectors<M * R>(sum[0], o.sums);
 }
-
-// The same for so many groups of R rows.
-template <int M, int R, typename T>
-__attribute__((noinline)) void expanded_dots(const ExpandedDots<T>& first, int64_t groups) {
-  ExpandedDots<T> group = first;  // which no store can change
-  for (;;) {
-    dots_of_group<M, R>(group);
-    if (--groups == 0) return;
-    group.next += R;
-    group.bits.words += R * group.bits.stride;
-    group.sums += M * R;
-    group.bias += group.bias ? R : 0;
-    group.y += R;
-  }
-}
-
-template <int M, int R, typename T>
-struct ExpandedDotsKernel {
-  static void run(const ExpandedDots<T>& group, int64_t groups) { expanded_dots<M, R>(group, groups); }
-};
 
 template <typename T>
 void forward(const Team& team, int64_t M, const PackedWeight& w, const T* input, const T* bias, T* output) {
-  static constexpr KernelTable<ExpandedDotsKernel, T, kTile> kKernels;
+  static constexpr KernelTable<ExpandedDots<T>, kTile> kKernels;
   constexpr int64_t kDepth = Operand<T>::kDepth;
   const int64_t N = w.rows, K = w.cols;
   const PackedRows<T> values(w);

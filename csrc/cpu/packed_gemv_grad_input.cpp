@@ -137,11 +137,20 @@ struct ExpandedAxpys {
   const T** next;      // of each row the values from here on
   Bits bits;           // of the first row
   float* dx;           // the chunk of the tile's sums
+
+  template <int M, int R>
+  void advance() {
+    constexpr int64_t kRows = R * Operand<T>::kDepth;
+    dy += kRows;
+    rows -= kRows;
+    next += kRows;
+    bits.words += kRows * bits.stride;
+  }
 };
 
 // dx[m] += sum over R rows of dy[m][r] * weight[r], of operands.
 template <int M, int R, typename T>
-MASKED_OPS_INLINE void axpys_of_group(const ExpandedAxpys<T>& o) {
+MASKED_OPS_INLINE void take_group(const ExpandedAxpys<T>& o) {
   constexpr int kDepth = Operand<T>::kDepth;
   // The last row of the weight has another one beside it.
   const bool paired = R > 1 || kDepth == 1 || o.rows > 1;
@@ -188,30 +197,10 @@ MASKED_OPS_INLINE void axpys_of_group(const ExpandedAxpys<T>& o) {
   }
 }
 
-// The same for so many groups of R rows of operands.
-template <int M, int R, typename T>
-__attribute__((noinline)) void expanded_axpys(const ExpandedAxpys<T>& first, int64_t groups) {
-  ExpandedAxpys<T> group = first;  // which no store can change
-  constexpr int64_t kRows = R * Operand<T>::kDepth;
-  for (;;) {
-    axpys_of_group<M, R>(group);
-    if (--groups == 0) return;
-    group.dy += kRows;
-    group.rows -= kRows;
-    group.next += kRows;
-    group.bits.words += kRows * group.bits.stride;
-  }
-}
-
-template <int M, int R, typename T>
-struct ExpandedAxpysKernel {
-  static void run(const ExpandedAxpys<T>& group, int64_t groups) { expanded_axpys<M, R>(group, groups); }
-};
-
 // Threads share the rows, and their sums are added at the end.
 template <typename T>
 void by_rows(const Team& team, int64_t M, const PackedWeight& w, const T* grad_output, T* grad_input) {
-  static constexpr KernelTable<ExpandedAxpysKernel, T, kTile> kKernels;
+  static constexpr KernelTable<ExpandedAxpys<T>, kTile> kKernels;
   constexpr int64_t kDepth = Operand<T>::kDepth;
   const int64_t N = w.rows, K = w.cols;
   const PackedRows<T> values(w);
