@@ -16,6 +16,15 @@ def small_integers(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.randint(-2, 3, shape).to(dtype)
 
 
+def uneven_mask(N: int, K: int, density: float) -> Tensor:
+    """A row is empty, and two in parts."""
+    mask = random_mask(N, K, density)
+    mask[N // 2] = False
+    mask[0, : K // 2] = False
+    mask[-1, K // 3 :] = False
+    return mask
+
+
 def make_index(cuda: Library, mask: Tensor) -> Tensor:
     (N, K), nnz = mask.shape, int(mask.sum())
     index = cuda.empty(cuda.size("decode_index_bytes", N, K, nnz), torch.uint8)
@@ -65,10 +74,7 @@ def test_decode_exactly(cuda: Library, dtype: torch.dtype, M: int) -> None:
     cuda.set_mode(lazy=True, order=2)
     sizes = [(1, 1, 1.0), (3, 255, 0.2), (4, 256, 0.05), (65, 257, 0.5), (66, 520, 0.1), (66, 520, 0.4), (17, 800, 1.0)]
     for N, K, density in sizes:
-        mask = random_mask(N, K, density)
-        mask[N // 2] = False
-        mask[0, : K // 2] = False
-        mask[-1, K // 3 :] = False
+        mask = uneven_mask(N, K, density)
         input, weight, bias = (small_integers(shape, dtype) for shape in ((M, K), (N, K), (N,)))
         weight[~mask] = float("nan")
         for b in (None, bias):

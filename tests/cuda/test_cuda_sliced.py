@@ -4,39 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_library import Library, UnsupportedError
-from test_cuda_decode import DTYPES, expected, small_integers
-from test_cuda_passes import random_mask, words_of
+from cuda_library import Library
+from laid_out import HALVES, Form, Kernel
+from test_cuda_decode import small_integers, uneven_mask
+from test_cuda_passes import random_mask
 from torch import Tensor
 
-HALVES = DTYPES[1:]
 SEGMENT, ROWS, UNIT = 8192, 8, 256
+SLICES = Kernel("decode_sliced", ("slice", "fill_slices"), unit=UNIT, size=1)
 
 
-def sliced(cuda: Library, weight: Tensor, mask: Tensor, order: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def sliced(cuda: Library, weight: Tensor, mask: Tensor, order: Tensor | None = None) -> Form:
     """The order of the rows, the pieces and the data."""
     N, K = mask.shape
     if order is None:
         order = mask.sum(1).argsort(descending=True)
-    order = torch.cat([order, order.new_full((-N % ROWS,), -1)]).int()
+    order = cuda.put(torch.cat([order, order.new_full((-N % ROWS,), -1)]).int())
     pieces = cuda.empty((order.numel() // ROWS * -(-K // SEGMENT), 4), torch.int32)
-    words = cuda.put(words_of(mask))
-    order = cuda.put(order)
-    cuda("slice", words, N, K, order, pieces)
-    sizes = pieces[:, 1].long()
-    pieces[:, 0] = sizes.cumsum(0) - sizes
-    data = cuda.empty(UNIT * int(sizes.sum()), torch.uint8)
-    offsets = cuda.put(torch.tensor([0, *mask.sum(1).cumsum(0).tolist()]))
-    cuda("fill_slices", words, N, K, offsets, order, pieces, cuda.put(weight[mask]), data)
-    return order, pieces, data
-
-
-def decode(cuda: Library, input: Tensor, form: tuple[Tensor, Tensor, Tensor], N: int, bias: Tensor | None) -> Tensor:
-    M, K = input.shape
-    output = cuda.empty((M, N), input.dtype)
-    b = None if bias is None else cuda.put(bias)
-    cuda("decode_sliced", input.dtype, M, N, K, cuda.put(input), *form, b, output)
-    return output.cpu()
+    return SLICES.lay_out(cuda, weight, mask, pieces, order)
 
 
 def test_slices_are_as_described(cuda: Library) -> None:
@@ -86,17 +71,9 @@ def test_decode_exactly(cuda: Library, dtype: torch.dtype, M: int) -> None:
     cuda.set_mode(lazy=True, order=2)
     sizes = [(1, 2, 1.0), (3, 254, 0.2), (8, 256, 0.05), (65, 258, 0.5), (130, 520, 0.1), (17, 800, 1.0)]
     for N, K, density in sizes:
-        mask = random_mask(N, K, density)
-        mask[N // 2] = False
-        mask[0, : K // 2] = False
-        mask[-1, K // 3 :] = False
+        mask = uneven_mask(N, K, density)
         mask[N // 3] = (torch.arange(K) % 32 < 2) | mask[N // 3]  # more than its slice's strict steps take
-        input, weight, bias = (small_integers(shape, dtype) for shape in ((M, K), (N, K), (N,)))
-        weight[~mask] = float("nan")
-        form = sliced(cuda, weight, mask)
-        for b in (None, bias):
-            right = expected(input, weight, mask, b)
-            assert torch.equal(decode(cuda, input, form, N, b), right.to(dtype)), (N, K)
+        SLICES.check(cuda, sliced, M, mask, dtype)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -108,11 +85,10 @@ def test_decode_long_rows(cuda: Library, dtype: torch.dtype, M: int) -> None:
         mask = random_mask(N, K, 0.03)
         mask[2] = random_mask(1, K, 0.4)[0]
         input, weight = small_integers((M, K), dtype), small_integers((N, K), dtype)
-        right = expected(input, weight, mask, None).to(dtype)
         form = sliced(cuda, weight, mask, torch.randperm(N))
         for order in (0, 1, 2):
             cuda.set_mode(lazy=order == 1, order=order)
-            assert torch.equal(decode(cuda, input, form, N, None), right)
+            assert SLICES.is_exact(cuda, input, form, weight, mask)
 
 
 @pytest.mark.parametrize(("M", "N"), [(1, 34000), (60, 4200)])
@@ -121,8 +97,7 @@ def test_several_rounds(cuda: Library, M: int, N: int) -> None:
     K = 34
     mask = random_mask(N, K, 0.1)
     input, weight = small_integers((M, K), torch.bfloat16), small_integers((N, K), torch.bfloat16)
-    right = expected(input, weight, mask, None).bfloat16()
-    assert torch.equal(decode(cuda, input, sliced(cuda, weight, mask), N, None), right)
+    assert SLICES.is_exact(cuda, input, sliced(cuda, weight, mask), weight, mask)
 
 
 def test_lookups_meet_no_bank_twice(cuda: Library) -> None:
@@ -132,18 +107,9 @@ def test_lookups_meet_no_bank_twice(cuda: Library) -> None:
     form = sliced(cuda, weight, mask)
     assert form[1].cpu()[0, 2:].tolist() == [32, 0]
     cuda.bank_conflicts()
-    assert torch.equal(decode(cuda, input, form, 8, None), expected(input, weight, mask, None).half())
+    assert SLICES.is_exact(cuda, input, form, weight, mask)
     assert cuda.bank_conflicts() == 0
 
 
 def test_edges(cuda: Library) -> None:
-    empty = torch.zeros(5, 4, dtype=torch.bool)
-    bias, weight = torch.randn(5).half(), torch.ones(5, 4).half()
-    form = sliced(cuda, weight, empty)
-    assert form[2].numel() == 0
-    for M in (1, 12):
-        assert torch.equal(decode(cuda, torch.randn(M, 4).half(), form, 5, bias), bias.expand(M, 5))
-    assert decode(cuda, torch.empty(0, 4).half(), form, 5, None).shape == (0, 5)
-    for input in (torch.ones(65, 4).half(), torch.ones(1, 4), torch.ones(1, 3).half()):
-        with pytest.raises(UnsupportedError):
-            decode(cuda, input, form, 5, None)
+    SLICES.check_edges(cuda, sliced, unserved=3)

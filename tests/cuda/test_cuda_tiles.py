@@ -4,35 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_library import Library, UnsupportedError
-from test_cuda_decode import DTYPES, expected, small_integers
-from test_cuda_passes import random_mask, words_of
+from cuda_library import Library
+from laid_out import HALVES, Form, Kernel
+from test_cuda_decode import small_integers, uneven_mask
+from test_cuda_passes import random_mask
 from torch import Tensor
 
-HALVES = DTYPES[1:]
 SIDE, UNIT, WARP = 64, 128, 32
+TILES = Kernel("decode_tiles", ("tile", "fill_tiles"), unit=UNIT, size=0)
 
 
-def tiled(cuda: Library, weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def tiled(cuda: Library, weight: Tensor, mask: Tensor) -> Form:
     """The pieces and the data."""
     N, K = mask.shape
     pieces = cuda.empty((-(-N // SIDE) * -(-K // SIDE), 2), torch.int32)
-    words = cuda.put(words_of(mask))
-    cuda("tile", words, N, K, pieces)
-    sizes = pieces[:, 0].long()
-    pieces[:, 0] = sizes.cumsum(0) - sizes
-    data = cuda.empty(UNIT * int(sizes.sum()), torch.uint8)
-    offsets = cuda.put(torch.tensor([0, *mask.sum(1).cumsum(0).tolist()]))
-    cuda("fill_tiles", words, N, K, offsets, pieces, cuda.put(weight[mask]), data)
-    return pieces, data
-
-
-def decode(cuda: Library, input: Tensor, form: tuple[Tensor, Tensor], N: int, bias: Tensor | None) -> Tensor:
-    M, K = input.shape
-    output = cuda.empty((M, N), input.dtype)
-    b = None if bias is None else cuda.put(bias)
-    cuda("decode_tiles", input.dtype, M, N, K, cuda.put(input), *form, b, output)
-    return output.cpu()
+    return TILES.lay_out(cuda, weight, mask, pieces)
 
 
 def lane_of(row: int, column: int) -> int:
@@ -124,17 +110,9 @@ def test_decode_exactly(cuda: Library, dtype: torch.dtype, M: int) -> None:
     cuda.set_mode(lazy=True, order=2)
     sizes = [(1, 4, 1.0), (3, 60, 0.2), (64, 64, 0.1), (65, 68, 0.5), (70, 520, 0.05), (130, 260, 1.0)]
     for N, K, density in sizes:
-        mask = random_mask(N, K, density)
-        mask[N // 2] = False
-        mask[0, : K // 2] = False
-        mask[-1, K // 3 :] = False
+        mask = uneven_mask(N, K, density)
         mask[N // 3] |= torch.arange(K) % 16 < 4  # more than its tile's strict batches take
-        input, weight, bias = (small_integers(shape, dtype) for shape in ((M, K), (N, K), (N,)))
-        weight[~mask] = float("nan")
-        form = tiled(cuda, weight, mask)
-        for b in (None, bias):
-            right = expected(input, weight, mask, b)
-            assert torch.equal(decode(cuda, input, form, N, b), right.to(dtype)), (N, K)
+        TILES.check(cuda, tiled, M, mask, dtype)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -147,11 +125,10 @@ def test_several_tiles_of_a_warp(cuda: Library, dtype: torch.dtype, M: int) -> N
     mask[:, 1920:2304] = False
     mask[:, 2304:2560] = True
     input, weight = small_integers((M, K), dtype), small_integers((N, K), dtype)
-    right = expected(input, weight, mask, None).to(dtype)
     form = tiled(cuda, weight, mask)
     for order in (0, 1, 2):
         cuda.set_mode(lazy=order == 1, order=order)
-        assert torch.equal(decode(cuda, input, form, N, None), right)
+        assert TILES.is_exact(cuda, input, form, weight, mask)
 
 
 @pytest.mark.parametrize(("groups", "tiles", "cluster"), [(41, 3, 1), (41, 64, 2), (3, 160, 8)])
@@ -160,8 +137,7 @@ def test_blocks_share_a_contraction(cuda: Library, groups: int, tiles: int, clus
     N, K = 64 * groups - 63, 64 * tiles
     mask = random_mask(N, K, 0.02)
     input, weight, bias = (small_integers(shape, torch.bfloat16) for shape in ((3, K), (N, K), (N,)))
-    right = expected(input, weight, mask, bias).bfloat16()
-    assert torch.equal(decode(cuda, input, tiled(cuda, weight, mask), N, bias), right)
+    assert TILES.is_exact(cuda, input, tiled(cuda, weight, mask), weight, mask, bias)
     if cuda.emulated:
         assert cuda.cluster() == cluster
 
@@ -171,18 +147,8 @@ def test_several_groups_of_a_block(cuda: Library) -> None:
     N, K = 64 * 200 + 3, 64 * 3
     mask = random_mask(N, K, 0.05)
     input, weight = small_integers((20, K), torch.float16), small_integers((N, K), torch.float16)
-    right = expected(input, weight, mask, None).half()
-    assert torch.equal(decode(cuda, input, tiled(cuda, weight, mask), N, None), right)
+    assert TILES.is_exact(cuda, input, tiled(cuda, weight, mask), weight, mask)
 
 
 def test_edges(cuda: Library) -> None:
-    empty = torch.zeros(5, 4, dtype=torch.bool)
-    bias, weight = torch.randn(5).half(), torch.ones(5, 4).half()
-    form = tiled(cuda, weight, empty)
-    assert form[1].numel() == 0
-    for M in (1, 12):
-        assert torch.equal(decode(cuda, torch.randn(M, 4).half(), form, 5, bias), bias.expand(M, 5))
-    assert decode(cuda, torch.empty(0, 4).half(), form, 5, None).shape == (0, 5)
-    for input in (torch.ones(65, 4).half(), torch.ones(1, 4), torch.ones(1, 6).half()):
-        with pytest.raises(UnsupportedError):
-            decode(cuda, input, form, 5, None)
+    TILES.check_edges(cuda, tiled, unserved=6)
