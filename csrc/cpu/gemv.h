@@ -238,25 +238,6 @@ MASKED_OPS_INLINE void store_dots(const Vec (&sum)[M][R], const T* bias, T* y, i
   }
 }
 
-// Writes the chunk at column k of the gradient: the sum of all parts' sums, each `size` floats.
-template <typename T>
-void finish_sums(const Chunks& chunks, const RowTiles& tiles, int64_t k, int64_t K, float* sums, int64_t parts,
-                 int64_t size, T* grad_input) {
-  constexpr int L = Vec::kLanes;
-  for (int64_t t = 0; t < tiles.count; ++t) {
-    const int64_t first = tiles.begin(t), rows = tiles.size(t);
-    for (int64_t m = 0; m < rows; ++m) {
-      const float* from = chunks.at(sums, k, first) + m * L;
-      T* const to = grad_input + (first + m) * K;
-      for (int64_t at = k, end = min(k + chunks.width, K); at < end; at += L, from += rows * L) {
-        Vec sum = Vec::load(from);
-        for (int64_t part = 1; part < parts; ++part) sum = sum + Vec::load(from + part * size);
-        store_floats(sum, K - at, to + at);
-      }
-    }
-  }
-}
-
 // The kernel of M rows of input and groups of R rows of the weight. A Group holds its operands: take_group<M, R>, which
 // stands beside it, is the product of one, and advance<M, R> goes to the next.
 template <int M, int R, typename Group>

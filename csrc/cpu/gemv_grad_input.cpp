@@ -2,7 +2,8 @@
 // sums by a factor of grad_output, which stays in a register (axpys); threads share the rows, and their sums are added
 // at the end. From caches, where that is faster (tuning.h), tiles of columns come, whose sums stay in registers down a
 // block of rows (sum_down): no sum is stored for each few products, which costs more than the order of memory gains.
-#include "gemv.h"
+#include "gemv_grad_input.h"
+
 #include "pack.h"
 
 namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
@@ -257,51 +258,35 @@ void take_area(const Chunks& chunks, const RowTiles& tiles, int64_t N, int64_t K
   }
 }
 
-// sums [M][ld] begins at the area's first column.
-template <typename T>
-void take_tiles(const RowTiles& tiles, int64_t N, int64_t K, const T* grad_output, const T* weight, Bits bits,
-                const Area& area, float* sums, int64_t ld) {
-  const auto [first, last, begin, end] = area;
-  const int64_t width = tile_vectors(int(tiles.height)) * L;
-  for (int64_t n = first; n < last; n += tuning::kDownRows) {
-    for (int64_t k = begin; k < end; k += width) {
-      for (int64_t t = 0; t < tiles.count; ++t) {
-        const int64_t m = tiles.begin(t);
-        const Tile<T> o = {grad_output + m * N + n,
-                           N,
-                           min(tuning::kDownRows, last - n),
-                           weight + n * K + k,
-                           K,
-                           {bits.row(n), bits.stride},
-                           k,
-                           min(width, end - k),
-                           n > first,
-                           sums + m * ld + k - begin,
-                           ld};
-        with_int<tuning::kDownTile>(tiles.size(t), [&](auto height) {
-          constexpr int kRows = decltype(height)::value;
-          o.columns == tile_vectors(kRows) * L ? sum_down<kRows, true>(o) : sum_down<kRows, false>(o);
-        });
-      }
-    }
-  }
-}
-
-// By strips of equal width, a multiple of a tile's, as many for each thread.
 template <typename T>
 void by_tiles(const Team& team, int64_t M, int64_t N, int64_t K, const T* grad_output, const T* weight, Bits bits,
               T* grad_input) {
   const RowTiles tiles(M, tuning::kDownTile);
-  const int64_t unit = tile_vectors(int(tiles.height)) * L;
-  const int64_t least = ceil_div(ceil_div(K, tuning::kSmallStrip), team.threads) * team.threads;
-  const int64_t strip = ceil_div(ceil_div(K, least), unit) * unit;
-  float* const sums = kIsFloat<T> ? reinterpret_cast<float*>(grad_input)
-                                  : static_cast<float*>(scratch(Slot::kPanelB, size_t(M * K) * sizeof(float)));
-  team.for_each(ceil_div(K, strip), [&](int64_t task) {
-    const Area area = {0, N, task * strip, min(K, (task + 1) * strip)};
-    take_tiles(tiles, N, K, grad_output, weight, bits, area, sums + area.begin, K);
+  const int64_t width = tile_vectors(int(tiles.height)) * L;
+  by_strips(team, M, K, width, grad_input, [&](int64_t first, int64_t last, float* sums) {
+    for (int64_t n = 0; n < N; n += tuning::kDownRows) {
+      for (int64_t k = first; k < last; k += width) {
+        for (int64_t t = 0; t < tiles.count; ++t) {
+          const int64_t m = tiles.begin(t);
+          const Tile<T> o = {grad_output + m * N + n,
+                             N,
+                             min(tuning::kDownRows, N - n),
+                             weight + n * K + k,
+                             K,
+                             {bits.row(n), bits.stride},
+                             k,
+                             min(width, last - k),
+                             n > 0,
+                             sums + m * K + k,
+                             K};
+          with_int<tuning::kDownTile>(tiles.size(t), [&](auto height) {
+            constexpr int kRows = decltype(height)::value;
+            o.columns == tile_vectors(kRows) * L ? sum_down<kRows, true>(o) : sum_down<kRows, false>(o);
+          });
+        }
+      }
+    }
   });
-  if (!kIsFloat<T>) round_floats(sums, M * K, grad_input);
 }
 
 // By rows.
@@ -325,7 +310,6 @@ void by_rows(const Team& team, int64_t M, int64_t N, int64_t K, const T* grad_ou
     return part == parts ? N : N * part / parts / kDepth * kDepth;
   };
   float* const sums = static_cast<float*>(scratch(Slot::kPanelB, size_t(parts * size) * sizeof(float)));
-  const auto finish_chunk = [&](int64_t k) { finish_sums(chunks, tiles, k, K, sums, parts, size, grad_input); };
   const int64_t workers = min(threads, parts * strips);
   TaskQueue queue(parts * strips, workers);
   team.for_each(workers, [&](int64_t number) {
@@ -338,15 +322,10 @@ void by_rows(const Team& team, int64_t M, int64_t N, int64_t K, const T* grad_ou
       float* const own = sums + part * size;
       for (int64_t i = left * M; i < right * M; i += L) Vec::zero().store(own + i);
       take_area(chunks, tiles, N, K, factors, weight, bits, reading, cached || by_chunks, area, own);
-      if (by_chunks) finish_chunk(left);
+      if (by_chunks) finish_chunk(chunks, tiles, left, K, sums, parts, grad_input);
     }
   });
-  if (by_chunks) return;
-  if (size >= tuning::kSmallGrain) {
-    team.for_each(chunks.count(), [&](int64_t chunk) { finish_chunk(chunk * chunks.width); });
-  } else {
-    for (int64_t k = 0; k < K; k += chunks.width) finish_chunk(k);
-  }
+  if (!by_chunks) finish_sums(team, chunks, tiles, K, sums, parts, grad_input);
 }
 
 }  // namespace

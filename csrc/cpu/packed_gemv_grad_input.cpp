@@ -2,6 +2,7 @@
 // gemv_grad_input.cpp: from memory, or for very few rows of input, a few rows of the weight at a time are added to
 // every row's sums by a factor of grad_output (axpys); from caches tiles of columns come, whose sums stay in registers
 // down a block of rows.
+#include "gemv_grad_input.h"
 #include "packed_rows.h"
 
 namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
@@ -90,7 +91,6 @@ __attribute__((noinline)) void expanded_down(const ExpandedTile<T>& tile) {
   }
 }
 
-// By strips of columns of equal width, a multiple of a tile's, as many for each thread.
 template <typename T>
 void by_tiles(const Team& team, int64_t M, const PackedWeight& w, const T* grad_output, T* grad_input) {
   constexpr int64_t kRows = tuning::kDownRows;
@@ -98,14 +98,9 @@ void by_tiles(const Team& team, int64_t M, const PackedWeight& w, const T* grad_
   const PackedRows<T> values(w);
   const RowTiles tiles(M, tuning::kDownTile);
   const int64_t unit = tile_vectors<T>(int(tiles.height)) * L;
-  const int64_t least = ceil_div(ceil_div(K, tuning::kSmallStrip), team.threads) * team.threads;
-  const int64_t strip = ceil_div(ceil_div(K, least), unit) * unit;
-  float* const sums = kIsFloat<T> ? reinterpret_cast<float*>(grad_input)
-                                  : static_cast<float*>(scratch(Slot::kPanelB, size_t(M * K) * sizeof(float)));
-  team.for_each(ceil_div(K, strip), [&](int64_t task) {
+  by_strips(team, M, K, unit, grad_input, [&](int64_t first, int64_t last, float* sums) {
     constexpr int64_t kRoom = kRows + tuning::kDownAhead + 1;
     const T** const all = static_cast<const T**>(scratch(Slot::kPlaces, size_t(kRoom * tiles.count) * sizeof(T*)));
-    const int64_t first = task * strip, last = min(K, first + strip);
     for (int64_t n = 0; n < N; n += kRows) {
       const int64_t rows = min(kRows, N - n);
       for (int64_t t = 0; t < tiles.count; ++t) {
@@ -125,7 +120,6 @@ void by_tiles(const Team& team, int64_t M, const PackedWeight& w, const T* grad_
       }
     }
   });
-  if (!kIsFloat<T>) round_floats(sums, M * K, grad_input);
 }
 
 template <typename T>
@@ -240,12 +234,7 @@ void by_rows(const Team& team, int64_t M, const PackedWeight& w, const T* grad_o
       }
     }
   });
-  const auto finish_chunk = [&](int64_t k) { finish_sums(chunks, tiles, k, K, sums, parts, size, grad_input); };
-  if (size >= tuning::kSmallGrain) {
-    team.for_each(chunks.count(), [&](int64_t chunk) { finish_chunk(chunk * chunks.width); });
-  } else {
-    for (int64_t k = 0; k < K; k += chunks.width) finish_chunk(k);
-  }
+  finish_sums(team, chunks, tiles, K, sums, parts, grad_input);
 }
 
 }  // namespace
