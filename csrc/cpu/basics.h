@@ -2,6 +2,7 @@
 // one kernel can share a library.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
@@ -47,6 +48,19 @@ MASKED_OPS_INLINE void with_int(int64_t n, const Kernel& kernel) {
     if (n < N) return with_int<N - 1>(n, kernel);
   }
   kernel(Int<N>());
+}
+
+// Calls body with an integer of so many bytes, which are 2, 4 or 8.
+template <typename Body>
+MASKED_OPS_INLINE void with_word(size_t bytes, const Body& body) {
+  switch (bytes) {
+    case 2:
+      return body(uint16_t());
+    case 4:
+      return body(uint32_t());
+    default:
+      return body(uint64_t());
+  }
 }
 
 using Word16 __attribute__((may_alias)) = uint16_t;

@@ -68,14 +68,9 @@ void select(const Team& team, int64_t outer, int64_t in_channels, int64_t out_ch
 
 void select_channels(const Team& team, size_t element_size, int64_t outer, int64_t in_channels, int64_t out_channels,
                      int64_t inner, const int64_t* slots, const void* in, const void* fill, void* out) {
-  switch (element_size) {
-    case 2:
-      return select<uint16_t>(team, outer, in_channels, out_channels, inner, slots, in, fill, out);
-    case 4:
-      return select<uint32_t>(team, outer, in_channels, out_channels, inner, slots, in, fill, out);
-    default:
-      return select<uint64_t>(team, outer, in_channels, out_channels, inner, slots, in, fill, out);
-  }
+  with_word(element_size, [&](auto element) {
+    select<decltype(element)>(team, outer, in_channels, out_channels, inner, slots, in, fill, out);
+  });
 }
 
 }  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY

@@ -177,42 +177,29 @@ void compress_rows(const DenseWeight& w, int64_t first, int64_t last) {
 
 void compress(const Team& team, size_t element_size, Bits bits, int64_t rows, int64_t cols, const int64_t* offsets,
               const void* dense, void* values) {
-  switch (element_size) {
-    case 2:
-      return compress_elements<uint16_t>(team, bits, rows, cols, offsets, dense, values);
-    case 4:
-      return compress_elements<uint32_t>(team, bits, rows, cols, offsets, dense, values);
-    default:
-      return compress_elements<uint64_t>(team, bits, rows, cols, offsets, dense, values);
-  }
+  with_word(element_size, [&](auto element) {
+    compress_elements<decltype(element)>(team, bits, rows, cols, offsets, dense, values);
+  });
 }
 
 void expand(const Team& team, size_t element_size, Bits bits, int64_t rows, int64_t cols, const int64_t* offsets,
             const void* values, void* dense) {
-  switch (element_size) {
-    case 2:
-      return expand_elements<uint16_t>(team, bits, rows, cols, offsets, values, dense);
-    case 4:
-      return expand_elements<uint32_t>(team, bits, rows, cols, offsets, values, dense);
-    default:
-      return expand_elements<uint64_t>(team, bits, rows, cols, offsets, values, dense);
-  }
+  with_word(element_size,
+            [&](auto element) { expand_elements<decltype(element)>(team, bits, rows, cols, offsets, values, dense); });
 }
 
 void compress_last(const Team& team, size_t element_size, Bits bits, int64_t rows, int64_t cols, int64_t taps,
                    const int64_t* offsets, const void* dense, void* values) {
-  const auto pass = element_size == 2   ? compress_places<uint16_t>
-                    : element_size == 4 ? compress_places<uint32_t>
-                                        : compress_places<uint64_t>;
-  pass(team, bits, rows, cols, taps, offsets, dense, values);
+  with_word(element_size, [&](auto element) {
+    compress_places<decltype(element)>(team, bits, rows, cols, taps, offsets, dense, values);
+  });
 }
 
 void expand_last(const Team& team, size_t element_size, Bits bits, int64_t rows, int64_t cols, int64_t taps,
                  const int64_t* offsets, const void* values, void* dense) {
-  const auto pass = element_size == 2   ? expand_places<uint16_t>
-                    : element_size == 4 ? expand_places<uint32_t>
-                                        : expand_places<uint64_t>;
-  pass(team, bits, rows, cols, taps, offsets, values, dense);
+  with_word(element_size, [&](auto element) {
+    expand_places<decltype(element)>(team, bits, rows, cols, taps, offsets, values, dense);
+  });
 }
 
 }  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY
