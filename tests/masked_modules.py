@@ -23,6 +23,20 @@ def make_dense(kind: str, *args: Any, **kwargs: Any) -> Any:
     return getattr(nn, kind)(*args, **kwargs)
 
 
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.block = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.conv(x).mean((2, 3)))
+
+    @property
+    def pairs(self) -> list[tuple[nn.Module, str]]:
+        return [(self.conv, "weight"), (self.block[0], "weight"), (self.block[2], "weight")]
+
+
 def random_mask(like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Zeros and ones, at least one of each."""
     mask = torch.randint(0, 2, like.shape).to(dtype)

@@ -17,7 +17,7 @@ from generators import (
     running_on,
     spoiled,
 )
-from test_convolution import TORCHS, Problem, check_against_dense
+from test_convolution import TORCHS, Problem, beside_copies, check_against_dense
 from torch import Tensor
 
 import masked_ops
@@ -124,18 +124,8 @@ def test_memory_formats(function: str, structure: str, format_of: str) -> None:
     x = x.contiguous(memory_format=memory_format) if format_of in ("input", "all") else x
     w = w.contiguous(memory_format=memory_format) if format_of in ("weight", "all") else w
     mask = mask.contiguous(memory_format=memory_format) if format_of in ("mask", "all") else mask
-    results = []
-    for path in ("compact", "copy"):
-        leaves = [t.clone().requires_grad_() for t in (x, w)]
-        with running_on(path), poisoned():
-            y = getattr(masked_ops, f"masked_{function}")(*leaves, mask, padding=1)
-            grad = torch.arange(y.numel()).view(y.shape) % 3 - 1.0
-            for g in (grad, grad.contiguous(memory_format=memory_format)):
-                results.append((y, *torch.autograd.grad(y, leaves, g, retain_graph=True)))
-    for compacts, copies in zip(results[:2], results[2:], strict=True):
-        for actual, expected in zip(compacts, copies, strict=True):
-            assert_exact(actual, expected)
-            assert actual.stride() == expected.stride()
+    for ours, copies in beside_copies("compact", function, x, w, mask, padding=1):
+        assert [t.stride() for t in ours] == [t.stride() for t in copies]
 
 
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "sliced"])

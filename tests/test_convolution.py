@@ -15,6 +15,7 @@ from generators import (
     PATHS,
     PATTERNS,
     assert_accurate,
+    assert_exact,
     assert_exact_sums,
     compiled_only,
     every_capability,
@@ -120,6 +121,26 @@ def check_against_dense(
     for name, actual, exact in zip(("input", "weight", "bias"), grads, wanted, strict=False):
         assert actual.dtype == input.dtype
         assert_exact_sums(actual, exact, f"grad_{name}", problem, *context)
+
+
+def beside_copies(
+    path: str, function: str, x: Tensor, w: Tensor, mask: Tensor, **options: Any
+) -> list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
+    """Output and gradients of a path and of ``copy``, which are equal: for a contiguous gradient, and channels last."""
+    channels_last = torch.channels_last_3d if x.dim() == 5 else torch.channels_last
+    results: dict[str, list[tuple[Tensor, ...]]] = {path: [], "copy": []}
+    for name, of_path in results.items():
+        leaves = [t.clone().requires_grad_() for t in (x, w)]
+        with running_on(name), poisoned():
+            y = OURS[function](*leaves, mask, **options)
+            grad = torch.arange(y.numel()).view(y.shape) % 3 - 1.0
+            for g in (grad, grad.contiguous(memory_format=channels_last)):
+                of_path.append((y, *torch.autograd.grad(y, leaves, g, retain_graph=True)))
+    pairs = list(zip(*results.values(), strict=True))
+    for ours, copies in pairs:
+        for actual, expected in zip(ours, copies, strict=True):
+            assert_exact(actual, expected)
+    return pairs
 
 
 @every_float

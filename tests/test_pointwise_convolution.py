@@ -6,7 +6,6 @@ import pytest
 import torch
 from generators import (
     LAYOUTS,
-    assert_exact,
     compiled_only,
     every_capability,
     integers,
@@ -16,7 +15,7 @@ from generators import (
     running_on,
     spoiled,
 )
-from test_convolution import Problem, check_against_dense
+from test_convolution import Problem, beside_copies, check_against_dense
 
 import masked_ops
 from masked_ops import _ops
@@ -77,17 +76,7 @@ def test_memory_formats(function: str, format_of: str) -> None:
     mask = mask_of("half", *w.shape)
     x = x.contiguous(memory_format=memory_format) if format_of in ("input", "both") else x
     w = w.contiguous(memory_format=memory_format) if format_of in ("weight", "both") else w
-    results = []
-    for path in ("fused", "copy"):
-        leaves = [t.clone().requires_grad_() for t in (x, w)]
-        with running_on(path), poisoned():
-            y = getattr(masked_ops, f"masked_{function}")(*leaves, mask)
-            grad = torch.arange(y.numel()).view(y.shape) % 3 - 1.0
-            for g in (grad, grad.contiguous(memory_format=memory_format)):
-                results.append((y, *torch.autograd.grad(y, leaves, g, retain_graph=True)))
-    for fused, copies in zip(results[:2], results[2:], strict=True):
-        for actual, expected in zip(fused, copies, strict=True):
-            assert_exact(actual, expected)
+    for fused, copies in beside_copies("fused", function, x, w, mask):
         assert [t.stride() for t in fused[:2]] == [t.stride() for t in copies[:2]]
 
 

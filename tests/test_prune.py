@@ -647,26 +647,15 @@ def test_states_load_both_ways() -> None:
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
-def no_structured_dim(library: ModuleType, layer: nn.Module) -> None:
-    class NoDim(library.BasePruningMethod):
-        PRUNING_TYPE = "structured"
+def prune_twice(library: ModuleType, layer: nn.Module, pruning_type: str) -> None:
+    class Method(library.BasePruningMethod):
+        PRUNING_TYPE = pruning_type
 
         def compute_mask(self, t: torch.Tensor, default_mask: torch.Tensor) -> torch.Tensor:
             return default_mask
 
     library.identity(layer, "weight")
-    NoDim.apply(layer, "weight")
-
-
-def unknown_type(library: ModuleType, layer: nn.Module) -> None:
-    class Odd(library.BasePruningMethod):
-        PRUNING_TYPE = "odd"
-
-        def compute_mask(self, t: torch.Tensor, default_mask: torch.Tensor) -> torch.Tensor:
-            return default_mask
-
-    library.identity(layer, "weight")
-    Odd.apply(layer, "weight")
+    Method.apply(layer, "weight")
 
 
 ERRORS: dict[str, Callable[[ModuleType, nn.Module], Any]] = {
@@ -690,8 +679,8 @@ ERRORS: dict[str, Callable[[ModuleType, nn.Module], Any]] = {
     "removing from a container": lambda p, m: p.remove(nn.Sequential(p.identity(m, "weight")), "weight"),
     "removing what does not exist": lambda p, m: p.remove(m, "weights"),
     "None": lambda p, m: p.l1_unstructured(nn.Linear(2, 2, bias=False), "bias", 1),
-    "structured without dim": no_structured_dim,
-    "unknown PRUNING_TYPE": unknown_type,
+    "structured without dim": lambda p, m: prune_twice(p, m, "structured"),
+    "unknown PRUNING_TYPE": lambda p, m: prune_twice(p, m, "odd"),
     "global, not iterable": lambda p, m: p.global_unstructured(5, p.L1Unstructured, amount=1),
     "global, scores not a dict": lambda p, m: p.global_unstructured(
         [(m, "weight")], p.L1Unstructured, importance_scores=[m.weight], amount=1

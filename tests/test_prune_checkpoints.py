@@ -9,24 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from masked_modules import Net
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 from masked_ops import MaskedConv2d, prune
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, padding=1)
-        self.block = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.block(self.conv(x).mean((2, 3)))
-
-    @property
-    def pairs(self) -> list[tuple[nn.Module, str]]:
-        return [(self.conv, "weight"), (self.block[0], "weight"), (self.block[2], "weight")]
 
 
 def as_dense(net: Net) -> Net:

@@ -11,26 +11,13 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from masked_modules import Net
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 import masked_ops
 from masked_ops import MaskedLinear, prune
 from masked_ops._mask_bits import MaskChange, PackedMask
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, padding=1)
-        self.block = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.block(self.conv(x).mean((2, 3)))
-
-    @property
-    def pairs(self) -> list[tuple[nn.Module, str]]:
-        return [(self.conv, "weight"), (self.block[0], "weight"), (self.block[2], "weight")]
 
 
 def dense_state(net: nn.Module) -> dict[str, torch.Tensor]:
@@ -42,7 +29,7 @@ def assert_dense(net: nn.Module, state: dict[str, torch.Tensor]) -> None:
     assert not prune.is_pruned(net)
     assert {name for name, _ in net.named_parameters()} == set(state) and not list(net.buffers())
     for module in net.modules():
-        assert not module._forward_pre_hooks and type(module).__module__.startswith(("torch.nn", __name__))
+        assert not module._forward_pre_hooks and type(module).__module__.startswith(("torch.nn", Net.__module__))
     for name, parameter in net.named_parameters():
         assert torch.equal(parameter, state[name]), name
 
