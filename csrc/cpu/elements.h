@@ -183,7 +183,10 @@ MASKED_OPS_INLINE Vec load_floats(Mask m, int64_t valid, const float* p) {
   return Vec::kLanes > 4 || valid < Vec::kLanes ? Vec::loadu(m, p) : Vec::loadu(p).select(m);
 }
 MASKED_OPS_INLINE void store_floats(Vec x, float* p) { x.storeu(p); }
-MASKED_OPS_INLINE void store_floats(Vec x, int64_t n, float* p) { x.storeu(Vec::first(n), p); }
+MASKED_OPS_INLINE void store_floats(Vec x, int64_t n, float* p) {
+  if (kSlowPartStores && n >= Vec::kLanes) return x.storeu(p);
+  x.storeu(Vec::first(n), p);
+}
 template <typename T>
 MASKED_OPS_INLINE void store_float(float x, T* p) {
   store_floats(Vec::set1(x), 1, p);

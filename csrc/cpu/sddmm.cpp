@@ -82,7 +82,7 @@ __attribute__((noinline)) void dots(const Run& run, const uint8_t* columns, cons
     }
     Vec result = sum_across_quads(quads);
     if (o.accumulate) result = result + Vec::loadu(valid, to);
-    result.storeu(valid, to);
+    store_first<N>(result, to);
   }
 }
 
@@ -168,7 +168,7 @@ void add_up_rows(const float* dy, int64_t rows, int vectors, float* sums, bool a
     const auto valid = Vec::first(rows - r);
     Vec total = sum_across_quads(quads);
     if (accumulate) total = total + Vec::loadu(valid, sums + r);
-    total.storeu(valid, sums + r);
+    store_floats(total, rows - r, sums + r);
   }
 }
 

@@ -25,6 +25,23 @@ MASKED_OPS_INLINE Vec in_register(Vec x) {
   return x;
 }
 
+// Without AVX-512, a store of some lanes takes ten times as long as one of all of them.
+constexpr bool kSlowPartStores = Vec::kLanes < 16;
+
+// Stores the first N lanes.
+template <int N>
+MASKED_OPS_INLINE void store_first(Vec x, float* p) {
+  if constexpr (N == Vec::kLanes) {
+    x.storeu(p);
+  } else if constexpr (kSlowPartStores) {
+    float lanes[Vec::kLanes];
+    x.storeu(lanes);
+    std::memcpy(p, lanes, N * sizeof(float));
+  } else {
+    x.storeu(Vec::first(N), p);
+  }
+}
+
 // Four rows become columns: four floats each, pitch floats apart, at p.
 MASKED_OPS_INLINE void store_transposed(const Vec (&r)[4], float* p, int64_t pitch) {
   Vec quads[4] = {r[0], r[1], r[2], r[3]};

@@ -76,11 +76,16 @@ void scatter_rows(const Team& team, const Rows& rows, int64_t cols, const T* val
 template <typename T>
 void outer(const Team& team, const Rows& rows, const T* dy, const float* x, T* grad_values) {
   for_rows(team, rows, [&](int64_t first, int64_t last) {
+    const int64_t end = rows.offsets[last];
     for (int64_t n = first; n < last; ++n) {
       const Vec factor = Vec::set1(to_float(dy[n]));
       for (int64_t i = rows.offsets[n]; i < rows.offsets[n + 1]; i += L) {
-        const int64_t left = rows.offsets[n + 1] - i;
-        store_floats(factor * Vec::gather(x, rows.columns + i), left, grad_values + i);
+        const Vec v = factor * Vec::gather(x, rows.columns + i);
+        if (kIsFloat<T> && kSlowPartStores && end - i >= L) {
+          store_floats(v, grad_values + i);  // over what the next rows have
+        } else {
+          store_floats(v, rows.offsets[n + 1] - i, grad_values + i);
+        }
       }
     }
   });
