@@ -198,8 +198,8 @@ def test_masked_gemm_takes_a_large_weight_in_pieces(
             assert_exact(getattr(_ops, op)(*calls[op]), exact[op], op, str(shape))
 
 
-# Around the edges of what is expanded in registers: rows of the weight that are taken together and the last, which are
-# read from a copy; vectors, words, tiles and chunks of columns; weights whose parts threads share.
+# Around the edges of what is expanded or compressed in registers: rows of the weight that are taken together and the
+# last, which are read from a copy; vectors, words, tiles and chunks of columns; weights whose parts threads share.
 FEW_ROWS = (
     (1, 1),
     (3, 16),
@@ -249,6 +249,8 @@ def test_few_rows_against_many_weights(threads: int, dtype: torch.dtype, capabil
             assert_exact(_ops.packed_linear(x, values, bits, K, bias), exact + bias.double(), case)
             assert_exact(_ops.packed_linear(x, values, bits, K), exact, case)
             assert_exact(_ops.packed_linear_grad_input(g, values, bits, K), g.double() @ weight, case)
+            exact_values = (g.t().double() @ x.double())[mask]
+            assert_exact(_ops.packed_linear_grad_values(g, x, bits, len(values)), exact_values, case)
 
 
 @pytest.mark.cpu_only("about memory of the CPU's")

@@ -195,6 +195,29 @@ MASKED_OPS_INLINE void copy_vectors(const Vec* from, Vec* to) {
   for (int i = 0; i < N; ++i) to[i] = from[i];
 }
 
+// A matrix [M][columns] as operands (elements.h), [ceil(M / depth)][ld].
+struct Operands {
+  const float* at;
+  int64_t ld;
+};
+
+inline Operands operands_of(Slot, const float* matrix, int64_t, int64_t columns) { return {matrix, columns}; }
+
+template <typename T>
+Operands operands_of(Slot slot, const T* matrix, int64_t M, int64_t columns) {
+  constexpr int kDepth = Operand<T>::kDepth;
+  const int64_t ld = ceil_div(columns, Vec::kLanes) * Vec::kLanes;
+  float* const packed = static_cast<float*>(scratch(slot, size_t(ceil_div(M, kDepth) * ld) * sizeof(float)));
+  for (int64_t m = 0; m < M; m += kDepth) {
+    for (int64_t j = 0; j < columns; j += Vec::kLanes) {
+      Vec::Predicate lanes[kDepth] = {};
+      for (int d = 0; d < kDepth && m + d < M; ++d) lanes[d] = Vec::first(columns - j);
+      Operand<T>::across(lanes, columns - j, matrix + m * columns + j, columns).store(packed + m / kDepth * ld + j);
+    }
+  }
+  return {packed, ld};
+}
+
 // totals[i] = the sum of vector i's lanes; as many at a time as a vector has, where that is worth it.
 template <int N>
 MASKED_OPS_INLINE void sum_each(const Vec* sums, float* totals) {

@@ -6,29 +6,6 @@ namespace {
 
 constexpr int L = Vec::kLanes;
 
-// A matrix [M][columns] as operands (elements.h), [ceil(M / depth)][ld].
-struct Operands {
-  const float* at;
-  int64_t ld;
-};
-
-Operands operands_of(Slot, const float* matrix, int64_t, int64_t columns) { return {matrix, columns}; }
-
-template <typename T>
-Operands operands_of(Slot slot, const T* matrix, int64_t M, int64_t columns) {
-  constexpr int kDepth = Operand<T>::kDepth;
-  const int64_t ld = ceil_div(columns, L) * L;
-  float* const packed = static_cast<float*>(scratch(slot, size_t(ceil_div(M, kDepth) * ld) * sizeof(float)));
-  for (int64_t m = 0; m < M; m += kDepth) {
-    for (int64_t j = 0; j < columns; j += L) {
-      Vec::Predicate lanes[kDepth] = {};
-      for (int d = 0; d < kDepth && m + d < M; ++d) lanes[d] = Vec::first(columns - j);
-      Operand<T>::across(lanes, columns - j, matrix + m * columns + j, columns).store(packed + m / kDepth * ld + j);
-    }
-  }
-  return {packed, ld};
-}
-
 template <typename T>
 struct Outer {
   int64_t steps;  // rows of both operands

@@ -68,11 +68,13 @@ void packed_linear_grad_input(const Team&, Dtype, int64_t M, const PackedWeight&
 void packed_linear_grad_values(const Team&, Dtype, int64_t M, const PackedWeight&, const void* grad_output,
                                const void* input, void* grad_values);
 
-// packed_gemv*.cpp. packed_linear and its gradient for a few rows (packed_gemm.cpp decides).
+// packed_gemv*.cpp. packed_linear and its gradients for a few rows (packed_gemm.cpp decides).
 void packed_linear_small(const Team&, Dtype, int64_t M, const PackedWeight&, const void* input, const void* bias,
                          void* output);
 void packed_linear_grad_input_small(const Team&, Dtype, int64_t M, const PackedWeight&, const void* grad_output,
                                     void* grad_input);
+void packed_linear_grad_values_small(const Team&, Dtype, int64_t M, const PackedWeight&, const void* grad_output,
+                                     const void* input, void* grad_values);
 
 SparseIndex* make_conv_index(const Team&, Bits, const Convolution&, const int64_t* offsets, bool transposed);
 void conv_spmm(const Team&, const Convolution&, const SparseIndex&, Dtype, const float* values,

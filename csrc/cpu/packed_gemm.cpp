@@ -1,8 +1,8 @@
-// The masked GEMM of a packed weight. For a few rows of input it is expanded on its way into registers
-// (packed_gemv*.cpp); for more, a piece of it at a time, which stays in the caches, is laid out densely and multiplied
-// by the kernels for dense weights. The pieces are the tasks of the team: rows of the weight, or, for the
-// gradient of the input, which sums over rows, columns of it. A small weight is one piece, which the team multiplies.
-// It takes over from SpMM where many weights remain.
+// The masked GEMM of a packed weight. For a few rows of input it is expanded on its way into registers, and its
+// gradient compressed there (packed_gemv*.cpp); for more, a piece of it at a time, which stays in the caches, is laid
+// out densely and multiplied by the kernels for dense weights. The pieces are the tasks of the team: rows of the
+// weight, or, for the gradient of the input, which sums over rows, columns of it. A small weight is one piece, which
+// the team multiplies. It takes over from SpMM where many weights remain.
 #include "elements.h"
 #include "kernels.h"
 #include "simd_words.h"
@@ -157,7 +157,8 @@ struct PackedProduct {
   }
 };
 
-// Whether the weight is expanded in registers: forward, and for the gradient of the input.
+// Whether the weight is expanded in registers, forward and for the gradient of the input; and whether its own gradient
+// is compressed there.
 template <typename T>
 bool in_registers(int64_t M, int64_t K) {
   const bool short_rows = !kIsFloat<T> && K <= tuning::kExpandedShortRows * M;
@@ -166,6 +167,11 @@ bool in_registers(int64_t M, int64_t K) {
 template <typename T>
 bool in_registers_of_grad(int64_t M) {
   return Operand<T>::kExpands && M <= (kConverts<T> ? tuning::kExpandedGradRowsConverted : tuning::kExpandedGradRows);
+}
+
+template <typename T>
+bool in_registers_of_values(int64_t M) {
+  return ceil_div(M, Operand<T>::kDepth) <= (kIsFloat<T> ? tuning::kCompressedSteps : tuning::kCompressedSteps16);
 }
 
 template <typename Body>
@@ -215,6 +221,9 @@ void packed_linear_grad_input(const Team& team, Dtype dtype, int64_t M, const Pa
 
 void packed_linear_grad_values(const Team& team, Dtype dtype, int64_t M, const PackedWeight& weight,
                                const void* grad_output, const void* input, void* grad_values) {
+  bool small = false;
+  with_element(dtype, [&](auto element) { small = in_registers_of_values<decltype(element)>(M); });
+  if (small) return packed_linear_grad_values_small(team, dtype, M, weight, grad_output, input, grad_values);
   with_moved(dtype, [&](auto element) {
     using Element = decltype(element);
     PackedProduct<Element>{team, dtype, M, weight}.grad_values(static_cast<const Element*>(grad_output),

@@ -37,9 +37,12 @@ MASKED_OPS_INLINE void move_eight(const uint8_t (&bytes)[16], const uint16_t* in
   const __m128i moved = _mm_shuffle_epi8(v, _mm_load_si128(reinterpret_cast<const __m128i*>(bytes)));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out), moved);
 }
+MASKED_OPS_INLINE __m256i indices(const uint8_t (&elements)[8]) {
+  return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(elements)));
+}
 template <typename Element>
 MASKED_OPS_INLINE void move_eight(const uint8_t (&elements)[8], const Element* in, Element* out) {
-  const __m256i from = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(elements)));
+  const __m256i from = indices(elements);
   const __m256 v = _mm256_permutevar8x32_ps(_mm256_loadu_ps(reinterpret_cast<const float*>(in)), from);
   const __m256 moved = _mm256_blendv_ps(v, _mm256_setzero_ps(), _mm256_castsi256_ps(from));
   _mm256_storeu_ps(reinterpret_cast<float*>(out), moved);

@@ -1,21 +1,10 @@
 // AVX2: vectors of eight floats.
 #pragma once
 
+#include "shuffles_avx2.h"
 #include "simd_x86.h"
 
 namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
-
-// For each eight bits, where the lanes that have one come from: how many bits are below; negative where there is none.
-struct ExpandTable {
-  int8_t from[256][8];
-  constexpr ExpandTable() : from{} {
-    for (int bits = 0; bits < 256; ++bits) {
-      int8_t below = 0;
-      for (int i = 0; i < 8; ++i) from[bits][i] = bits >> i & 1 ? below++ : int8_t(-1);
-    }
-  }
-};
-alignas(64) inline constexpr ExpandTable kExpandTable;
 
 struct Vec {
   static constexpr int kLanes = 8;
@@ -108,9 +97,12 @@ struct Vec {
   }
   static constexpr bool kExpands = true;
   MASKED_OPS_INLINE Vec expand(uint32_t bits) const {
-    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kExpandTable.from[bits]));
-    const __m256i from = _mm256_cvtepi8_epi32(bytes);
+    const __m256i from = indices(kExpand<4>.of[bits]);
     return {_mm256_blendv_ps(_mm256_permutevar8x32_ps(v, from), _mm256_setzero_ps(), _mm256_castsi256_ps(from))};
+  }
+  // The lanes that have a bit, moved together; those behind them are of no account.
+  MASKED_OPS_INLINE Vec compress(uint32_t bits) const {
+    return {_mm256_permutevar8x32_ps(v, indices(kCompress<4>.of[bits]))};
   }
   static MASKED_OPS_INLINE uint32_t bits_of_lanes(const uint64_t* row, int64_t k) {
     return reinterpret_cast<const uint8_t*>(row)[k >> 3];

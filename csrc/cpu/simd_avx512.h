@@ -62,6 +62,8 @@ struct Vec {
   // The first lanes, moved to those that have a bit; the others are zero.
   static constexpr bool kExpands = true;
   MASKED_OPS_INLINE Vec expand(uint32_t bits) const { return {_mm512_maskz_expand_ps(Predicate(bits), v)}; }
+  // The lanes that have a bit, moved together; those behind them are of no account.
+  MASKED_OPS_INLINE Vec compress(uint32_t bits) const { return {_mm512_maskz_compress_ps(Predicate(bits), v)}; }
   MASKED_OPS_INLINE float sum() const { return _mm512_reduce_add_ps(v); }
 
   // p[columns[i]] for each lane.

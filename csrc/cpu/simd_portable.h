@@ -56,6 +56,18 @@ struct Vec {
     const int32_t all = m;
     return {Floats((Ints{all, all, all, all} & kBit) == kBit ? Ints(v) : Ints{})};
   }
+  static MASKED_OPS_INLINE uint32_t bits_of_lanes(const uint64_t* row, int64_t k) { return predicate(row, k); }
+  // The lanes that have a bit, moved together; those behind them are of no account.
+  MASKED_OPS_INLINE Vec compress(uint32_t bits) const {
+    float some[kLanes];
+    int n = 0;
+    MASKED_OPS_UNROLL
+    for (int i = 0; i < kLanes; ++i) {
+      some[n] = v[i];
+      n += bits >> i & 1;
+    }
+    return loadu(some);
+  }
   MASKED_OPS_INLINE float sum() const { return (v[0] + v[2]) + (v[1] + v[3]); }
 
   static MASKED_OPS_INLINE Vec gather(const float* p, const uint16_t* columns) {
