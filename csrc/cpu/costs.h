@@ -1,7 +1,8 @@
 // What the paths of a linear layer cost on this kind of machine, for the choice among them: nanoseconds, fitted by
 // bench/fit_cost_model.py on two Zen 5 cores with AVX-512; grad_weight of packed float32 weights (of AVX-512, M <= 16)
 // on two Zen 4 cores. Ratios matter, and they move little from machine to machine: on Zen 4, whose AVX-512 products
-// take twice as long, the path that is chosen is within 10% of the best in 93 to 97% of 762 fresh cells' passes.
+// take twice as long, the path that is chosen is within 10% of the best in 93 to 98% of 762 fresh cells, by pass and
+// dtype.
 #pragma once
 
 #include <cstdint>
