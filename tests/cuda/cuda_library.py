@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import os
 import shutil
@@ -70,12 +71,13 @@ def _build_emulated(folder: Path) -> None:
 
 def native() -> Path:
     """Compiled for the GPU that is there."""
-    return built("native", [Path(__file__), *SOURCES.iterdir()], _build_native) / LIBRARY
-
-
-def _build_native(folder: Path) -> None:
     major, minor = torch.cuda.get_device_capability()
     architecture = "90a" if (major, minor) == (9, 0) else f"{major}{minor}"
+    sources = [Path(__file__), *SOURCES.iterdir()]
+    return built(f"native-{architecture}", sources, functools.partial(_build_native, architecture)) / LIBRARY
+
+
+def _build_native(architecture: str, folder: Path) -> None:
     flags = ["nvcc", "-std=c++17", "-O3", "-Xcompiler", "-fPIC"]
     flags += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
     sources: dict[Path, list[str]] = {source: [] for source in sorted(SOURCES.glob("*.cu"))}
