@@ -302,6 +302,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("capabilities", &masked_ops::capabilities, "Capabilities built in that this CPU runs, best first.");
   m.def("capability", [] { return std::string(masked_ops::cpu::kernels().capability); }, "The one in use.");
   m.def("set_capability", &masked_ops::cpu::select_kernels, py::arg("name"), "Use another; False if not available.");
+  m.def("set_fetches_into_l2", &masked_ops::cpu::set_fetches_into_l2, py::arg("wanted"),
+        "For tests: read large weights like CPUs that want it so, or like the others; returns what was.");
   m.def("peak_flops", &masked_ops::peak_flops, py::arg("seconds"), py::arg("dtype") = "float32",
         "The machine's FMA rate, for benchmarks.");
   m.def("read_bandwidth", &masked_ops::read_bandwidth, py::arg("bytes"), "Its memory's, for benchmarks.");

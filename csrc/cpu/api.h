@@ -241,6 +241,11 @@ struct Kernels {
 const Kernels& kernels();                     // the table in use: the best that is linked and that the CPU runs
 const Kernels* const* available_kernels();    // those that this CPU runs, best first, ended by null
 bool select_kernels(const char* capability);  // false if it is not available
+// Whether this CPU reads what comes from beyond L2 fastest if it is fetched into L2, and not into L1; and, for tests,
+// to have it so or not, returning what was. AMD family 19h (measured on Zen 4). Zen 5 is faster the other way, others
+// were not measured.
+bool fetches_into_l2();
+bool set_fetches_into_l2(bool);
 void free_index(SparseIndex* index);
 size_t index_bytes(const SparseIndex& index);
 

@@ -62,6 +62,15 @@ std::atomic<const Kernels*>& selected() {
   return table;
 }
 
+std::atomic<bool>& into_l2() {
+#if defined(__x86_64__)
+  static std::atomic<bool> value{__builtin_cpu_is("amdfam19h") != 0};
+#else
+  static std::atomic<bool> value{false};
+#endif
+  return value;
+}
+
 struct Blocks {
   void* data[static_cast<int>(Slot::kCount)] = {};
   size_t bytes[static_cast<int>(Slot::kCount)] = {};
@@ -93,6 +102,10 @@ bool select_kernels(const char* capability) {
   }
   return false;
 }
+
+bool fetches_into_l2() { return into_l2().load(std::memory_order_relaxed); }
+
+bool set_fetches_into_l2(bool wanted) { return into_l2().exchange(wanted); }
 
 void* scratch(Slot slot, size_t bytes) {
   constexpr size_t kPage = 4096;

@@ -13,8 +13,9 @@ using tuning::kTilesChunk;
 
 template <typename T>
 struct Dots {
-  const float* x;      // the chunk of the tile's operands
-  int64_t begin, end;  // elements of a row of the weight
+  static constexpr int64_t kMostFar = tuning::kMostFar;  // rows of input
+  const float* x;                                        // the chunk of the tile's operands
+  int64_t begin, end;                                    // elements of a row of the weight
   int64_t K;
   const T* weight;  // of the first row
   Bits bits;        // likewise
@@ -37,7 +38,7 @@ struct Dots {
 };
 
 // y[m][r] = x[m] . weight[r] + bias[r] for M rows of input and R rows of the weight.
-template <int M, int R, typename T>
+template <int M, int R, bool kFar, typename T>
 MASKED_OPS_INLINE void take_group(const Dots<T>& o) {
   constexpr int kStep = L * Operand<T>::kDepth;  // elements of a vector
   constexpr bool kWords = M == 1 && Vec::kWordVectors > 1;
@@ -69,7 +70,7 @@ MASKED_OPS_INLINE void take_group(const Dots<T>& o) {
         const Vec operand = in_register(Vec::load(x + (j * M + m) * L));
         MASKED_OPS_UNROLL
         for (int r = m * R / M; r < (m + 1) * R / M; ++r) {
-          if (fetches_with<T>(j)) prefetch(ahead + r * K + j * o.pace);
+          if (fetches_with<T>(j)) prefetch<kFar>(ahead + r * K + j * o.pace);
         }
         MASKED_OPS_UNROLL
         for (int r = 0; r < R; ++r) {
@@ -93,8 +94,10 @@ void forward(const Team& team, int64_t M, int64_t N, int64_t K, const T* input, 
   const RowTiles tiles(M, kTile.rows);
   const int64_t most_by_row = kConverts<T> ? 1 : tuning::kMostByRow;
   const bool waits = tuning::kWaits && !kConverts<T> && (tiles.count == 1 || kDepth > 1);
-  const Reading reading = Reading::of(M, N * K * int64_t{sizeof(T)}, ceil_div(K, kDepth), most_by_row, waits);
-  const Chunks chunks(M, ceil_div(K, kDepth), reading.chunk<T>(tiles, tiles.count == 1 ? kTileChunk : kTilesChunk));
+  const Reading reading =
+      Reading::of(M, N * K * int64_t{sizeof(T)}, ceil_div(K, kDepth), Dots<T>::kMostFar, most_by_row, waits);
+  const int64_t chunk = reading.chunk<T>(tiles, kDepth, tiles.count == 1 ? kTileChunk : kTilesChunk);
+  const Chunks chunks(M, ceil_div(K, kDepth), chunk);
   const int64_t height = reading.group_rows(kTile, tiles), width = chunks.width * kDepth;
   const int64_t most = groups_of_step(height * min(width, K) * int64_t{sizeof(T)}, reading.step());
   const int64_t waiting = reading.waits ? tuning::kWaitingRows : tuning::kWaitingSums / M;
@@ -116,7 +119,7 @@ void forward(const Team& team, int64_t M, int64_t N, int64_t K, const T* input, 
     for (; task >= 0; task = worker.take()) {
       const int64_t first = task * rows, last = min(N, first + rows);
       Walk at = {height, 1, most, block, width, first, last, 0, K};
-      Walk ahead = ahead_of(at, most * height * min(width, K) * int64_t{sizeof(T)});
+      Walk ahead = ahead_of(at, reading.ahead(), most * height * min(width, K) * int64_t{sizeof(T)});
       for (; !at.done(); at.advance()) {
         const int64_t n = at.row, k = at.column / kDepth, columns = chunks.size(k) * kDepth;
         const T* next = weight + n * K + at.column;
@@ -141,7 +144,7 @@ void forward(const Team& team, int64_t M, int64_t N, int64_t K, const T* input, 
                                  bias ? bias + n : nullptr,
                                  output + m * N + n,
                                  N};
-          kKernels(tiles.size(t), at.group_rows())(group, at.groups());
+          kKernels(reading.far, tiles.size(t), at.group_rows())(group, at.groups());
         }
       }
     }

@@ -21,9 +21,9 @@ struct RegisterTile {
   int rows, registers;
 
   constexpr int weights(int height) const { return min(registers / (height + 1), 4); }
-  constexpr bool has_group(int count) const {
-    for (int height = 1; height <= rows; ++height) {
-      if (weights(height) == count) return true;
+  constexpr bool has_group(int height, int count) const {
+    for (int other = 1; other <= rows; ++other) {
+      if (weights(other) == count) return (height + 1) * count <= registers;
     }
     return count == 1;
   }
@@ -94,9 +94,9 @@ constexpr bool fetches_with(int j) {
   return j % max(64 / (Vec::kLanes * Operand<T>::kDepth * int{sizeof(T)}), 1) == 0;
 }
 
-// The step of a walk whose columns are fetched ahead while those of `from` are used.
-inline Walk ahead_of(Walk from, int64_t bytes_of_step) {
-  for (int64_t i = max<int64_t>(tuning::kSmallAhead / bytes_of_step, 1); i > 0 && !from.done(); --i) from.advance();
+// The step of a walk whose columns are fetched, so many bytes ahead, while those of `from` are used.
+inline Walk ahead_of(Walk from, int64_t ahead, int64_t bytes_of_step) {
+  for (int64_t i = max<int64_t>(ahead / bytes_of_step, 1); i > 0 && !from.done(); --i) from.advance();
   return from;
 }
 
@@ -111,31 +111,41 @@ int64_t row_chunk(bool cached) {
   return cached ? tuning::kCachedRowBytes / (Operand<T>::kDepth * int64_t{sizeof(T)}) : tuning::kRowChunk;
 }
 
-// How a weight is read. A row or two of input leave time to spare: from memory, one row of the weight at a time, as the
-// hardware expects it. With more rows of input the order is another, and prefetches are dropped where too many lines
-// are on their way: loads are not, so a step waits for all of its lines at once before it multiplies with the first.
-// From caches, several rows have shorter chains.
+// How a weight is read.
+//
+// Where the CPU wants it (fetches_into_l2), one that does not stay in L2 is fetched there well ahead (far), in the
+// order of its groups, from as many pages at once as a group has rows.
+//
+// Elsewhere it is fetched into L1. A row or two of input leave time to spare: from memory, one row of the weight at a
+// time, as the hardware expects it. With more rows of input the order is another, and prefetches are dropped where too
+// many lines are on their way: loads are not, so a step waits for all of its lines at once before it multiplies with
+// the first. From caches, several rows have shorter chains.
 struct Reading {
-  bool cached, by_row, waits;
+  bool far, cached, by_row, waits;
 
-  // The weight has so many bytes and its rows so many columns of operands.
-  static Reading of(int64_t M, int64_t bytes, int64_t columns, int64_t most_by_row, bool waits) {
+  // The weight has so many bytes and its rows so many columns of operands; most_far and most_by_row rows of input.
+  static Reading of(int64_t M, int64_t bytes, int64_t columns, int64_t most_far, int64_t most_by_row, bool waits) {
+    const bool far = bytes > tuning::kFarBytes && M <= most_far && fetches_into_l2();
     const bool cached = bytes <= tuning::kCachedBytes;
-    const bool by_row = !cached && (M == 1 || (M <= most_by_row && columns <= tuning::kRowChunk));
-    return {cached, by_row, waits && !cached && !by_row};
+    const bool by_row = !far && !cached && (M == 1 || (M <= most_by_row && columns <= tuning::kRowChunk));
+    return {far, cached, by_row, waits && !far && !cached && !by_row};
   }
-  int64_t group_rows(const RegisterTile& tile, const RowTiles& tiles) const {
+  // Of operands, of which `depth` rows of the weight are one.
+  int64_t group_rows(const RegisterTile& tile, const RowTiles& tiles, int64_t depth = 1) const {
+    if (far && !cached && tiles.rows == 1) return tuning::kFarRows / depth;
     return by_row ? 1 : tile.weights(int(tiles.height));
   }
-  // Columns of a chunk, of operands of T.
+  // Columns of a chunk, of operands of so many elements of T along a row.
   template <typename T>
-  int64_t chunk(const RowTiles& tiles, int64_t otherwise) const {
+  int64_t chunk(const RowTiles& tiles, int64_t depth, int64_t otherwise) const {
+    if (tiles.rows == 1 && far && !cached) return tuning::kFarRowBytes / (depth * int64_t{sizeof(T)});
     if (tiles.rows == 1) return row_chunk<T>(cached);
     if (by_row) return tuning::kRowChunk;
     if (!waits) return otherwise;
     return min(max(tuning::kWaitingFloats / tiles.rows, tuning::kLeastWaiting), tuning::kMostWaiting);
   }
   int64_t step() const { return waits ? tuning::kWaitingStep : tuning::kSmallStep; }
+  int64_t ahead() const { return far ? tuning::kFarAhead : tuning::kSmallAhead; }
 };
 
 // Loads each line of some rows, and does nothing with it.
@@ -261,35 +271,38 @@ MASKED_OPS_INLINE void store_dots(const Vec (&sum)[M][R], const T* bias, T* y, i
   }
 }
 
-// The kernel of M rows of input and groups of R rows of the weight. A Group holds its operands: take_group<M, R>, which
-// stands beside it, is the product of one, and advance<M, R> goes to the next.
-template <int M, int R, typename Group>
+// The kernel of M rows of input and groups of R rows of the weight. A Group holds its operands: take_group<M, R, kFar>,
+// which stands beside it, is the product of one, and advance<M, R> goes to the next.
+template <int M, int R, bool kFar, typename Group>
 __attribute__((noinline)) void take_groups(const Group& first, int64_t groups) {
   Group group = first;  // which no store can change
   for (;;) {
-    take_group<M, R>(group);
+    take_group<M, R, kFar>(group);
     if (--groups == 0) return;
     group.template advance<M, R>();
   }
 }
 
-// take_groups for each pair of heights that there is.
+// take_groups for each pair of heights that there is; far for up to Group::kMostFar rows of input.
 template <typename Group, RegisterTile kTile>
 struct KernelTable {
   using Function = void (*)(const Group& first, int64_t groups);
-  Function at[kTile.rows][4] = {};
+  static constexpr int kMost = max(4, tuning::kFarRows);
+  Function at[2][kTile.rows][kMost] = {};
 
-  constexpr KernelTable() { fill<kTile.rows, 4>(); }
+  constexpr KernelTable() { fill<kTile.rows, kMost>(); }
   template <int M, int R>
   constexpr void fill() {
-    if constexpr (kTile.has_group(R) && (M + 1) * R <= kTile.registers) at[M - 1][R - 1] = take_groups<M, R, Group>;
+    constexpr bool kNear = kTile.has_group(M, R), kFar = kNear || (M == 1 && R == tuning::kFarRows);
+    if constexpr (kNear) at[false][M - 1][R - 1] = take_groups<M, R, false, Group>;
+    if constexpr (kFar && M <= Group::kMostFar) at[true][M - 1][R - 1] = take_groups<M, R, true, Group>;
     if constexpr (R > 1) {
       fill<M, R - 1>();
     } else if constexpr (M > 1) {
-      fill<M - 1, 4>();
+      fill<M - 1, kMost>();
     }
   }
-  Function operator()(int64_t rows, int64_t weights) const { return at[rows - 1][weights - 1]; }
+  Function operator()(bool far, int64_t rows, int64_t weights) const { return at[far][rows - 1][weights - 1]; }
 };
 
 }  // namespace masked_ops::cpu::MASKED_OPS_CAPABILITY

@@ -122,6 +122,7 @@ __attribute__((noinline)) void sum_down(const Tile<T>& tile) {
 
 template <typename T>
 struct Axpys {
+  static constexpr int64_t kMostFar = tuning::kMostFarSums * Operand<T>::kDepth;  // rows of input
   const float* dy;     // operands [rows of the weight][kTile.rows], from the first one on
   int64_t rows;        // of the weight, from there to the end
   int64_t begin, end;  // columns
@@ -144,7 +145,7 @@ struct Axpys {
 };
 
 // dx[m] += sum over R rows of dy[m][r] * weight[r], of operands.
-template <int M, int R, typename T>
+template <int M, int R, bool kFar, typename T>
 MASKED_OPS_INLINE void take_group(const Axpys<T>& o) {
   constexpr int kDepth = Operand<T>::kDepth;
   constexpr bool kWords = M == 1 && Vec::kWordVectors > 1;
@@ -195,7 +196,7 @@ MASKED_OPS_INLINE void take_group(const Axpys<T>& o) {
         Vec sum = Vec::load(to);
         MASKED_OPS_UNROLL
         for (int r = m * R / M * kDepth; r < (m + 1) * R / M * kDepth; ++r) {
-          if (fetches_with<T>(j)) prefetch(ahead + r * K + j * o.pace);
+          if (fetches_with<T>(j)) prefetch<kFar>(ahead + r * K + j * o.pace);
         }
         MASKED_OPS_UNROLL
         for (int r = 0; r < R; ++r) sum = Operand<T>::multiply_add(dy[m][r], w[r], sum);
@@ -229,11 +230,11 @@ void take_area(const Chunks& chunks, const RowTiles& tiles, int64_t N, int64_t K
                const T* weight, Bits bits, const Reading& reading, bool all_rows, const Area& area, float* sums) {
   static constexpr KernelTable<Axpys<T>, kTile> kKernels;
   constexpr int kDepth = Operand<T>::kDepth;
-  const int64_t group = reading.group_rows(kTile, tiles) * kDepth;
+  const int64_t group = reading.group_rows(kTile, tiles, kDepth) * kDepth;
   const int64_t block = all_rows ? N : ceil_div(tuning::kSmallBlock, group) * group;
   const int64_t most = groups_of_step(group * min(chunks.width, K) * int64_t{sizeof(T)});
   Walk at = {group, kDepth, most, block, chunks.width, area.first, area.last, area.begin, area.end};
-  Walk ahead = ahead_of(at, most * group * min(chunks.width, K) * int64_t{sizeof(T)});
+  Walk ahead = ahead_of(at, reading.ahead(), most * group * min(chunks.width, K) * int64_t{sizeof(T)});
   for (; !at.done(); at.advance()) {
     const int64_t n = at.row, k = at.column, columns = chunks.size(k);
     const T* next = weight + n * K + k;
@@ -253,7 +254,7 @@ void take_area(const Chunks& chunks, const RowTiles& tiles, int64_t N, int64_t K
                                  next + columns / tiles.count * t,
                                  L / tiles.count,
                                  chunks.at(sums, k, tiles.begin(t))};
-      kKernels(tiles.size(t), at.group_rows() / kDepth)(of_group, at.groups());
+      kKernels(reading.far, tiles.size(t), at.group_rows() / kDepth)(of_group, at.groups());
     }
   }
 }
@@ -296,12 +297,13 @@ void by_rows(const Team& team, int64_t M, int64_t N, int64_t K, const T* grad_ou
   // From memory, the weight comes in the order of its rows, of which every thread has a part; from caches in chunks,
   // whose sums no other thread has.
   const int64_t threads = team.threads;
-  const Reading reading =
-      Reading::of(M, N * K * int64_t{sizeof(T)}, K, kIsFloat<T> ? tuning::kMostByRow : 1, /*waits=*/false);
+  const Reading reading = Reading::of(M, N * K * int64_t{sizeof(T)}, K, Axpys<T>::kMostFar,
+                                      kIsFloat<T> ? tuning::kMostByRow : 1, /*waits=*/false);
   const bool cached = reading.cached;
   const int64_t most_parts = max(min(threads, N / tuning::kLeastPartRows), int64_t{1});
   const RowTiles tiles(M, kTile.rows);
-  const Chunks chunks(M, K, reading.chunk<T>(tiles, tuning::kSumsChunk), cached || most_parts < threads ? threads : 1);
+  const Chunks chunks(M, K, reading.chunk<T>(tiles, 1, tuning::kSumsChunk),
+                      cached || most_parts < threads ? threads : 1);
   const bool by_chunks = most_parts == 1 || (cached && chunks.count() >= threads);
   const int64_t parts = by_chunks ? 1 : most_parts, size = chunks.size();
   const int64_t strips = by_chunks ? chunks.count() : 1, strip = by_chunks ? chunks.width : chunks.columns;

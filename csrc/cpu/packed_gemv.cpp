@@ -11,6 +11,7 @@ constexpr RegisterTile kTile = {tuning::kSmallTile, tuning::kSmallRegisters};
 
 template <typename T>
 struct ExpandedDots {
+  static constexpr int64_t kMostFar = 0;
   const float* x;      // the chunk of the tile's operands
   int64_t begin, end;  // columns, from a whole word on
   bool last;           // of all chunks
@@ -32,7 +33,7 @@ struct ExpandedDots {
 };
 
 // y[m][r] = x[m] . weight[r] + bias[r] for M rows of input and R rows of the weight.
-template <int M, int R, typename T>
+template <int M, int R, bool, typename T>
 MASKED_OPS_INLINE void take_group(const ExpandedDots<T>& o) {
   constexpr int kStep = L * Operand<T>::kDepth;  // elements of a vector
   Vec sum[M][R] = {};
@@ -109,7 +110,7 @@ void forward(const Team& team, int64_t M, const PackedWeight& w, const T* input,
                                              bias ? bias + n : nullptr,
                                              output + m * N + n,
                                              N};
-              kKernels(tile_rows, group_rows)(group, groups);
+              kKernels(false, tile_rows, group_rows)(group, groups);
             });
           }
         }

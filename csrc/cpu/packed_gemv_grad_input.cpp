@@ -124,6 +124,7 @@ void by_tiles(const Team& team, int64_t M, const PackedWeight& w, const T* grad_
 
 template <typename T>
 struct ExpandedAxpys {
+  static constexpr int64_t kMostFar = 0;
   const T* dy;  // [M][N], from the first row of the weight on
   int64_t N;
   int64_t rows;        // of the weight, from there to the end
@@ -143,7 +144,7 @@ struct ExpandedAxpys {
 };
 
 // dx[m] += sum over R rows of dy[m][r] * weight[r], of operands.
-template <int M, int R, typename T>
+template <int M, int R, bool, typename T>
 MASKED_OPS_INLINE void take_group(const ExpandedAxpys<T>& o) {
   constexpr int kDepth = Operand<T>::kDepth;
   // The last row of the weight has another one beside it.
@@ -228,7 +229,7 @@ void by_rows(const Team& team, int64_t M, const PackedWeight& w, const T* grad_o
                                             next + t * block + (n - top),
                                             {w.bits.row(n), w.bits.stride},
                                             chunks.at(own, k, m)};
-            kKernels(tiles.size(t), group_rows / kDepth)(group, groups);
+            kKernels(false, tiles.size(t), group_rows / kDepth)(group, groups);
           });
         }
       }

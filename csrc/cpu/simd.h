@@ -58,6 +58,10 @@ MASKED_OPS_INLINE void end_streams() {
 
 MASKED_OPS_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 MASKED_OPS_INLINE void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
+template <bool kFar>
+MASKED_OPS_INLINE void prefetch(const void* p) {
+  kFar ? prefetch_l2(p) : prefetch(p);
+}
 
 // Eight bytes, loaded here and not where they are used: an address that waits for its index stalls all loads behind it.
 MASKED_OPS_INLINE uint64_t load_ahead(const uint8_t* p) {
