@@ -91,9 +91,10 @@ Choice choose_packed_linear(Pass pass, int64_t rows, const at::Tensor& values, c
     const LinearCosts costs = {pass, rows, values.scalar_type()};
     const double sparse = costs.of_packed(Path::kSparse, pattern), copy = costs.of_packed(Path::kCopy, pattern);
     const int64_t columns = std::min(pattern.cols(), cpu::kRankColumns);
-    const bool fits = pattern.rows() * columns * values.element_size() <= cpu::kMostPieceBytes;
-    const double fused = pass == Pass::kGradInput && !fits ? std::numeric_limits<double>::infinity()
-                                                           : costs.of_packed(Path::kFused, pattern);
+    const bool fits = pass != Pass::kGradInput ||
+                      cpu::kernels().expands_grad_input(dtype_of(values.scalar_type()), rows) ||
+                      pattern.rows() * columns * values.element_size() <= cpu::kMostPieceBytes;
+    const double fused = fits ? costs.of_packed(Path::kFused, pattern) : std::numeric_limits<double>::infinity();
     choice = sparse < std::min(fused, copy) ? Choice{Path::kSparse, "SpMM: few weights remain"}
              : fused < copy                 ? Choice{Path::kFused, "masked GEMM: most weights remain"}
                                             : Choice{Path::kCopy, "torch's GEMM over the unpacked weight"};

@@ -19,11 +19,13 @@ from generators import (
     PATTERNS,
     SHAPES,
     assert_exact,
+    compiled_only,
     every_capability,
     every_float,
     integers,
     mask_of,
     name_of,
+    normal,
     on_each_device,
     poison_scratch,
     poisoned,
@@ -251,6 +253,26 @@ def test_few_rows_against_many_weights(threads: int, dtype: torch.dtype, capabil
             assert_exact(_ops.packed_linear_grad_input(g, values, bits, K), g.double() @ weight, case)
             exact_values = (g.t().double() @ x.double())[mask]
             assert_exact(_ops.packed_linear_grad_values(g, x, bits, len(values)), exact_values, case)
+
+
+@pytest.mark.cpu_only("about a choice for the CPU")
+@compiled_only
+@every_capability
+def test_grad_input_of_a_tall_weight(capability: str) -> None:
+    """Of many rows the masked GEMM would lay out a piece of more than 8 MB; few are expanded in registers."""
+    if capability == "DEFAULT":
+        pytest.skip("has no few-row kernels")
+    N, K = 14000, 192
+    mask = torch.rand(N, K) < 0.75
+    values, bits = normal(int(mask.sum())), bits_of(mask)
+    for M, few in ((2, True), (8, True), (64, False)):
+        g = normal(M, N)
+        results = []
+        for path in (None, "fused", "sparse"):
+            with running_on(path, capability):
+                results.append(_ops.packed_linear_grad_input(g, values, bits, K))
+        chosen, fused, sparse = results
+        assert (torch.equal(chosen, fused), torch.equal(sparse, fused)) == (few, False), M
 
 
 @pytest.mark.cpu_only("about memory of the CPU's")

@@ -107,7 +107,8 @@ struct PackedWeight {
   const void* values;
 };
 inline constexpr int64_t kRankColumns = 192;
-// What a thread keeps of a packed weight, or beside it, at most; grad_input needs kRankColumns columns of it.
+// What a thread keeps of a packed weight, or beside it, at most; grad_input of many rows
+// needs kRankColumns columns of it.
 inline constexpr int64_t kMostPieceBytes = int64_t{8} << 20;
 
 struct Kernels {
@@ -239,6 +240,8 @@ struct Kernels {
 
 // dispatch.cpp
 const Kernels& kernels();                     // the table in use: the best that is linked and that the CPU runs
+  // Whether grad_input of so many rows expands the weight in registers, and so needs no piece of it.
+  bool (*expands_grad_input)(Dtype, int64_t M);
 const Kernels* const* available_kernels();    // those that this CPU runs, best first, ended by null
 bool select_kernels(const char* capability);  // false if it is not available
 // Whether this CPU reads what comes from beyond L2 fastest if it is fetched into L2, and not into L1; and, for tests,

@@ -63,6 +63,7 @@ void sampled_outer(const Team&, const Rows&, int64_t cols, Dtype, const void* dy
 void row_ranks(const Team&, Bits, int64_t rows, int64_t cols, uint32_t* ranks);
 void packed_linear(const Team&, Dtype, int64_t M, const PackedWeight&, const void* input, const void* bias,
                    void* output);
+bool expands_grad_input(Dtype, int64_t M);
 void packed_linear_grad_input(const Team&, Dtype, int64_t M, const PackedWeight&, const void* grad_output,
                               void* grad_input);
 void packed_linear_grad_values(const Team&, Dtype, int64_t M, const PackedWeight&, const void* grad_output,

@@ -157,18 +157,12 @@ struct PackedProduct {
   }
 };
 
-// Whether the weight is expanded in registers, forward and for the gradient of the input; and whether its own gradient
-// is compressed there.
+// Whether the weight is expanded in registers, forward; and whether its gradient is compressed there.
 template <typename T>
 bool in_registers(int64_t M, int64_t K) {
   const bool short_rows = !kIsFloat<T> && K <= tuning::kExpandedShortRows * M;
   return Operand<T>::kExpands && M <= tuning::kExpandedRows && !short_rows;
 }
-template <typename T>
-bool in_registers_of_grad(int64_t M) {
-  return Operand<T>::kExpands && M <= (kConverts<T> ? tuning::kExpandedGradRowsConverted : tuning::kExpandedGradRows);
-}
-
 template <typename T>
 bool in_registers_of_values(int64_t M) {
   return ceil_div(M, Operand<T>::kDepth) <= (kIsFloat<T> ? tuning::kCompressedSteps : tuning::kCompressedSteps16);
@@ -207,11 +201,20 @@ void packed_linear(const Team& team, Dtype dtype, int64_t M, const PackedWeight&
   });
 }
 
+bool expands_grad_input(Dtype dtype, int64_t M) {
+  bool expands = false;
+  with_element(dtype, [&](auto element) {
+    using T = decltype(element);
+    constexpr int64_t kMost = kConverts<T> ? tuning::kExpandedGradRowsConverted : tuning::kExpandedGradRows;
+    expands = Operand<T>::kExpands && M <= kMost;
+  });
+  return expands;
+}
+
 void packed_linear_grad_input(const Team& team, Dtype dtype, int64_t M, const PackedWeight& weight,
                               const void* grad_output, void* grad_input) {
-  bool small = false;
-  with_element(dtype, [&](auto element) { small = in_registers_of_grad<decltype(element)>(M); });
-  if (small) return packed_linear_grad_input_small(team, dtype, M, weight, grad_output, grad_input);
+  if (expands_grad_input(dtype, M))
+    return packed_linear_grad_input_small(team, dtype, M, weight, grad_output, grad_input);
   with_moved(dtype, [&](auto element) {
     using Element = decltype(element);
     PackedProduct<Element>{team, dtype, M, weight}.grad_input(static_cast<const Element*>(grad_output),

@@ -42,6 +42,7 @@ const Kernels table = {
     .row_ranks = row_ranks,
     .packed_linear = packed_linear,
     .packed_linear_grad_input = packed_linear_grad_input,
+    .expands_grad_input = expands_grad_input,
     .packed_linear_grad_values = packed_linear_grad_values,
     .fma_loop = fma_loop,
     .read_loop = read_loop,
