@@ -209,6 +209,37 @@ def test_a_child_has_its_own(succeeds: Callable[[str], None]) -> None:
 
 @pytest.mark.skipif(SANITIZED, reason="the sanitizer keeps memory that was freed")
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="limits memory as Linux does")
+def test_no_memory_for_scratch(succeeds: Callable[[str], None]) -> None:
+    succeeds(
+        """
+        import ctypes, resource, torch, masked_ops
+        from pathlib import Path
+        from masked_ops import _ops
+        ctypes.CDLL(None).mallopt(-3, 1 << 16)  # what is freed goes back to the system
+        torch.set_num_threads(1)
+        layer = masked_ops.PackedLinear(1024, 512, mask=torch.rand(512, 1024) < 0.5)
+        x = torch.randn(64, 1024)
+        with masked_ops.use_path("fused"), torch.no_grad():
+            before = layer(x)
+            _ops._module.release_scratch()
+            status = Path("/proc/self/status").read_text()
+            size = int(status.split("VmSize:")[1].split()[0]) * 1024
+            resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 18), -1))
+            for _ in range(2):
+                try:
+                    layer(x)
+                except RuntimeError as error:
+                    message = str(error)
+            resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+            assert message.startswith("masked_ops: can't allocate memory: "), message
+            assert message.endswith(" bytes for a weight laid out") or "operand" in message, message
+            assert torch.equal(layer(x), before)
+        """
+    )
+
+
+@pytest.mark.skipif(SANITIZED, reason="the sanitizer keeps memory that was freed")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="limits memory as Linux does")
 def test_what_is_kept_goes_before_memory_runs_out(succeeds: Callable[[str], None]) -> None:
     succeeds(
         f"""

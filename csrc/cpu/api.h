@@ -1,4 +1,4 @@
-// What the torch side may call: raw pointers and sizes in, nothing thrown but std::bad_alloc.
+// What the torch side may call: raw pointers and sizes in, nothing thrown but OutOfMemory.
 //
 // Every kernel is compiled once per capability into a namespace of that name; a Kernels table collects its entry
 // points, and kernels() is the table in use. No file below cpu/ knows of tensors, OpenMP or torch.
@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 
 #include "inline.h"
 
@@ -24,6 +25,16 @@ struct Team {
   }
 };
 
+// To Python a RuntimeError, as where torch has no memory.
+class OutOfMemory : public std::exception {
+ public:
+  OutOfMemory(size_t bytes, const char* purpose);
+  const char* what() const noexcept override;
+
+ private:
+  char message_[160];
+};
+
 // Memory that is reused from call to call: one block per thread and slot, aligned to a page, growing only.
 enum class Slot {
   kPanelA,
@@ -38,7 +49,7 @@ enum class Slot {
   kPart,
   kCount
 };
-void* scratch(Slot slot, size_t bytes);  // contents undefined; throws std::bad_alloc
+void* scratch(Slot slot, size_t bytes);  // contents undefined; throws OutOfMemory
 void release_scratch();                  // of the calling thread
 
 // One bit per weight, row-major; rows are padded with zero bits to whole 64-bit words, so that a kernel may use the
@@ -229,6 +240,8 @@ struct Kernels {
                         void* output);
   void (*packed_linear_grad_input)(const Team&, Dtype, int64_t M, const PackedWeight&, const void* grad_output,
                                    void* grad_input);
+  // Whether grad_input of so many rows expands the weight in registers, and so needs no piece of it.
+  bool (*expands_grad_input)(Dtype, int64_t M);
   void (*packed_linear_grad_values)(const Team&, Dtype, int64_t M, const PackedWeight&, const void* grad_output,
                                     const void* input, void* grad_values);
 
@@ -240,8 +253,6 @@ struct Kernels {
 
 // dispatch.cpp
 const Kernels& kernels();                     // the table in use: the best that is linked and that the CPU runs
-  // Whether grad_input of so many rows expands the weight in registers, and so needs no piece of it.
-  bool (*expands_grad_input)(Dtype, int64_t M);
 const Kernels* const* available_kernels();    // those that this CPU runs, best first, ended by null
 bool select_kernels(const char* capability);  // false if it is not available
 // Whether this CPU reads what comes from beyond L2 fastest if it is fetched into L2, and not into L1; and, for tests,

@@ -1,8 +1,9 @@
 // capability: none (compiled once: chooses among the tables that the other files make)
 #include <atomic>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <new>
+#include <iterator>
 
 #include "sparse_index.h"
 
@@ -107,8 +108,24 @@ bool fetches_into_l2() { return into_l2().load(std::memory_order_relaxed); }
 
 bool set_fetches_into_l2(bool wanted) { return into_l2().exchange(wanted); }
 
+OutOfMemory::OutOfMemory(size_t bytes, const char* purpose) {
+  std::snprintf(message_, sizeof(message_), "masked_ops: can't allocate memory: %zu bytes for %s", bytes, purpose);
+}
+const char* OutOfMemory::what() const noexcept { return message_; }
+
 void* scratch(Slot slot, size_t bytes) {
   constexpr size_t kPage = 4096;
+  constexpr const char* kPurposes[] = {"a packed operand",
+                                       "a packed operand",
+                                       "sums",
+                                       "values",
+                                       "places of values",
+                                       "places of values",
+                                       "the pieces of a weight",
+                                       "a table",
+                                       "a weight laid out",
+                                       "a part of a result"};
+  static_assert(std::size(kPurposes) == static_cast<size_t>(Slot::kCount));
   const int i = static_cast<int>(slot);
   if (blocks.bytes[i] < bytes) {
     std::free(blocks.data[i]);
@@ -116,7 +133,7 @@ void* scratch(Slot slot, size_t bytes) {
     blocks.bytes[i] = 0;
     const size_t rounded = (bytes + kPage - 1) / kPage * kPage;
     blocks.data[i] = std::aligned_alloc(kPage, rounded);
-    if (!blocks.data[i]) throw std::bad_alloc();
+    if (!blocks.data[i]) throw OutOfMemory(rounded, kPurposes[i]);
     blocks.bytes[i] = rounded;
   }
 #ifdef __SANITIZE_ADDRESS__  // what larger requests left behind the end is out of bounds

@@ -2,7 +2,7 @@
 #include "sparse_index.h"
 
 #include <cstdlib>
-#include <new>
+#include <new>  // placement
 
 #include "index_matrices.h"
 #include "tuning.h"
@@ -162,7 +162,7 @@ struct Arrays {
                          take(total.run, sizeof(Run)),
                          take(total.entry + SparseIndex::kLookahead, 1)};
     char* const memory = static_cast<char*>(std::malloc(bytes));
-    if (!memory) throw std::bad_alloc();
+    if (!memory) throw OutOfMemory(bytes, "the index of a mask");
     panel_values = reinterpret_cast<int64_t*>(memory + at[0]);
     tiles = reinterpret_cast<Tile*>(memory + at[1]);
     segments = reinterpret_cast<Segment*>(memory + at[2]);
