@@ -81,7 +81,7 @@ void mask_in_place(const at::Tensor& weight, const at::Tensor& mask) {
     }
   }
   const at::Tensor factor = mask.to(weight.scalar_type());
-  weight.mul_(factor).masked_fill_(factor.eq(0), 0);
+  zero_where_zero(weight.mul_(factor), factor);
 }
 
 bool casts_while_masking(const at::Tensor& weight, const at::Tensor& mask) {

@@ -72,10 +72,17 @@ at::Tensor masked_weight_composite(const at::Tensor& weight, const at::Tensor& m
   return weight.mul(factor).masked_fill_(factor.eq(0), 0);  // the weight first: it decides on the memory format
 }
 
+void zero_where_zero(const at::Tensor& product, const at::Tensor& factor) {
+  // masked_fill takes no float8, whose zero has no bits.
+  const at::Tensor bits = c10::isFloat8Type(product.scalar_type()) ? product.view(at::kByte) : product;
+  bits.masked_fill_(factor.eq(0), 0);
+}
+
 at::Tensor masked_weight_by_torch(const at::Tensor& weight, const at::Tensor& mask) {
   const at::Tensor factor = mask.to(weight.scalar_type());
   at::Tensor out = at::empty_like(weight);  // a product would lie as the mask does where the weight is expanded
-  return at::mul_out(out, weight, factor).masked_fill_(factor.eq(0), 0);
+  zero_where_zero(at::mul_out(out, weight, factor), factor);
+  return out;
 }
 
 at::Tensor masked_own(const at::Tensor& weight, const at::Tensor& mask) {
@@ -135,7 +142,7 @@ at::Tensor masked_weight(const at::Tensor& weight, const at::Tensor& mask) {
                                  w.const_data_ptr(), factor.const_data_ptr(), w.numel(), out.data_ptr());
   } else {
     at::Tensor in_order = out.as_strided(w.sizes(), w.strides());
-    at::mul_out(in_order, w, factor).masked_fill_(factor.eq(0), 0);
+    zero_where_zero(at::mul_out(in_order, w, factor), factor);
   }
   return out;
 }

@@ -46,6 +46,9 @@ at::Tensor masked_weight_composite(const at::Tensor& weight, const at::Tensor& m
 // masked_weight by torch's own operations below autograd, for any device and dtype.
 at::Tensor masked_weight_by_torch(const at::Tensor& weight, const at::Tensor& mask);
 
+// product = 0 where factor is 0, for float8 too; below autograd.
+void zero_where_zero(const at::Tensor& product, const at::Tensor& factor);
+
 // The pattern where there is one: a packable mask in CPU memory; else null.
 PatternPtr try_pattern_of(const at::Tensor& mask);
 

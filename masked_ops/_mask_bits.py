@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .reference import is_float8
+
 
 def _pack(flags: Tensor) -> Tensor:
     """Bool tensor of any shape -> uint8 ``[ceil(n / 8)]`` on the CPU, first entry in the lowest bit."""
@@ -16,6 +18,11 @@ def _pack(flags: Tensor) -> Tensor:
 def _unpack(bits: Tensor, shape: torch.Size) -> Tensor:
     octets = (bits.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device="cpu")) & 1
     return octets.view(-1)[: shape.numel()].view(shape).bool()
+
+
+def _comparable(mask: Tensor) -> Tensor:
+    """For float8, which torch promotes to no other dtype."""
+    return mask.detach().float() if is_float8(mask.dtype) else mask.detach()
 
 
 class PackedMask:
@@ -45,7 +52,7 @@ class MaskChange:
     """
 
     def __init__(self, before: Tensor, after: Tensor) -> None:
-        changed = before.detach() != after.detach()
+        changed = _comparable(before) != _comparable(after)
         values = before.detach()[changed]
         self.dtype = before.dtype
         self.shape = before.shape
@@ -56,5 +63,7 @@ class MaskChange:
         """``mask`` with the changed entries as they were before the round, in the dtype of before the round."""
         reverted = mask.detach().to(self.dtype, copy=True)
         changed = _unpack(self.changed, self.shape).to(mask.device)
-        reverted[changed] = 1 if self.values is None else self.values.to(mask.device)
+        if self.values is None:
+            return torch.where(changed, torch.ones_like(reverted), reverted)
+        reverted[changed] = self.values.to(mask.device)
         return reverted

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
 from . import functional
+from .reference import is_float8
 
 _M = TypeVar("_M", bound="type[Masked]")
 _ABSENT = object()
@@ -32,9 +33,13 @@ def mask_name(name: str) -> str:
     return f"{name}_mask"
 
 
+def count_nonzero(tensor: Tensor) -> int:
+    return int(torch.count_nonzero(tensor != 0 if is_float8(tensor.dtype) else tensor))
+
+
 def sparsity(mask: Tensor) -> float:
     """The fraction of zeros in ``mask``; 0 for an empty one."""
-    return 1 - int(torch.count_nonzero(mask)) / mask.numel() if mask.numel() else 0.0
+    return 1 - count_nonzero(mask) / mask.numel() if mask.numel() else 0.0
 
 
 # --- the property ----------------------------------------------------------------------------------------------------

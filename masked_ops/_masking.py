@@ -274,6 +274,10 @@ def _refuse_sharded(module: nn.Module) -> None:
         )
 
 
+# Or of which torch cannot compute with one: an exponent alone, and two to a byte.
+_WITHOUT_ZERO = {getattr(torch, name, None) for name in ("float8_e8m0fnu", "float4_e2m1fn_x2")}
+
+
 def _maskable(module: nn.Module, name: str) -> Parameter:
     """The Parameter ``name`` of ``module``, after every check that needs no mask."""
     require_module(module)
@@ -300,7 +304,7 @@ def _maskable(module: nn.Module, name: str) -> Parameter:
         raise TypeError(f"'{name}' of {kind} cannot be masked: a Parameter expected, got {type(param).__name__}{hint}")
     if name not in module._parameters:
         raise TypeError(f"'{name}' of {kind} cannot be masked: it belongs to another module that {kind} wraps")
-    if not (param.is_floating_point() or param.is_complex()):
+    if not (param.is_floating_point() or param.is_complex()) or param.dtype in _WITHOUT_ZERO:
         raise TypeError(f"'{name}' of {kind} cannot be masked: a floating-point dtype expected, got {param.dtype}")
     for other in (orig_name(name), mask_name(name)):
         if hasattr(module, other):

@@ -168,7 +168,7 @@ def unprune(module: Module, name: str, where: Any) -> Module:
         mask = getattr(module, f"{name}_mask")
         chosen = torch.zeros(mask.shape, dtype=torch.bool, device=mask.device)
         chosen[where] = True
-        nn.set_mask(module, name, mask.detach().masked_fill(chosen & (mask == 0), 1))
+        nn.set_mask(module, name, torch.where(chosen & (mask == 0), torch.ones_like(mask), mask))
         refresh(module, name)
     return module
 

@@ -22,6 +22,7 @@ from ._masking import _refuse_sharded as refuse_sharded
 from ._masking import require_module
 from ._packed_class import is_packed
 from ._packing import keep_ties, make_dense, unpack_weight
+from .reference import is_float8
 
 FROM_DENSE = "dense"  # what a method remembers, in place of a MaskChange, of a round before which there was no mask
 
@@ -128,8 +129,7 @@ def take_round(
         scores = parameter if importance_scores is None else importance_scores
         require_scores(scores, parameter, name)
         again = name in nn.masked_names(module)
-        # compute_mask may view(-1) the scores, which channels_last weights could not.
-        in_charge = (_next_round if again else _first_round)(module, name, method, parameter, scores.contiguous())
+        in_charge = (_next_round if again else _first_round)(module, name, method, parameter, for_compute_mask(scores))
         replace_hook(module, name, in_charge)
         refresh(module, name)
     return in_charge
@@ -138,7 +138,7 @@ def take_round(
 def _first_round(
     module: Module, name: str, method: torch_prune.BasePruningMethod, parameter: Tensor, scores: Tensor
 ) -> torch_prune.BasePruningMethod:
-    mask = method.compute_mask(scores, default_mask=mask_of(module, name, parameter))
+    mask = method.compute_mask(scores, default_mask=for_compute_mask(mask_of(module, name, parameter)))
     nn.attach(module, name, _checked(mask, parameter))
     method._undo = FROM_DENSE  # type: ignore[attr-defined]
     return method
@@ -154,7 +154,7 @@ def _next_round(
         container = PruningContainer(*found[1:] if found else ())
     container.add_pruning_method(method)
     before = getattr(module, f"{name}_mask").detach()
-    default_mask = before.clone(memory_format=torch.contiguous_format)
+    default_mask = for_compute_mask(before.clone(memory_format=torch.contiguous_format))
     computed = _checked(container.compute_mask(scores, default_mask=default_mask), parameter)
     mask = torch.empty_like(parameter, dtype=computed.dtype, requires_grad=False).copy_(computed)
     # A new buffer, as torch's: who holds the old mask, a graph before its backward included, keeps its values.
@@ -188,6 +188,11 @@ def require_values(scores: Tensor, parameter: Tensor, name: str) -> None:
         )
 
 
+def for_compute_mask(tensor: Tensor) -> Tensor:
+    """Contiguous, for ``compute_mask`` may ``view(-1)``; float8, which torch neither sorts nor sums, as float32."""
+    return (tensor.float() if is_float8(tensor.dtype) else tensor).contiguous()
+
+
 def mask_of(module: Module, name: str, parameter: Tensor) -> Tensor:
     """The mask of ``module.<name>``; ones where it is not pruned."""
     if name in pruned_names(module):
@@ -209,6 +214,8 @@ def _checked(mask: Any, parameter: Tensor) -> Tensor:
     """What ``compute_mask`` returned, expanded to the shape of the parameter."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"compute_mask must return a Tensor, got {type(mask).__name__}")
+    if is_float8(parameter.dtype) and mask.dtype == torch.float32:  # for_compute_mask's
+        mask = mask.to(parameter.dtype)
     try:
         return mask.detach().expand(parameter.shape)
     except RuntimeError:
@@ -293,8 +300,8 @@ class BasePruningMethod(torch_prune.BasePruningMethod):
         require_scores(scores, t, "t")
         if default_mask is None:
             default_mask = torch.ones(t.shape, dtype=t.dtype, device=t.device)
-        mask = self.compute_mask(scores.contiguous(), default_mask=default_mask)
-        return torch.where(mask == 0, 0, t * mask)
+        mask = self.compute_mask(for_compute_mask(scores), default_mask=for_compute_mask(default_mask))
+        return torch.where(mask == 0, 0, t * mask.to(t.dtype) if is_float8(t.dtype) else t * mask)
 
     def remove(self: Any = None, module: Any = None, name: str | None = None) -> None:
         """Make pruning permanent: the parameter is a plain one again, its pruned entries zero.

@@ -13,7 +13,7 @@ from torch.nn import Linear, Module
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from . import _ops, nn
-from ._masked_class import is_sharded
+from ._masked_class import count_nonzero, is_sharded
 from ._masking import require_module
 from ._packed_class import is_packed, sparsity_of
 from ._pruning_methods import pruned_names
@@ -231,7 +231,7 @@ def _describe(
     values = parameter if mask is None else mask
     if values.is_meta:
         raise ValueError(f"{label} is on the meta device: it has no values to report")
-    nnz = int(torch.count_nonzero(values))
+    nnz = count_nonzero(values)
     entries = parameter.numel()
     density = nnz / entries if entries else 1.0
     positions = call.positions if call else None

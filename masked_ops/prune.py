@@ -44,6 +44,7 @@ from ._pruning_methods import (
     adopt,
     check_prunable,
     compute_norm,
+    for_compute_mask,
     mask_of,
     pruned_parameters,
     remove_below,
@@ -342,8 +343,8 @@ def global_unstructured(
                     f"importance_scores must have the shape of {name}, {list(parameter.shape)}, got {list(score.shape)}"
                 )
             require_values(score, parameter, name)
-            scores.append(score.contiguous())
-            masks.append(mask_of(module, name, parameter).contiguous())
+            scores.append(for_compute_mask(score))
+            masks.append(for_compute_mask(mask_of(module, name, parameter)))
         container = PruningContainer()
         container._tensor_name = "parameters"
         method = pruning_method(**kwargs)

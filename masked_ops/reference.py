@@ -229,7 +229,15 @@ class _Masking(torch.autograd.Function):
 
 def _masked(weight: Tensor, mask: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
+def is_float8(dtype: torch.dtype) -> bool:
+    """Whether torch can do little more with it than multiply, compare and cast."""
+    return dtype.is_floating_point and dtype.itemsize == 1
+
+
         return weight.masked_fill(~mask, 0)
+    if is_float8(weight.dtype):  # of which torch has no masked_fill; its zero has no bits
+        product = weight * mask.to(weight.dtype)
+        return product.view(torch.uint8).masked_fill_(~mask.bool(), 0).view(weight.dtype)
     # The weight first: it decides on the memory format.
     return (weight * mask).masked_fill_(~mask.bool(), 0)
 

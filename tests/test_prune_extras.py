@@ -382,6 +382,48 @@ def test_a_method_keeps_its_mask_to_itself() -> None:
     assert prune.CustomFromMask(torch.tensor([0.5, 0.0])).mask.tolist() == [0.5, 0]
 
 
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+ROUNDS: tuple[Callable[[nn.Module], Any], ...] = (
+    lambda m: prune.l1_unstructured(m, "weight", amount=0.25),
+    lambda m: prune.random_unstructured(m, "weight", amount=5),
+    lambda m: prune.ln_structured(m, "weight", amount=1, n=2, dim=0),
+    lambda m: prune.random_structured(m, "weight", amount=1, dim=1),
+    lambda m: prune.custom_from_mask(m, "weight", torch.arange(32).view(4, 8) % 2),
+    lambda m: prune.global_unstructured([(m, "weight"), (m, "bias")], prune.L1Unstructured, amount=4),
+    lambda m: prune.identity(m, "weight"),
+)
+
+
+@pytest.mark.parametrize("dtype", FLOAT8, ids=str)
+def test_float8(dtype: torch.dtype) -> None:
+    """Torch computes next to nothing with it, and its own pruning by magnitude raises."""
+    for first, second in zip(ROUNDS, (*ROUNDS[1:], ROUNDS[0]), strict=True):
+        layer: Any = nn.Linear(8, 4).to(dtype)
+        layer.weight.data.view(-1)[3] = float("nan")
+        exact = copy.deepcopy(layer).float()
+        for prune_once in (first, second):
+            prune_once(layer)
+            mask = layer.weight_mask
+            expected = torch.where(mask == 0, 0, exact.weight)
+            torch.testing.assert_close(layer.weight.float(), expected, rtol=0, atol=0, equal_nan=True)
+            assert layer.sparsity == 1 - float((mask != 0).float().mean())
+            entry = next(entry for entry in masked_ops.report(layer, batch=2) if entry.name == "weight")
+            assert entry.nnz == int((mask != 0).sum())
+        prune.unprune(layer, "weight", where=0)
+        prune.undo(layer, "weight")
+        layer.set_mask(layer.weight_mask.bool())
+        expected = torch.where(layer.weight_mask, exact.weight, 0)
+        fresh = prune.load_state_dict(copy.deepcopy(exact).to(dtype), layer.state_dict())
+        assert not fresh.missing_keys
+        prune.remove(layer)
+        assert layer.weight.dtype == dtype
+        torch.testing.assert_close(layer.weight.float(), expected, rtol=0, atol=0, equal_nan=True)
+    halved = prune.L1Unstructured(amount=1).prune(torch.tensor([1.0, -3.0, 2.0]).to(dtype))
+    assert halved.dtype == dtype and halved.tolist() == [0, -3, 2]
+    with pytest.raises(TypeError, match=r"floating-point dtype expected, got torch\.float8_e8m0fnu"):
+        prune.identity(nn.Linear(8, 4).to(torch.float8_e8m0fnu), "weight")  # which has no zero
+
+
 def test_a_default_device_does_not_matter() -> None:
     """``torch.set_default_device``: what is made on the way lies where the parameters do."""
     torch.manual_seed(0)
