@@ -190,6 +190,8 @@ def require_values(scores: Tensor, parameter: Tensor, name: str) -> None:
 
 def for_compute_mask(tensor: Tensor) -> Tensor:
     """Contiguous, for ``compute_mask`` may ``view(-1)``; float8, which torch neither sorts nor sums, as float32."""
+    if tensor.is_inference():  # of a model that was built in inference mode: nothing differentiates through it
+        tensor = tensor.detach()
     return (tensor.float() if is_float8(tensor.dtype) else tensor).contiguous()
 
 

@@ -196,6 +196,22 @@ def test_a_model_pruned_in_inference_mode_trains() -> None:
     assert prune.undo(layer, "weight") is layer
 
 
+def test_a_model_built_in_inference_mode() -> None:
+    masks = []
+    for inference in (False, True):
+        torch.manual_seed(0)
+        with torch.inference_mode(inference):
+            layer: Any = nn.Linear(4, 3)
+            prune.l1_unstructured(layer, "weight", 2)
+            prune.random_structured(layer, "weight", amount=1, dim=0)
+            prune.global_unstructured([(layer, "weight")], prune.L1Unstructured, amount=1)
+            masks.append(layer.weight_mask)
+            assert torch.equal(
+                layer(torch.ones(1, 4)), nn.functional.linear(torch.ones(1, 4), layer.weight, layer.bias)
+            )
+    assert torch.equal(*masks)
+
+
 def test_the_hook_compiles_away() -> None:
     """One graph, whatever pruning does between calls."""
     layer, x = nn.Linear(6, 4), torch.randn(2, 6)
