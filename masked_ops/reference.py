@@ -84,6 +84,8 @@ def check_linear(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | Non
     check_dense("weight", weight)
     check_same_kind("input", input, "weight", weight)
     torch._check(weight.dim() in (1, 2), lambda: f"weight must have 1 or 2 dimensions, got shape {list(weight.shape)}")
+    if input.is_nested:  # and has no sizes; torch checks those of its parts
+        return
     check_last_dim("input", input, "weight", weight.shape[-1])
     if bias is None:
         return
@@ -227,17 +229,17 @@ class _Masking(torch.autograd.Function):
         return _Masking.apply(weight, ctx.saved_tensors[0])
 
 
-def _masked(weight: Tensor, mask: Tensor) -> Tensor:
-    if mask.dtype == torch.bool:
 def is_float8(dtype: torch.dtype) -> bool:
     """Whether torch can do little more with it than multiply, compare and cast."""
     return dtype.is_floating_point and dtype.itemsize == 1
 
 
-        return weight.masked_fill(~mask, 0)
+def _masked(weight: Tensor, mask: Tensor) -> Tensor:
     if is_float8(weight.dtype):  # of which torch has no masked_fill; its zero has no bits
         product = weight * mask.to(weight.dtype)
         return product.view(torch.uint8).masked_fill_(~mask.bool(), 0).view(weight.dtype)
+    if mask.dtype == torch.bool:
+        return weight.masked_fill(~mask, 0)
     # The weight first: it decides on the memory format.
     return (weight * mask).masked_fill_(~mask.bool(), 0)
 

@@ -29,7 +29,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
 
 import masked_ops
-from masked_ops import functional
+from masked_ops import functional, prune
 from masked_ops.nn import attach, detach, masked_names, path_of
 
 # Masked class, arguments, keywords, shape of an input.
@@ -773,6 +773,36 @@ def test_transformer_layer_in_training_and_evaluation(monkeypatch: pytest.Monkey
             torch.testing.assert_close(layer(x), reference(x))
             assert len(native) == 2, "both on torch's native path"
     torch.testing.assert_close(layer(x), reference(x))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.parametrize("packed", [False, True], ids=["masked", "packed"])
+def test_nested_tensors(packed: bool) -> None:
+    """An encoder makes them of a padded batch in evaluation."""
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), 2)
+    dense = copy.deepcopy(encoder).eval()
+    for name in ("linear1", "self_attn.out_proj"):
+        for model in (encoder, dense):
+            torch.manual_seed(1)
+            prune.random_unstructured(model.layers[1].get_submodule(name), "weight", amount=0.5)
+    prune.remove(dense)
+    if packed:
+        masked_ops.pack(encoder)
+    encoder.eval()
+    padding = torch.tensor([[False, False, False], [False, False, True]])
+    with torch.no_grad():
+        torch.testing.assert_close(*(m(torch.ones(2, 3, 8), src_key_padding_mask=padding) for m in (encoder, dense)))
+    layer, same = encoder.layers[1].linear1, dense.layers[1].linear1
+    for layout in (torch.strided, torch.jagged):
+        parts = torch.nested.nested_tensor([torch.randn(2, 8), torch.randn(3, 8)], layout=layout)
+        outputs = [[part.clone() for part in module(parts).unbind()] for module in (layer, same)]
+        torch.testing.assert_close(*outputs)
+        for module in (layer, same):
+            module(parts).unbind()[1].sum().backward()
+        torch.testing.assert_close(layer.bias.grad, same.bias.grad)
+        left = layer.weight.detach() != 0
+        gradient = layer.weight_values.grad if packed else layer.weight_orig.grad[left]
+        torch.testing.assert_close(gradient, same.weight.grad[left])
 
 
 @pytest.mark.parametrize("grad", [True, False], ids=["python", "native"])
