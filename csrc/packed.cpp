@@ -45,6 +45,8 @@ void check_weight(const at::Tensor& values, const at::Tensor& bits, int64_t in_f
 void check_bits(const at::Tensor& bits, std::optional<int64_t> rows, int64_t cols, const char* other_name,
                 const at::Tensor& other) {
   check_defined("weight_bits", bits);
+  TORCH_CHECK(other.is_floating_point() && other.element_size() > 1, other_name,
+              " must be float16, bfloat16, float32 or float64 where weights are packed, got ", other.scalar_type());
   TORCH_CHECK(bits.device() == other.device(), "weight_bits must be on the device of ", other_name, ", ",
               other.device(), ", got ", bits.device());
   const int64_t bytes = cols / 8 + (cols % 8 != 0);

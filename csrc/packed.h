@@ -7,7 +7,8 @@
 
 namespace masked_ops {
 
-// Throws unless weight_bits can be those of a matrix of `rows` (none: any) and `cols`, on the device of `other`.
+// Throws unless weight_bits can be those of a matrix of `rows` (none: any) and `cols`, on the device of `other`, whose
+// dtype a packed weight can have.
 void check_bits(const at::Tensor& bits, std::optional<int64_t> rows, int64_t cols, const char* other_name,
                 const at::Tensor& other);
 // Their pattern, on the CPU; throws unless they hold nnz bits.

@@ -475,7 +475,7 @@ def pack(model: _M) -> _M:
     Packed are linear layers and convolutions, transposed ones included: ``MaskedLinear`` and its like, and pruned
     instances of torch's classes and of subclasses that keep their ``forward``, ``model`` itself included. All else
     stays as it is: layers that are not pruned, other pruned parameters (a bias, an embedding), layers with a
-    ``forward`` of their own. :func:`masked_ops.report` lists who is what.
+    ``forward`` of their own, complex and float8 weights. :func:`masked_ops.report` lists who is what.
 
     A packed module is the same object with the same hooks, but its ``weight_values`` is a new Parameter: build the
     optimizer, ``DistributedDataParallel`` and the like after it. ``requires_grad`` and the values of a gradient are
@@ -581,6 +581,9 @@ def _candidates(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if can_be_packed(m) and not is_packed(m) and "weight" in pruned_names(m)]
 
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 def _pack(model: nn.Module) -> bool:
     """Pack what there is; False if that is nothing. A failure leaves it half done."""
     labels = {module: name or type(module).__name__ for name, module in model.named_modules()}
@@ -589,7 +592,7 @@ def _pack(model: nn.Module) -> bool:
         if parametrize.is_parametrized(module):
             raise ValueError(f"'{labels[module]}' is parametrized: remove the parametrizations before packing it")
         adopt(module, "weight")
-        if masked_nn.path_of(module, "weight") == "fused" and not module.weight_orig.is_complex():
+        if masked_nn.path_of(module, "weight") == "fused" and module.weight_orig.dtype in _DTYPES:
             _require_packable(labels[module], module)
             layers.append(module)
     for group in _groups(layers, labels):

@@ -493,7 +493,17 @@ def test_what_has_no_packed_kernel_stays() -> None:
     patched.forward = lambda input: input
     cplx: Any = nn.Linear(4, 3, dtype=torch.complex64)
     attach(cplx, "weight", torch.eye(3, 4))
-    others = [gain, patched, cplx, nn.Linear(2, 2), nn.Conv1d(2, 2, 2), prune.identity(nn.Embedding(3, 4), "weight")]
+    float8: Any = nn.Linear(8, 4).to(torch.float8_e4m3fn)
+    attach(float8, "weight", torch.eye(4, 8))
+    others = [
+        gain,
+        patched,
+        cplx,
+        float8,
+        nn.Linear(2, 2),
+        nn.Conv1d(2, 2, 2),
+        prune.identity(nn.Embedding(3, 4), "weight"),
+    ]
     before = fingerprint(nn.ModuleList(others))
     masked_ops.pack(nn.ModuleList([*others, pruned_linear()]))
     assert fingerprint(nn.ModuleList(others)) == before

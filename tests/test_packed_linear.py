@@ -403,6 +403,10 @@ ERRORS: dict[str, tuple[dict, str]] = {
     "too many values": ({"weight_values": ONES(9)}, "weight_values must hold one value for each of the 8 bits"),
     "values of two dimensions": ({"weight_values": ONES(4, 2)}, "weight_values must be"),
     "values of integers": ({"weight_values": ONES(8).int()}, "weight_values must be"),
+    "values of a byte each": (
+        {"input": ONES(2, 9).to(torch.float8_e5m2), "weight_values": ONES(8).to(torch.float8_e5m2)},
+        "weight_values must be float16, bfloat16, float32 or float64 where weights are packed, got Float8_e5m2",
+    ),
     "bits of another dtype": ({"weight_bits": BITS.int()}, "weight_bits must be uint8"),
     "bits of one dimension": ({"weight_bits": BITS[0]}, "weight_bits must be uint8"),
     "bits too narrow": ({"weight_bits": BITS[:, :1]}, "weight_bits must be uint8 of shape"),
@@ -424,6 +428,20 @@ def test_bad_input(name: str) -> None:
     masked_ops.packed_linear(**arguments)
     with pytest.raises(RuntimeError, match=message):
         masked_ops.packed_linear(**arguments | bad)
+
+
+@compiled_only
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.int8], ids=name_of)
+def test_dtypes_of_other_sizes(dtype: torch.dtype) -> None:
+    """Kernels move 2, 4 or 8 bytes."""
+    mask = mask_of("half", 4, 9)
+    bits, nnz = bits_of(mask), int(mask.sum())
+    with pytest.raises(RuntimeError, match="input must be float16, bfloat16, float32 or float64"):
+        _ops.packed_linear_grad_values(ONES(2, 4).to(dtype), ONES(2, 9).to(dtype), bits, nnz)
+    with pytest.raises(RuntimeError, match="weight must be"):
+        _ops.pack_values(ONES(4, 9).to(dtype), bits, nnz)
+    with pytest.raises(RuntimeError, match="weight_values must be"):
+        _ops.unpack_values(ONES(nnz).to(dtype), bits, 9)
 
 
 @pytest.mark.parametrize("name", ["input", "weight_values", "weight_bits"])
