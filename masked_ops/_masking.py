@@ -303,7 +303,9 @@ def _maskable(module: nn.Module, name: str) -> Parameter:
         hint = f"; mask what it may be computed from, {' or '.join(others)}" if others else ""
         raise TypeError(f"'{name}' of {kind} cannot be masked: a Parameter expected, got {type(param).__name__}{hint}")
     if name not in module._parameters:
-        raise TypeError(f"'{name}' of {kind} cannot be masked: it belongs to another module that {kind} wraps")
+        own = next((other for other, tensor in module._parameters.items() if tensor is param), None)
+        where = f"its own name is '{own}'" if own else f"it belongs to another module that {kind} wraps"
+        raise TypeError(f"'{name}' of {kind} cannot be masked: {where}")
     if not (param.is_floating_point() or param.is_complex()) or param.dtype in _WITHOUT_ZERO:
         raise TypeError(f"'{name}' of {kind} cannot be masked: a floating-point dtype expected, got {param.dtype}")
     for other in (orig_name(name), mask_name(name)):

@@ -374,6 +374,16 @@ def script() -> Any:
         return torch.jit.script(nn.Linear(6, 5))
 
 
+class Renamed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.ones(5, 6))
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.kernel
+
+
 def with_attribute(name: str) -> nn.Module:
     module = nn.Linear(6, 5)
     module.register_buffer(name, torch.ones(1))
@@ -390,6 +400,7 @@ REFUSED = [
     pytest.param(lambda: nn.BatchNorm1d(5), "running_mean", TypeError, "a Parameter expected, got Tensor", id="buffer"),
     pytest.param(lambda: nn.Sequential(nn.Linear(6, 5)), "0", TypeError, "got Linear", id="child"),
     pytest.param(lambda: torch.compile(nn.Linear(6, 5)), "weight", TypeError, "OptimizedModule wraps", id="compiled"),
+    pytest.param(Renamed, "weight", TypeError, "Renamed cannot be masked: its own name is 'kernel'", id="property"),
     pytest.param(lambda: with_attribute("weight_orig"), "weight", ValueError, "'weight_orig' already", id="orig-taken"),
     pytest.param(lambda: with_attribute("weight_mask"), "weight", ValueError, "'weight_mask' already", id="mask-taken"),
     pytest.param(
