@@ -41,7 +41,7 @@ def bits_of(mask: Tensor) -> Tensor:
     """The bits of a mask, one where it is not 0."""
     rows, cols = matrix_shape(mask.shape)
     width = (cols + 7) // 8
-    octets = F.pad((mask != 0).to(torch.uint8).view(rows, cols), (0, 8 * width - cols)).view(rows, width, 8)
+    octets = F.pad((mask != 0).to(torch.uint8).reshape(rows, cols), (0, 8 * width - cols)).view(rows, width, 8)
     return (octets << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(-1, dtype=torch.uint8)
 
 

@@ -173,6 +173,10 @@ def test_a_weight_of_any_layout_is_packed() -> None:
     layer.weight_orig.data = layer.weight_orig.data.t().contiguous().t()
     layer.weight_mask = layer.weight_mask.t().contiguous().t()
     assert torch.equal(masked_ops.pack(layer).weight, expected)
+    conv: Any = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    expected = prune.l1_unstructured(conv, "weight", amount=0.5).weight.detach()
+    assert not conv.weight_mask.is_contiguous()
+    assert torch.equal(masked_ops.pack(conv).weight, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float64])
