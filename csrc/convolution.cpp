@@ -16,7 +16,8 @@ namespace {
 // In the order of the weight.
 CompactConvolution compact_of(const ConvolutionPlan& plan, const at::Tensor& weight, const at::Tensor& mask) {
   const bool channels_last = suggests_channels_last(weight);
-  return {plan.of, channels_last ? pattern_of(mask.movedim(1, -1)) : plan.pattern, channels_last};
+  return {plan.of, channels_last ? pattern_of(with_version_of(mask, mask.movedim(1, -1))) : plan.pattern,
+          channels_last};
 }
 
 // body(the kernels of the fused path that serve the convolution)

@@ -47,7 +47,7 @@ std::pair<at::Tensor, at::Tensor> in_memory_order(const at::Tensor& weight, cons
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(),
                    [&](int64_t a, int64_t b) { return weight.stride(a) > weight.stride(b); });
-  return {weight.permute(order), mask.permute(order)};
+  return {weight.permute(order), with_version_of(mask, mask.permute(order))};
 }
 
 void check_mask(const at::Tensor& weight, const at::Tensor& mask) {

@@ -259,6 +259,13 @@ PatternPtr pattern_of(const at::Tensor& mask) {
       cached_of(mask, -1, [&](const Cached*) { return std::make_shared<const Pattern>(mask); }));
 }
 
+at::Tensor with_version_of(const at::Tensor& mask, at::Tensor view) {
+  if (!mask.is_inference()) {
+    view.unsafeGetTensorImpl()->set_version_counter(mask.unsafeGetTensorImpl()->version_counter());
+  }
+  return view;
+}
+
 PatternPtr pattern_of_bits(const at::Tensor& bits, int64_t cols) {
   return std::static_pointer_cast<const Pattern>(
       cached_of(bits, cols, [&](const Cached*) { return std::make_shared<const Pattern>(bits, cols); }));

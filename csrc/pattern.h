@@ -130,6 +130,10 @@ bool packable(at::ScalarType dtype);
 // version counter, and theirs is made anew.
 PatternPtr pattern_of(const at::Tensor& mask);
 
+// A view of the mask whose version is the mask's: below autograd torch gives a view a counter of its own, by which no
+// edit of the mask would be seen.
+at::Tensor with_version_of(const at::Tensor& mask, at::Tensor view);
+
 // The same of packed bits.
 PatternPtr pattern_of_bits(const at::Tensor& bits, int64_t cols);
 

@@ -22,6 +22,7 @@ from generators import (
     mask_of,
     name_of,
     normal,
+    refuses,
     run_each_in_a_process,
     running_on,
 )
@@ -95,12 +96,44 @@ def test_every_path_sees_an_edit(path: str) -> None:
                 assert_exact(_ops.linear_grad_weight(g, x, mask), (g.t() @ x) * mask, pattern)
 
 
-def test_edits_seen_by_convolutions() -> None:
-    x, w, mask = integers(2, 4, 6, 6), integers(5, 4, 3, 3), mask_of("half", 5, 4, 3, 3)
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_edits_seen_by_convolutions(format: torch.memory_format, path: str, groups: int) -> None:
+    x, w, mask = (
+        t.to(memory_format=format)
+        for t in (integers(2, 4, 6, 6), integers(8, 4 // groups, 3, 3), mask_of("half", 8, 4 // groups, 3, 3))
+    )
+    grad_output = integers(2, 8, 4, 4)
+    geometry = ([1, 1], [0, 0], [1, 1], False, [0, 0], groups)
+    for pattern in ("half", "tenth", "some rows", "none", "all"):
+        mask.copy_(mask_of(pattern, 8, 4 // groups, 3, 3))
+        leaf, dense = w.clone().requires_grad_(), w.clone().requires_grad_()
+        expected = F.conv2d(x, dense * mask, groups=groups)
+        expected.backward(grad_output)
+        for _ in range(3):
+            assert_exact(masked_ops.apply_mask(w, mask), w * mask, pattern)
+            with running_on(path):
+                try:
+                    assert_exact(_ops.convolution(x, w, mask, None, *geometry), expected, pattern)
+                    grad_weight = _ops.convolution_grad_weight(grad_output, x, mask, *geometry)
+                    masked_ops.masked_conv2d(x, leaf, mask, groups=groups).backward(grad_output)
+                except RuntimeError as error:
+                    if not refuses(path, error):
+                        raise
+                    continue
+            assert_exact(grad_weight, dense.grad, pattern)
+            assert_exact(leaf.grad, dense.grad, pattern)
+            leaf.grad = None
+
+
+def test_edits_seen_through_a_transposed_weight() -> None:
+    x, w, mask = integers(4, K), integers(K, N).t(), mask_of("half", K, N).t()
     for pattern in ("half", "tenth", "none", "all"):
-        mask.copy_(mask_of(pattern, 5, 4, 3, 3))
+        mask.copy_(mask_of(pattern, N, K))
         for _ in range(2):
-            assert_exact(masked_ops.masked_conv2d(x, w, mask), F.conv2d(x, w * mask))
+            assert_exact(masked_ops.masked_linear(x, w, mask), F.linear(x, w * mask), pattern)
+            assert_exact(masked_ops.apply_mask(w, mask), w * mask, pattern)
 
 
 def test_binary_to_soft_and_back() -> None:
