@@ -5,6 +5,7 @@
 #include <pthread.h>
 
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <unordered_map>
 #include <vector>
@@ -40,9 +41,24 @@ struct KeyHash {
   }
 };
 
+// A mask's version, and the counter that it is of: of one memory there may be several, in views that autograd made
+// none of (`mask.data`, or a view within inductor's code), and none of them counts another one's edits.
+struct Version {
+  c10::VariableVersion counter;  // kept, so that no other one gets its address
+  uint32_t value;
+
+  explicit Version(const at::Tensor& mask)
+      : counter(mask.unsafeGetTensorImpl()->version_counter()), value(counter.current_version()) {}
+  // VariableVersion is a pointer and nothing else, but lets nobody see it.
+  bool operator==(const Version& other) const {
+    static_assert(sizeof(counter) == sizeof(void*));
+    return value == other.value && std::memcmp(&counter, &other.counter, sizeof(counter)) == 0;
+  }
+};
+
 struct Entry {
   c10::weak_intrusive_ptr<c10::StorageImpl> storage;
-  uint32_t version;
+  Version version;
   CachedPtr pattern;
   uint64_t last_use;
 };
@@ -61,7 +77,7 @@ class Cache {
       count_miss();
       return make(nullptr);
     }
-    const uint32_t version = mask.unsafeGetTensorImpl()->version_counter().current_version();
+    const Version version(mask);
     const Key key(mask, cols);
     CachedPtr stale;
     {

@@ -9,6 +9,7 @@ the alias keys ``Autograd`` and ``CompositeExplicitAutograd``, which the library
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 import warnings
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _build, _cuda, reference
+from . import _build, _cuda, _inductor, reference
 
 _GEOMETRY = (
     "SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool transposed, SymInt[] output_padding, SymInt groups"
@@ -328,31 +329,45 @@ for _op in OPERATIONS:
 # --- fake kernels ----------------------------------------------------------------------------------------------------
 
 
-@torch.library.register_fake("masked_ops::linear", lib=_library)
+def _fake(name: str) -> Callable[[Callable[..., Tensor]], None]:
+    """Registers the fake of an operation."""
+
+    def register(function: Callable[..., Tensor]) -> None:
+        @functools.wraps(function)
+        def fake(*args: Any, **kwargs: Any) -> Tensor:
+            _inductor.tell(OPERATIONS)
+            return function(*args, **kwargs)
+
+        torch.library.register_fake(f"masked_ops::{name}", fake, lib=_library)
+
+    return register
+
+
+@_fake("linear")
 def _(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:
     reference.check_linear(input, weight, mask, bias)
     return input.new_empty(input.shape[:-1] + weight.shape[:-1])
 
 
-@torch.library.register_fake("masked_ops::linear_grad_input", lib=_library)
+@_fake("linear_grad_input")
 def _(grad_output: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
     reference.check_linear_grad_input(grad_output, weight, mask)
     return grad_output.new_empty(grad_output.shape[:-1] + weight.shape[1:])
 
 
-@torch.library.register_fake("masked_ops::linear_grad_weight", lib=_library)
+@_fake("linear_grad_weight")
 def _(grad_output: Tensor, input: Tensor, mask: Tensor) -> Tensor:
     reference.check_linear_grad_weight(grad_output, input, mask)
     return grad_output.new_empty(mask.shape)
 
 
-@torch.library.register_fake("masked_ops::convolution", lib=_library)
+@_fake("convolution")
 def _(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
     reference.check_convolution(input, weight, mask, bias, *geometry)
     return torch.ops.aten.convolution(input, weight, bias, *geometry)
 
 
-@torch.library.register_fake("masked_ops::convolution_grad_input", lib=_library)
+@_fake("convolution_grad_input")
 def _(grad_output: Tensor, weight: Tensor, mask: Tensor, input_size: list[int], *geometry: Any) -> Tensor:
     reference.check_mask(weight, mask)
     reference.check_same_kind("grad_output", grad_output, "weight", weight)
@@ -360,7 +375,7 @@ def _(grad_output: Tensor, weight: Tensor, mask: Tensor, input_size: list[int], 
     return torch.ops.aten.convolution_backward(grad_output, input, weight, None, *geometry, [True, False, False])[0]
 
 
-@torch.library.register_fake("masked_ops::convolution_grad_weight", lib=_library)
+@_fake("convolution_grad_weight")
 def _(grad_output: Tensor, input: Tensor, mask: Tensor, *geometry: Any) -> Tensor:
     reference.check_same_kind("input", input, "grad_output", grad_output)
     weight = grad_output.new_empty(mask.shape)
@@ -368,31 +383,31 @@ def _(grad_output: Tensor, input: Tensor, mask: Tensor, *geometry: Any) -> Tenso
     return torch.ops.aten.convolution_backward(grad_output, input, weight, None, *geometry, [False, True, False])[1]
 
 
-@torch.library.register_fake("masked_ops::apply_mask", lib=_library)
+@_fake("apply_mask")
 def _(weight: Tensor, mask: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     reference.check_mask(weight, mask)
     reference.check_cast(weight, dtype)
     return torch.empty_like(weight, dtype=dtype)
 
 
-@torch.library.register_fake("masked_ops::packed_linear", lib=_library)
+@_fake("packed_linear")
 def _(
     input: Tensor, weight_values: Tensor, weight_bits: Tensor, in_features: int, bias: Tensor | None = None
 ) -> Tensor:
     return input.new_empty(input.shape[:-1] + weight_bits.shape[:1])
 
 
-@torch.library.register_fake("masked_ops::packed_linear_grad_input", lib=_library)
+@_fake("packed_linear_grad_input")
 def _(grad_output: Tensor, weight_values: Tensor, weight_bits: Tensor, in_features: int) -> Tensor:
     return grad_output.new_empty((*grad_output.shape[:-1], in_features))
 
 
-@torch.library.register_fake("masked_ops::packed_linear_grad_values", lib=_library)
+@_fake("packed_linear_grad_values")
 def _(grad_output: Tensor, input: Tensor, weight_bits: Tensor, nnz: int) -> Tensor:
     return grad_output.new_empty((nnz,))
 
 
-@torch.library.register_fake("masked_ops::packed_convolution", lib=_library)
+@_fake("packed_convolution")
 def _(
     input: Tensor,
     weight_values: Tensor,
@@ -405,7 +420,7 @@ def _(
     return torch.ops.aten.convolution(input, weight_values.new_empty(weight_size), bias, *geometry)
 
 
-@torch.library.register_fake("masked_ops::packed_convolution_grad_input", lib=_library)
+@_fake("packed_convolution_grad_input")
 def _(
     grad_output: Tensor,
     weight_values: Tensor,
@@ -419,18 +434,18 @@ def _(
     return torch.ops.aten.convolution_backward(grad_output, input, weight, None, *geometry, [True, False, False])[0]
 
 
-@torch.library.register_fake("masked_ops::packed_convolution_grad_values", lib=_library)
+@_fake("packed_convolution_grad_values")
 def _(
     grad_output: Tensor, input: Tensor, weight_bits: Tensor, weight_size: list[int], nnz: int, *geometry: Any
 ) -> Tensor:
     return grad_output.new_empty((nnz,))
 
 
-@torch.library.register_fake("masked_ops::unpack_values", lib=_library)
+@_fake("unpack_values")
 def _(weight_values: Tensor, weight_bits: Tensor, in_features: int) -> Tensor:
     return weight_values.new_empty((weight_bits.shape[0], in_features))
 
 
-@torch.library.register_fake("masked_ops::pack_values", lib=_library)
+@_fake("pack_values")
 def _(weight: Tensor, weight_bits: Tensor, nnz: int) -> Tensor:
     return weight.new_empty((nnz,))

@@ -268,6 +268,38 @@ def test_compile_with_inductor(name: str) -> None:
         assert_exact(actual, expected)
 
 
+@pytest.mark.parametrize("memory_planning", [False, True], ids=["", "memory_planning"])
+def test_inductor_leaves_masks_alone(memory_planning: bool) -> None:
+    """It would compute the second mask in the memory of the first, in the same tensor, and no version counter moves."""
+
+    def ours(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        y = masked_ops.masked_linear(x, first, first > 0)
+        return masked_ops.masked_linear(y, second, second > 0)
+
+    def dense(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        return F.linear(F.linear(x, first.clamp(min=0)), second.clamp(min=0))
+
+    options = {"memory_planning": memory_planning, "fx_graph_cache": False}
+    compiled = torch.compile(ours, fullgraph=True, options=options)
+    with torch.no_grad():
+        for _ in range(2):
+            tensors = integers(3, 64), integers(64, 64), integers(64, 64)
+            assert_exact(compiled(*tensors), dense(*tensors))
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_mask_that_is_viewed_in_a_compiled_function_may_change(backend: str) -> None:
+    """Inductor's views have version counters of their own."""
+    compiled = torch.compile(
+        lambda x, w, m: masked_ops.masked_linear(x, w, m.view(w.shape)), fullgraph=True, backend=backend
+    )
+    x, w, m = integers(3, 64), integers(32, 64), mask_of("half", 32 * 64)
+    with torch.no_grad():
+        for _ in range(3):
+            assert_exact(compiled(x, w, m), F.linear(x, w * m.view(w.shape)))
+            m.logical_not_()
+
+
 def test_dynamic_batch_compiles_once() -> None:
     counter = CompileCounterWithBackend("aot_eager")
     ours, dense, (_, w, m, b) = _linear_problem()
