@@ -224,6 +224,20 @@ def test_gradient_of_a_large_weight(dtype: torch.dtype, shape: tuple[int, int, i
     assert_exact(result, torch.where(mask, g.float().t() @ x.float(), 0).to(dtype), "linear_grad_weight", shape)
 
 
+@compiled_only
+@every_capability
+def test_rows_that_fill_a_block_at_the_end_of_the_index(capability: str) -> None:
+    """The columns of a segment are read ahead, also behind the last one: the sanitizers see whether there is room."""
+    for K in (252, 253, 255, 256, 512):
+        mask = mask_of("one row", 40, K)
+        x, g = integers(5, K), integers(5, 40)
+        with running_on("sparse", capability), poisoned():
+            assert_exact(_ops.linear_grad_weight(g, x, mask), (g.t().double() @ x.double()) * mask, K)
+            weight = spoiled(integers(40, K), mask)
+            assert_exact(_ops.linear(x, weight, mask), x.double() @ masked(weight, mask).t().double(), K)
+            assert_exact(_ops.linear_grad_input(g, weight, mask), g.double() @ masked(weight, mask).double(), K)
+
+
 HALVES = (torch.bfloat16, torch.float16)
 
 

@@ -49,8 +49,9 @@ struct SparseIndex {
   const Run* runs;
   const uint8_t* columns;  // in the block, of each entry; and kLookahead bytes more
 
-  // Loops look a segment ahead; sddmm, which takes segments in pieces, from the middle of one.
-  static constexpr int64_t kLookahead = 256;
+  // Loops look a segment ahead, eight columns at a time; sddmm, which takes segments in pieces, from where the last
+  // piece of 256 columns begins.
+  static constexpr int64_t kLookahead = 256 + 8;
   static constexpr int kBlockRows = 4;
 
   MASKED_OPS_INLINE int64_t panels_of_group() const { return (group_rows + panel_rows - 1) / panel_rows; }
