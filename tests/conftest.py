@@ -88,6 +88,18 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
         yield "cuda"
 
 
+@pytest.fixture(params=(False, True), ids=("into_l1", "into_l2"))
+def fetching(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The CPU's kernels read large weights as on CPUs that fetch them into L1, and as on those that do into L2."""
+    from generators import _module
+
+    if _module is None:
+        pytest.skip("plain torch serves: nothing was compiled")
+    before = _module.set_fetches_into_l2(request.param)
+    yield
+    _module.set_fetches_into_l2(before)
+
+
 @pytest.fixture(scope="session")
 def run_python() -> RunPython:
     """``run_python(code, *arguments, timeout=120, **environment)`` runs code in a fresh interpreter on this masked_ops.

@@ -6,7 +6,7 @@ import ctypes
 import itertools
 import math
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import NamedTuple
 
 import pytest
@@ -161,26 +161,16 @@ def test_family_is_as_accurate_as_torch(path: str | None, dtype: torch.dtype, ca
                     assert_accurate(result, by_torch[op], exact[op], op, case.name)
 
 
-@pytest.fixture(params=(False, True), ids=("into_l1", "into_l2"))
-def fetching(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """As CPUs read large weights that are fetched into L1, and as those that want them in L2."""
-    before = _ops._module.set_fetches_into_l2(request.param)
-    yield request.param
-    _ops._module.set_fetches_into_l2(before)
-
-
-@compiled_only
 @pytest.mark.cpu_only("about a path of the CPU's")
 @pytest.mark.usefixtures("fetching")
 @every_capability
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=name_of)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=name_of)
 def test_few_rows_against_a_weight_from_memory(dtype: torch.dtype, capability: str) -> None:
     """Beyond what the caches are taken to hold, the order is another one: see kCachedBytes in tuning.h."""
-    for columns, rows in ((4100, (1, 2, 7, 16)), (4090, (2,))):
+    for columns, rows in ((4100, (1, 2, 6, 7, 8, 16)), (4090, (2,))):
         check_few_rows((16 << 20) // (dtype.itemsize * columns) + 5, columns, rows, dtype, capability)
 
 
-@compiled_only
 @pytest.mark.cpu_only("about a path of the CPU's")
 @pytest.mark.usefixtures("fetching")
 @every_capability

@@ -11,7 +11,7 @@ constexpr RegisterTile kTile = {tuning::kSmallTile, tuning::kSmallRegisters};
 
 template <typename T>
 struct ExpandedDots {
-  static constexpr int64_t kMostFar = 0;
+  static constexpr int64_t kMostFar = tuning::kMostFarPacked;
   const float* x;      // the chunk of the tile's operands
   int64_t begin, end;  // columns, from a whole word on
   bool last;           // of all chunks
@@ -33,7 +33,7 @@ struct ExpandedDots {
 };
 
 // y[m][r] = x[m] . weight[r] + bias[r] for M rows of input and R rows of the weight.
-template <int M, int R, bool, typename T>
+template <int M, int R, bool kFar, typename T>
 MASKED_OPS_INLINE void take_group(const ExpandedDots<T>& o) {
   constexpr int kStep = L * Operand<T>::kDepth;  // elements of a vector
   Vec sum[M][R] = {};
@@ -42,7 +42,13 @@ MASKED_OPS_INLINE void take_group(const ExpandedDots<T>& o) {
   MASKED_OPS_UNROLL
   for (int r = 0; r < R; ++r) in[r] = o.next[r];
   const float* x = o.x;
+  int64_t ahead = 0;
+  if constexpr (kFar) ahead = bytes_of_group<R>(in);
   for (int64_t k = o.begin; k < o.end; k += 64) {
+    if constexpr (kFar) {
+      MASKED_OPS_UNROLL
+      for (int r = 0; r < R; ++r) fetch_values(in[r], ahead);
+    }
     MASKED_OPS_UNROLL
     for (int j = 0; j < 64; j += kStep, x += M * L) {
       if (j > 0 && k + j >= o.end) break;
@@ -68,6 +74,7 @@ void forward(const Team& team, int64_t M, const PackedWeight& w, const T* input,
   static constexpr KernelTable<ExpandedDots<T>, kTile> kKernels;
   constexpr int64_t kDepth = Operand<T>::kDepth;
   const int64_t N = w.rows, K = w.cols;
+  const bool far = fetches_far<T>(w, M, ExpandedDots<T>::kMostFar);
   const PackedRows<T> values(w);
   const RowTiles tiles(M, kTile.rows);
   const int64_t widest = M == 1 ? tuning::kRowChunk : tiles.count == 1 ? tuning::kTileChunk : tuning::kTilesChunk;
@@ -110,7 +117,7 @@ void forward(const Team& team, int64_t M, const PackedWeight& w, const T* input,
                                              bias ? bias + n : nullptr,
                                              output + m * N + n,
                                              N};
-              kKernels(false, tile_rows, group_rows)(group, groups);
+              kKernels(far, tile_rows, group_rows)(group, groups);
             });
           }
         }

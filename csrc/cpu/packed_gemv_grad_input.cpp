@@ -124,7 +124,7 @@ void by_tiles(const Team& team, int64_t M, const PackedWeight& w, const T* grad_
 
 template <typename T>
 struct ExpandedAxpys {
-  static constexpr int64_t kMostFar = 0;
+  static constexpr int64_t kMostFar = tuning::kMostFarPacked;
   const T* dy;  // [M][N], from the first row of the weight on
   int64_t N;
   int64_t rows;        // of the weight, from there to the end
@@ -144,7 +144,7 @@ struct ExpandedAxpys {
 };
 
 // dx[m] += sum over R rows of dy[m][r] * weight[r], of operands.
-template <int M, int R, bool, typename T>
+template <int M, int R, bool kFar, typename T>
 MASKED_OPS_INLINE void take_group(const ExpandedAxpys<T>& o) {
   constexpr int kDepth = Operand<T>::kDepth;
   // The last row of the weight has another one beside it.
@@ -164,7 +164,13 @@ MASKED_OPS_INLINE void take_group(const ExpandedAxpys<T>& o) {
     for (int d = 0; d < kDepth; ++d) in[r][d] = o.next[r * kDepth + (paired ? d : 0)];
   }
   float* dx = o.dx;
+  int64_t ahead = 0;
+  if constexpr (kFar) ahead = bytes_of_group<R * kDepth>(in[0]);
   for (int64_t k = o.begin; k < o.end; k += 64) {
+    if constexpr (kFar) {
+      MASKED_OPS_UNROLL
+      for (int r = 0; r < R * kDepth; ++r) fetch_values(in[r / kDepth][r % kDepth], ahead);
+    }
     MASKED_OPS_UNROLL
     for (int j = 0; j < 64; j += L * kDepth, dx += M * L * kDepth) {
       if (j > 0 && k + j >= o.end) break;
@@ -198,6 +204,7 @@ void by_rows(const Team& team, int64_t M, const PackedWeight& w, const T* grad_o
   static constexpr KernelTable<ExpandedAxpys<T>, kTile> kKernels;
   constexpr int64_t kDepth = Operand<T>::kDepth;
   const int64_t N = w.rows, K = w.cols;
+  const bool far = fetches_far<T>(w, M, ExpandedAxpys<T>::kMostFar);
   const PackedRows<T> values(w);
   const RowTiles tiles(M, kTile.rows);
   // Sums of the columns as they lie: a vector of operands is as many columns, of each of its rows.
@@ -229,7 +236,7 @@ void by_rows(const Team& team, int64_t M, const PackedWeight& w, const T* grad_o
                                             next + t * block + (n - top),
                                             {w.bits.row(n), w.bits.stride},
                                             chunks.at(own, k, m)};
-            kKernels(false, tiles.size(t), group_rows / kDepth)(group, groups);
+            kKernels(far, tiles.size(t), group_rows / kDepth)(group, groups);
           });
         }
       }

@@ -43,6 +43,27 @@ class PackedRows {
   int64_t tail_;
 };
 
+// Whether values are fetched ahead, as in gemv.h's Reading.
+template <typename T>
+bool fetches_far(const PackedWeight& w, int64_t M, int64_t most) {
+  return w.offsets[w.rows] * int64_t{sizeof(T)} > tuning::kFarBytes && M <= most && fetches_into_l2();
+}
+
+// Bytes from a group's values to those of the next group, about: rows are taken to be equally long.
+template <int kRows, typename T>
+MASKED_OPS_INLINE int64_t bytes_of_group(const T* const* row) {
+  const auto address = [&](int r) { return int64_t(reinterpret_cast<uintptr_t>(row[r])); };
+  return kRows > 1 ? (address(kRows - 1) - address(0)) / max(kRows - 1, 1) * kRows : tuning::kFarAhead;
+}
+
+// Fetches what a row of the next group has where this one has a word of bits; few words have more than two lines.
+template <typename T>
+MASKED_OPS_INLINE void fetch_values(const T* row, int64_t ahead) {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(row) + uintptr_t(ahead);
+  prefetch_l2(reinterpret_cast<const void*>(at));
+  prefetch_l2(reinterpret_cast<const void*>(at + 64));
+}
+
 // body(row, rows of each group, groups): `rows` rows from `first` on in groups of equal height, the rest by units.
 template <typename Body>
 void for_groups(int64_t first, int64_t rows, int64_t height, int64_t unit, const Body& body) {
