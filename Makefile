@@ -9,6 +9,8 @@
 #   make lint        formatting, lint and types
 #   make format      put the formatting right
 #   make sanitize    the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer, on all capabilities
+#   make fence       the kernel tests with memory that ends, and then that begins, at a page that cannot be touched: that
+#                    shows what masked loads and stores do outside of it, which the sanitizers do not see
 #   make cuda-check  the CUDA kernels without a GPU: emulated, and as compiled; part of make test where nvcc is there
 #   make clean       remove everything that make has made
 
@@ -27,13 +29,13 @@ SOURCES := $(shell find masked_ops csrc -type f -not -path '*/__pycache__/*' -no
     $(wildcard README.md) LICENSE MANIFEST.in pyproject.toml setup.py
 KERNEL_TESTS := $(sort $(foreach name,linear results convolution sparse compact pointwise depthwise packed apply_mask pattern autograd errors,\
     $(wildcard tests/test_$(name)*.py)))
-CPP := $(shell find csrc tests/cuda tests/fake_cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+CPP := $(shell find csrc tests/cuda tests/fake_cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu') tests/fence.c
 
 CUDA_TOOLS := .cache/cuda-tools/.ready
 
 export MASKED_OPS_CACHE_DIR ?= $(CURDIR)/.cache/masked_ops
 
-.PHONY: test demo bench lint format sanitize cuda-check clean
+.PHONY: test demo bench lint format sanitize fence cuda-check clean
 
 test: export MASKED_OPS_BUILD_CAPABILITIES := all
 test: export MASKED_OPS_REQUIRE_BUILD := 1
@@ -85,6 +87,21 @@ sanitize: .venv/.test
 	UBSAN_OPTIONS=print_stacktrace=1:abort_on_error=1 \
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 	$(BIN)/pytest -p no:cacheprovider --capture=sys $(or $(ARGS),$(KERNEL_TESTS))
+
+# The library is compiled as always, but for memory of its own, which ends where what was asked for does.
+fence: export MASKED_OPS_FENCE := 1
+fence: export MASKED_OPS_BUILD_CAPABILITIES := all
+fence: export MASKED_OPS_REQUIRE_BUILD := 1
+fence: .venv/.test .cache/fence/fence.so
+	@cd .venv && bin/python -c "from masked_ops import _build; _build.build()"
+	for end in back front; do \
+	    FENCE=$$end LD_PRELOAD=$(CURDIR)/.cache/fence/fence.so \
+	    $(BIN)/pytest -p no:cacheprovider --capture=sys $(or $(ARGS),$(KERNEL_TESTS)); \
+	done
+
+.cache/fence/fence.so: tests/fence.c
+	@mkdir -p $(@D)
+	$(CC) -std=c11 -O1 -g -Wall -Wextra -Werror -shared -fPIC -o $@ $<
 
 cuda-check: .venv/.test $(CUDA_TOOLS)
 	MASKED_OPS_CUDA_CHECK=1 $(BIN)/pytest $(or $(ARGS),tests/cuda tests/test_cuda_build.py tests/test_cuda_host.py)

@@ -23,7 +23,11 @@ namespace {
 // memory that is kept it is 8.5. (MADV_FREE on what is kept would let the system have it back when it needs memory, and
 // costs up to 0.7 of that.)
 constexpr size_t kLargeBytes = size_t{8} << 20;
+#ifdef MASKED_OPS_FENCE
+constexpr size_t kHugePage = 1;  // memory ends where the result does
+#else
 constexpr size_t kHugePage = size_t{2} << 20;
+#endif
 constexpr size_t kKeptResults = 32;  // of all threads together: those of a model come back at once, at zero_grad
 
 // Whole huge pages.
@@ -150,7 +154,12 @@ void release_kept_scratch() { kept_scratch = {}; }
 
 Scratch::Scratch(const at::Tensor& like) {
   const size_t bytes = like.nbytes();
-  if (bytes >= kLargeBytes) {
+#ifdef MASKED_OPS_FENCE
+  const bool fresh = true;
+#else
+  const bool fresh = bytes >= kLargeBytes;
+#endif
+  if (fresh) {
     tensor_ = empty_result_like(like);
     return;
   }

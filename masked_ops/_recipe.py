@@ -116,10 +116,12 @@ _SANITIZE_FLAGS = (
     "-fno-sanitize=vptr",
     "-fno-sanitize-recover=undefined",
 )
+_FENCE_FLAGS = ("-g", "-DMASKED_OPS_FENCE")
 
 
-def _sanitize_flags() -> tuple[str, ...]:
-    return _SANITIZE_FLAGS if enabled("MASKED_OPS_SANITIZE") else ()
+def _checking_flags() -> tuple[str, ...]:
+    sanitize = _SANITIZE_FLAGS if enabled("MASKED_OPS_SANITIZE") else ()
+    return sanitize + (_FENCE_FLAGS if enabled("MASKED_OPS_FENCE") else ())
 
 
 # torch's headers take longer to read than most of the files that include them: files that need the same headers are
@@ -269,6 +271,7 @@ template std::vector<unsigned> probe(unsigned);
         facts = self._common_requirements()
         facts["python"] = str(sysconfig.get_config_var("SOABI"))
         facts["sanitize"] = enabled("MASKED_OPS_SANITIZE")
+        facts["fence"] = enabled("MASKED_OPS_FENCE")
         if self.torch:
             import torch
 
@@ -303,7 +306,7 @@ template std::vector<unsigned> probe(unsigned);
 
     @property
     def link_flags(self) -> tuple[str, ...]:
-        return _LINK_FLAGS + _sanitize_flags()
+        return _LINK_FLAGS + _checking_flags()
 
     def cpu_flags(self, capability: str) -> dict[str, str]:
         """What the CPU must report for the kernels of ``capability``, and the compiler's flag for it."""
@@ -312,7 +315,7 @@ template std::vector<unsigned> probe(unsigned);
 
     @functools.cached_property
     def objects(self) -> list[Object]:
-        common = _COMMON_FLAGS + _sanitize_flags()
+        common = _COMMON_FLAGS + _checking_flags()
         have = tuple(f"-DMASKED_OPS_HAVE_{name.upper()}=1" for name in self.capabilities)
         objects = []
         kernels = []

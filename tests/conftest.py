@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import subprocess
@@ -65,6 +66,16 @@ LONGEST = ("test_cuda_host.py", "test_cuda_gates.py", "test_build.py", "test_com
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Longest files first."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How much the fence has seen, where there is to be one (make fence); an error where it is not loaded."""
+    from masked_ops import _recipe
+
+    if _recipe.enabled("MASKED_OPS_FENCE"):
+        fence = ctypes.CDLL(None)
+        count, missed = (ctypes.c_long.in_dll(fence, name).value for name in ("fence_count", "fence_missed"))
+        terminalreporter.write_line(f"fence: {count} allocations of this process were fenced, {missed} were not")
 
 
 @pytest.fixture(params=("cpu", "cuda") if HAS_CUDA else ("cpu",))

@@ -39,6 +39,7 @@ _module = _ops._module
 CAPABILITIES: tuple[str, ...] = tuple(_module.capabilities()) if _module else ("none",)
 
 SANITIZED = _recipe.enabled("MASKED_OPS_SANITIZE")
+FENCED = _recipe.enabled("MASKED_OPS_FENCE")
 
 compiled_only = pytest.mark.skipif(_module is None, reason="plain torch serves: nothing was compiled")
 
@@ -328,9 +329,12 @@ def poison_scratch() -> None:
 
 
 def on_each_device(cases: Callable[[torch.dtype], list]) -> Callable[[torch.dtype], list]:
-    """Remembers the cases of a dtype on the device where torch's factories make them."""
+    """Remembers the cases of a dtype on the device where torch's factories make them.
 
-    @functools.cache
+    Of one dtype at a time under the fence, which has no room for the tensors of all.
+    """
+
+    @functools.lru_cache(maxsize=1 if FENCED else None)
     def remembered(_: torch.device, dtype: torch.dtype) -> list:
         return cases(dtype)
 

@@ -48,6 +48,7 @@ SETTINGS = (
     "MASKED_OPS_BUILD_CAPABILITIES",
     "MASKED_OPS_CACHE_DIR",
     "MASKED_OPS_CAPABILITY",
+    "MASKED_OPS_FENCE",
     "MASKED_OPS_NO_BUILD",
     "MASKED_OPS_REQUIRE_BUILD",
     "MASKED_OPS_SANITIZE",
@@ -227,6 +228,7 @@ def test_headers_and_sources_and_version_are_in_the_key(tmp_path: Path) -> None:
         lambda patch: patch.setattr(_recipe, "_COMMON_FLAGS", ("-std=c++23",)),
         lambda patch: patch.setattr(_recipe, "_LINK_FLAGS", ("-shared",)),
         lambda patch: patch.setenv("MASKED_OPS_SANITIZE", "1"),
+        lambda patch: patch.setenv("MASKED_OPS_FENCE", "1"),
         lambda patch: patch.setattr("sysconfig.get_config_var", lambda name: "cpython-399"),
         lambda patch: patch.setattr("platform.machine", lambda: "riscv64"),
         lambda patch: patch.setattr(torch, "__version__", "2.99"),
@@ -235,7 +237,20 @@ def test_headers_and_sources_and_version_are_in_the_key(tmp_path: Path) -> None:
         lambda patch: patch.setattr(_recipe, "_pybind11_version", lambda: "99"),
         lambda patch: patch.setattr(_recipe, "standard_library", lambda: None),
     ],
-    ids=["kernel", "common", "link", "sanitize", "python", "machine", "torch", "git", "openmp", "pybind11", "standard"],
+    ids=[
+        "kernel",
+        "common",
+        "link",
+        "sanitize",
+        "fence",
+        "python",
+        "machine",
+        "torch",
+        "git",
+        "openmp",
+        "pybind11",
+        "standard",
+    ],
 )
 def test_flags_and_versions_are_in_the_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[pytest.MonkeyPatch], None]

@@ -328,7 +328,8 @@ _HOSTILE = """
 import itertools, os, resource, torch
 from masked_ops import _ops
 if not os.environ.get("MASKED_OPS_SANITIZE"):  # whose shadow memory is larger than any limit
-    resource.setrlimit(resource.RLIMIT_AS, (2**35, 2**35))
+    limit = 2**35 + (2**43 + 2**34 if os.environ.get("MASKED_OPS_FENCE") else 0)  # what the fence reserves
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 ones = lambda *shape: torch.ones(shape, dtype=torch.{dtype})
 calls = survived = 0
 def attempt(label, function, *arguments):

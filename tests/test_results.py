@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from generators import SANITIZED
+from generators import FENCED, SANITIZED
 from paths import RunPython
 from torch import Tensor
 
 import masked_ops
 
 ROWS, COLS = 4096, 513
-BYTES = -(-ROWS * COLS * 4 >> 21) << 21  # whole huge pages
+BYTES = ROWS * COLS * 4 if FENCED else -(-ROWS * COLS * 4 >> 21) << 21  # whole huge pages
 
 pytestmark = pytest.mark.skipif(not masked_ops.is_available(), reason="plain torch has no memory of its own")
 
@@ -95,8 +95,8 @@ def test_clear_cache_frees_what_is_kept(weight: Tensor, mask: Tensor) -> None:
 
 
 def test_at_most_the_limit_is_kept(weight: Tensor, mask: Tensor) -> None:
-    results = [masked_ops.apply_mask(weight, mask) for _ in range(30)]
-    assert len({result.data_ptr() for result in results}) == 30
+    results = [masked_ops.apply_mask(weight, mask) for _ in range(32)]
+    assert len({result.data_ptr() for result in results}) == 32
     del results
     assert kept() == (256 << 20) // BYTES * BYTES
 
@@ -208,6 +208,7 @@ def test_a_child_has_its_own(succeeds: Callable[[str], None]) -> None:
 
 
 @pytest.mark.skipif(SANITIZED, reason="the sanitizer keeps memory that was freed")
+@pytest.mark.skipif(FENCED, reason="the fence has taken its addresses before there is a limit")
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="limits memory as Linux does")
 def test_no_memory_for_scratch(succeeds: Callable[[str], None]) -> None:
     succeeds(

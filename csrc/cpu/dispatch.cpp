@@ -114,7 +114,6 @@ OutOfMemory::OutOfMemory(size_t bytes, const char* purpose) {
 const char* OutOfMemory::what() const noexcept { return message_; }
 
 void* scratch(Slot slot, size_t bytes) {
-  constexpr size_t kPage = 4096;
   constexpr const char* kPurposes[] = {"a packed operand",
                                        "a packed operand",
                                        "sums",
@@ -126,13 +125,21 @@ void* scratch(Slot slot, size_t bytes) {
                                        "a weight laid out",
                                        "a part of a result"};
   static_assert(std::size(kPurposes) == static_cast<size_t>(Slot::kCount));
+#ifdef MASKED_OPS_FENCE  // ends where the request does, but for vectors' alignment
+  constexpr size_t kAlignment = 64;
+  const auto fits = [&](size_t held) { return held == bytes; };
+  const size_t rounded = bytes;
+#else
+  constexpr size_t kAlignment = 4096;
+  const auto fits = [&](size_t held) { return held >= bytes; };
+  const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+#endif
   const int i = static_cast<int>(slot);
-  if (blocks.bytes[i] < bytes) {
+  if (!fits(blocks.bytes[i])) {
     std::free(blocks.data[i]);
     blocks.data[i] = nullptr;
     blocks.bytes[i] = 0;
-    const size_t rounded = (bytes + kPage - 1) / kPage * kPage;
-    blocks.data[i] = std::aligned_alloc(kPage, rounded);
+    blocks.data[i] = std::aligned_alloc(kAlignment, rounded);
     if (!blocks.data[i]) throw OutOfMemory(rounded, kPurposes[i]);
     blocks.bytes[i] = rounded;
   }

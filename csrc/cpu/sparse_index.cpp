@@ -138,7 +138,8 @@ struct Shape {
   }
 };
 
-// One piece of memory: the struct, then the arrays by falling alignment.
+// One piece of memory: the struct, then the arrays by falling alignment. The last array ends where the memory does, so
+// that tests/fence.c sees what is read behind it.
 struct Arrays {
   SparseIndex* index;
   int64_t* panel_values;
@@ -155,20 +156,22 @@ struct Arrays {
       bytes += size_t(n) * size;
       return offset;
     };
+    const size_t column_bytes = size_t(total.entry + SparseIndex::kLookahead);
     const size_t at[] = {take(shape.panels, sizeof(int64_t)),
                          take(shape.panels * shape.blocks + 1, sizeof(Tile)),
                          take(total.segment + 1, sizeof(Segment)),
                          take(transposed ? total.entry : 0, sizeof(uint32_t)),
                          take(total.run, sizeof(Run)),
-                         take(total.entry + SparseIndex::kLookahead, 1)};
-    char* const memory = static_cast<char*>(std::malloc(bytes));
+                         take(int64_t(-(bytes + column_bytes) % alignof(SparseIndex)), 1),
+                         take(int64_t(column_bytes), 1)};
+    char* const memory = static_cast<char*>(std::aligned_alloc(alignof(SparseIndex), bytes));
     if (!memory) throw OutOfMemory(bytes, "the index of a mask");
     panel_values = reinterpret_cast<int64_t*>(memory + at[0]);
     tiles = reinterpret_cast<Tile*>(memory + at[1]);
     segments = reinterpret_cast<Segment*>(memory + at[2]);
     positions = reinterpret_cast<uint32_t*>(memory + at[3]);
     runs = reinterpret_cast<Run*>(memory + at[4]);
-    columns = reinterpret_cast<uint8_t*>(memory + at[5]);
+    columns = reinterpret_cast<uint8_t*>(memory + at[6]);
     segments[total.segment] = {};
     std::memset(columns + total.entry, 0, SparseIndex::kLookahead);
     index = new (memory) SparseIndex{shape.rows,       shape.cols,   shape.group_rows, shape.panel_rows, shape.panels,
