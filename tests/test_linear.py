@@ -215,6 +215,7 @@ def test_gradient_of_a_large_weight(dtype: torch.dtype, shape: tuple[int, int, i
 
 
 @compiled_only
+@pytest.mark.cpu_only("about an index of the CPU's")
 @every_capability
 def test_rows_that_fill_a_block_at_the_end_of_the_index(capability: str) -> None:
     """The columns of a segment are read ahead, also behind the last one: the sanitizers see whether there is room."""
