@@ -167,7 +167,7 @@ def test_family_is_as_accurate_as_torch(path: str | None, dtype: torch.dtype, ca
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=name_of)
 def test_few_rows_against_a_weight_from_memory(dtype: torch.dtype, capability: str) -> None:
     """Beyond what the caches are taken to hold, the order is another one: see kCachedBytes in tuning.h."""
-    for columns, rows in ((4100, (1, 2, 6, 7, 8, 16)), (4090, (2,))):
+    for columns, rows in ((4100, (1, 2, 6, 7, 8, 16, 24)), (4090, (2,))):
         check_few_rows((16 << 20) // (dtype.itemsize * columns) + 5, columns, rows, dtype, capability)
 
 
@@ -176,8 +176,11 @@ def test_few_rows_against_a_weight_from_memory(dtype: torch.dtype, capability: s
 @every_capability
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=name_of)
 def test_few_rows_against_a_weight_beyond_l2(dtype: torch.dtype, capability: str) -> None:
-    """See kFarBytes in tuning.h: all heights up to kMostFar, or kMostFarSums pairs, and the next one."""
-    check_few_rows((2 << 20) // (dtype.itemsize * 1100) + 5, 1100, range(1, 14), dtype, capability)
+    """See kFarBytes and kDownBytesFar in tuning.h: all heights up to kMostFar, or kMostFarSums pairs, and the next one,
+    and then those where grad_input ends to go by rows."""
+    torch.set_num_threads(2)
+    rows = (*range(1, 14), 16, 17, 20, 21, 24, 25)
+    check_few_rows((5 << 19) // (dtype.itemsize * 1100) + 5, 1100, rows, dtype, capability)
 
 
 @pytest.mark.cpu_only("about a path of the CPU's")

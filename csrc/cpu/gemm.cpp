@@ -307,17 +307,11 @@ void linear(const Team& team, Dtype dtype, int64_t M, int64_t N, int64_t K, cons
 
 void linear_grad_input(const Team& team, Dtype dtype, int64_t M, int64_t N, int64_t K, const void* grad_output,
                        const void* weight, Bits bits, void* grad_input) {
+  if (takes_grad_input_small(team, dtype, M, N, K)) {
+    return linear_grad_input_small(team, dtype, M, N, K, grad_output, weight, bits, grad_input);
+  }
   with_element(dtype, [&](auto element) {
-    using T = decltype(element);
-    const int64_t pitch = K * int64_t{sizeof(T)};
-    int64_t most = kIsFloat<T> ? tuning::kSmallRowsFloat : tuning::kSmallRows;
-    if (N * pitch <= tuning::kCachedBytes) {
-      most = kConverts<T> ? tuning::kDownMostConverted : pitch % 4096 == 0 ? tuning::kDownMostApart : tuning::kDownMost;
-    }
-    if (M <= most) {
-      return linear_grad_input_small(team, dtype, M, N, K, grad_output, weight, bits, grad_input);
-    }
-    Linear<T>::grad_input(team, M, N, K, grad_output, weight, bits, grad_input);
+    Linear<decltype(element)>::grad_input(team, M, N, K, grad_output, weight, bits, grad_input);
   });
 }
 

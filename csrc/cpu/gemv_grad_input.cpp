@@ -330,7 +330,32 @@ void by_rows(const Team& team, int64_t M, int64_t N, int64_t K, const T* grad_ou
   if (!by_chunks) finish_sums(team, chunks, tiles, K, sums, parts, grad_input);
 }
 
+// Bytes of a weight up to which it goes by tiles.
+template <typename T>
+int64_t most_tiled_bytes(const Team& team) {
+  const int64_t most = kConverts<T> ? tuning::kDownBytesConverted : tuning::kDownBytes;
+  return fetches_into_l2() ? min(most, team.threads * tuning::kDownBytesFar) : most;
+}
+
+// Rows of input up to which this is faster than the GEMM.
+template <typename T>
+int64_t most_rows(const Team& team, int64_t N, int64_t K) {
+  const int64_t pitch = K * int64_t{sizeof(T)};
+  if (fetches_into_l2() && N * pitch > team.threads * tuning::kDownBytesFar) {
+    return kConverts<T> ? tuning::kSmallRowsFarConverted : tuning::kSmallRowsFar;
+  }
+  if (N * pitch > tuning::kCachedBytes) return kIsFloat<T> ? tuning::kSmallRowsFloat : tuning::kSmallRows;
+  if (kConverts<T>) return tuning::kDownMostConverted;
+  return pitch % 4096 == 0 ? tuning::kDownMostApart : tuning::kDownMost;
+}
+
 }  // namespace
+
+bool takes_grad_input_small(const Team& team, Dtype dtype, int64_t M, int64_t N, int64_t K) {
+  bool takes = false;
+  with_element(dtype, [&](auto element) { takes = M <= most_rows<decltype(element)>(team, N, K); });
+  return takes;
+}
 
 void linear_grad_input_small(const Team& team, Dtype dtype, int64_t M, int64_t N, int64_t K, const void* dy,
                              const void* weight, Bits bits, void* dx) {
@@ -338,8 +363,7 @@ void linear_grad_input_small(const Team& team, Dtype dtype, int64_t M, int64_t N
     using T = decltype(element);
     const int64_t bytes = N * K * int64_t{sizeof(T)};
     const int64_t least = kConverts<T> ? tuning::kDownColumnsConverted : tuning::kDownColumns * team.threads;
-    const int64_t most = kConverts<T> ? tuning::kDownBytesConverted : tuning::kDownBytes;
-    const bool tiles = M > tuning::kAxpyRows / Operand<T>::kDepth && K >= least && bytes <= most;
+    const bool tiles = M > tuning::kAxpyRows / Operand<T>::kDepth && K >= least && bytes <= most_tiled_bytes<T>(team);
     const bool short_rows = M <= tuning::kShortTile && kIsFloat<T> && K <= tuning::kDownShort &&
                             bytes <= tuning::kDownShortBytes && K >= tile_vectors(int(M)) * L * team.threads;
     (tiles || short_rows ? by_tiles<T> : by_rows<T>)(team, M, N, K, static_cast<const T*>(dy),

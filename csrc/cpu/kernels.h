@@ -18,7 +18,8 @@ void linear_grad_input(const Team&, Dtype, int64_t M, int64_t N, int64_t K, cons
 void linear_grad_weight(const Team&, Dtype, int64_t M, int64_t N, int64_t K, const void* grad_output, const void* input,
                         Bits, void* grad_weight);
 
-// gemv*.cpp. linear and its gradients for a few rows (gemm.cpp decides).
+// gemv*.cpp. linear and its gradients for a few rows (gemm.cpp decides; what decides about grad_input stands with it).
+bool takes_grad_input_small(const Team&, Dtype, int64_t M, int64_t N, int64_t K);
 void linear_small(const Team&, Dtype, int64_t M, int64_t N, int64_t K, const void* input, const void* weight, Bits,
                   const void* bias, void* output);
 void linear_grad_input_small(const Team&, Dtype, int64_t M, int64_t N, int64_t K, const void* grad_output,

@@ -150,6 +150,18 @@ constexpr int64_t kDownBytes = int64_t{1} << 20, kDownBytesConverted = 0;
 #else
 constexpr int64_t kDownBytes = int64_t{16} << 20, kDownBytesConverted = kDownBytes;
 #endif
+// Where the CPU fetches into L2 (kFarBytes), a thread's part of a weight is to fit there, or it goes by rows, up to so
+// many rows of input. Zen 4, dense torch's time over ours, by tiles and by rows, from memory: one thread, 2048 x 2048,
+// float32 8 1.4 and 2.0, 16 1.3 and 1.9, bfloat16 8 .91 and 2.3, 16 .91 and 1.8; two threads, 768 x 3072, float32 8 2.9
+// and 4.2, bfloat16 1.2 and 2.3. From L3 3072 x 1024, one thread, float32 8 1.4 and 2.4, bfloat16 1.6 and 1.6, two
+// threads 2.6 and 3.6, 1.5 and 1.1; 768 x 768, which fits, 2.6 and 1.7, 2.0 and 1.25. More rows of input by the GEMM
+// and by rows, from memory, one thread: 2048 x 1024, 20 float32 1.3 and 2.1, bfloat16 .85 and 1.5, 24 1.4 and 1.9, .92
+// and 1.5, 32 1.55 and 1.7, 1.25 and 1.25; float16, us, 16 1206 and 850, 20 1145 and 1120, 24 1290 and 1290. From L3
+// 24 takes 1.1 to 1.3 times as long by rows. Packed, 2048 x 2048 at 50%, us, by tiles and by rows, from memory: float32
+// 4 1910 and 980, 8 3170 and 1390, 16 4210 and 2400, bfloat16 1010 and 460, 1800 and 660, 2260 and 1180; from L3 591
+// and 556, 1412 and 1054, 2910 and 2120, 368 and 400, 656 and 619, 1504 and 1264.
+constexpr int64_t kDownBytesFar = int64_t{1280} << 10;
+constexpr int64_t kSmallRowsFar = 24, kSmallRowsFarConverted = 20;
 // Columns and bytes of a weight of floats up to which kShortTile rows of input, or fewer, go by tiles too. AVX2, one
 // thread, us, by rows and by tiles: 1, 1024 x 64 3.3 and 2.1, 1024 x 256 11.7 and 9.6, 1024 x 512 25 and 22 (another
 // time 21), 1024 x 1024 41 and 54; 2, 1024 x 512 30 and 28.
@@ -188,10 +200,10 @@ constexpr int64_t kCachedBytes = int64_t{16} << 20;
 // 2.17, 1.66 and 1.99, 8 1.63 and 2.01, 1.77 and 1.59; bfloat16 1.40 and 1.86, 2.00 and 2.87, 2 1.04 and 1.53, 8 1.12
 // and 1.50, 1.58 and 1.88, 16 1.20 and 1.09. Within L2, 512 x 512, 1.76 and 1.51. One row of the weight at a time 1.08
 // and .88; 16 and 64 KB ahead the same. Packed, at 50%, us, not fetched at all and into L2: float32 forward 1 row 2670
-// and 1980, 4 4050 and 3550, grad_input 2890 and 2350, 3780 and 3070; bfloat16 1540 and 840, 2050 and 1490, 1420 and
-// 1000, 2480 and 2140.
+// and 1980, 4 4050 and 3550, 12 6500 and 6250, grad_input 2890 and 2350, 3780 and 3070; bfloat16 1540 and 840, 2050 and
+// 1490, 4110 and 3700, 1420 and 1000, 2480 and 2140.
 constexpr int64_t kFarBytes = int64_t{2} << 20, kFarRowBytes = int64_t{8} << 10, kFarAhead = int64_t{32} << 10;
-constexpr int64_t kMostFar = 8, kMostFarSums = 6, kMostFarPacked = 8;
+constexpr int64_t kMostFar = 8, kMostFarSums = 6, kMostFarPacked = 16;
 #if defined(__AVX512F__)
 constexpr int kFarRows = 8;
 #else
