@@ -49,10 +49,11 @@ struct Version {
 
   explicit Version(const at::Tensor& mask)
       : counter(mask.unsafeGetTensorImpl()->version_counter()), value(counter.current_version()) {}
-  // VariableVersion is a pointer and nothing else, but lets nobody see it.
-  bool operator==(const Version& other) const {
+  // VariableVersion is a pointer and nothing else, but lets nobody see it. A copy of it would count references.
+  bool is_of(const at::Tensor& mask) const {
     static_assert(sizeof(counter) == sizeof(void*));
-    return value == other.value && std::memcmp(&counter, &other.counter, sizeof(counter)) == 0;
+    const c10::VariableVersion& now = mask.unsafeGetTensorImpl()->version_counter();
+    return value == now.current_version() && std::memcmp(&counter, &now, sizeof(counter)) == 0;
   }
 };
 
@@ -77,7 +78,6 @@ class Cache {
       count_miss();
       return make(nullptr);
     }
-    const Version version(mask);
     const Key key(mask, cols);
     CachedPtr stale;
     {
@@ -85,7 +85,7 @@ class Cache {
       const auto it = entries_.find(key);
       if (it != entries_.end()) {
         it->second.last_use = ++clock_;
-        if (it->second.version == version) {
+        if (it->second.version.is_of(mask)) {
           ++info_.hits;
           it->second.pattern->mark_reused();
           return it->second.pattern;
@@ -96,6 +96,7 @@ class Cache {
         ++info_.misses;
       }
     }
+    const Version version(mask);  // as it is read
     // Outside the lock: a big mask takes milliseconds. Two threads may do it twice; the results are equal.
     CachedPtr fresh = make(stale.get());
     if (stale) {

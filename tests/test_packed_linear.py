@@ -260,17 +260,17 @@ def test_few_rows_against_many_weights(threads: int, dtype: torch.dtype, capabil
 @every_capability
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=name_of)
 def test_few_rows_against_values_beyond_l2(dtype: torch.dtype, capability: str) -> None:
-    """See kFarBytes and kDownBytesFar in tuning.h: all heights up to kMostFarPacked, and the next one."""
+    """See kFarBytes and kDownBytesFar in tuning.h: all heights of tiles, alone and beside others."""
     torch.set_num_threads(2)
     N, K = (6 << 20) // (dtype.itemsize * 1100), 1100
     mask = mask_of("half", N, K)
     values = between_nans(integers(int(mask.sum()), dtype=dtype))
     assert values.nbytes > 5 << 19
     bits, weight = bits_of(mask), torch.zeros(N, K).masked_scatter(mask, values.float())
-    x, g = integers(17, K, dtype=dtype), integers(17, N, dtype=dtype)
+    x, g = integers(25, K, dtype=dtype), integers(25, N, dtype=dtype)
     y, dx = x.float() @ weight.t(), g.float() @ weight  # sums of small integers are exact
     with running_on("fused", capability), poisoned():
-        for M in range(1, 18):
+        for M in (*range(1, 18), 20, 23, 24, 25):
             assert_exact(_ops.packed_linear(x[:M], values, bits, K), y[:M].to(dtype), M)
             assert_exact(_ops.packed_linear_grad_input(g[:M], values, bits, K), dx[:M].to(dtype), M)
 

@@ -11,7 +11,7 @@ constexpr RegisterTile kTile = {tuning::kSmallTile, tuning::kSmallRegisters};
 
 template <typename T>
 struct ExpandedDots {
-  static constexpr int64_t kMostFar = tuning::kMostFarPacked;
+  static constexpr int64_t kMostFar = kTile.rows;
   const float* x;      // the chunk of the tile's operands
   int64_t begin, end;  // columns, from a whole word on
   bool last;           // of all chunks
@@ -74,7 +74,7 @@ void forward(const Team& team, int64_t M, const PackedWeight& w, const T* input,
   static constexpr KernelTable<ExpandedDots<T>, kTile> kKernels;
   constexpr int64_t kDepth = Operand<T>::kDepth;
   const int64_t N = w.rows, K = w.cols;
-  const bool far = fetches_far<T>(w, M, ExpandedDots<T>::kMostFar);
+  const bool far = fetches_far<T>(w);
   const PackedRows<T> values(w);
   const RowTiles tiles(M, kTile.rows);
   const int64_t widest = M == 1 ? tuning::kRowChunk : tiles.count == 1 ? tuning::kTileChunk : tuning::kTilesChunk;

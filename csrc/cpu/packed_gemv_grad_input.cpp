@@ -124,7 +124,7 @@ void by_tiles(const Team& team, int64_t M, const PackedWeight& w, const T* grad_
 
 template <typename T>
 struct ExpandedAxpys {
-  static constexpr int64_t kMostFar = tuning::kMostFarPacked;
+  static constexpr int64_t kMostFar = kTile.rows;
   const T* dy;  // [M][N], from the first row of the weight on
   int64_t N;
   int64_t rows;        // of the weight, from there to the end
@@ -204,7 +204,7 @@ void by_rows(const Team& team, int64_t M, const PackedWeight& w, const T* grad_o
   static constexpr KernelTable<ExpandedAxpys<T>, kTile> kKernels;
   constexpr int64_t kDepth = Operand<T>::kDepth;
   const int64_t N = w.rows, K = w.cols;
-  const bool far = fetches_far<T>(w, M, ExpandedAxpys<T>::kMostFar);
+  const bool far = fetches_far<T>(w);
   const PackedRows<T> values(w);
   const RowTiles tiles(M, kTile.rows);
   // Sums of the columns as they lie: a vector of operands is as many columns, of each of its rows.

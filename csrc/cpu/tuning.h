@@ -203,7 +203,7 @@ constexpr int64_t kCachedBytes = int64_t{16} << 20;
 // and 1980, 4 4050 and 3550, 12 6500 and 6250, grad_input 2890 and 2350, 3780 and 3070; bfloat16 1540 and 840, 2050 and
 // 1490, 4110 and 3700, 1420 and 1000, 2480 and 2140.
 constexpr int64_t kFarBytes = int64_t{2} << 20, kFarRowBytes = int64_t{8} << 10, kFarAhead = int64_t{32} << 10;
-constexpr int64_t kMostFar = 8, kMostFarSums = 6, kMostFarPacked = 16;
+constexpr int64_t kMostFar = 8, kMostFarSums = 6;
 #if defined(__AVX512F__)
 constexpr int kFarRows = 8;
 #else
