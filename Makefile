@@ -23,8 +23,7 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
-# Without bytecode ahead: of most modules none is ever needed, and it takes half of the time.
-INSTALL := $(PIP) install --no-compile
+INSTALL := $(PIP) install --quiet --constraint requirements/torch.txt
 
 SOURCES := $(shell find masked_ops csrc -type f -not -path '*/__pycache__/*' -not -name '.*') \
     $(wildcard README.md) LICENSE MANIFEST.in pyproject.toml setup.py
@@ -117,19 +116,19 @@ clean:
 .venv/.torch: requirements/torch.txt
 	@requirements/system.sh $(PYTHON)
 	$(PYTHON) -m venv .venv
-	$(INSTALL) --requirement requirements/torch.txt
+	$(PIP) install --requirement requirements/torch.txt
 	@touch $@
 
 .venv/.%: .venv/.torch $(SOURCES)
 	@rm -rf build
-	$(INSTALL) --quiet --constraint requirements/torch.txt ".[$(if $(filter test,$*),test$(comma)lint,$*)]"
+	$(INSTALL) ".[$(if $(filter test,$*),test$(comma)lint,$*)]"
 	@rm -rf build *.egg-info
 	@touch $@
 
 # Packages of which only files are read; beside torch they would change what it does.
 $(CUDA_TOOLS): requirements/cuda-tools.txt .venv/.torch
 	@rm -rf $(@D)
-	$(INSTALL) --quiet --no-deps --target $(@D) --requirement $<
+	$(PIP) install --quiet --no-deps --target $(@D) --requirement $<
 	@touch $@
 
 comma := ,
