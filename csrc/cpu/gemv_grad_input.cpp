@@ -330,18 +330,11 @@ void by_rows(const Team& team, int64_t M, int64_t N, int64_t K, const T* grad_ou
   if (!by_chunks) finish_sums(team, chunks, tiles, K, sums, parts, grad_input);
 }
 
-// Bytes of a weight up to which it goes by tiles.
-template <typename T>
-int64_t most_tiled_bytes(const Team& team) {
-  const int64_t most = kConverts<T> ? tuning::kDownBytesConverted : tuning::kDownBytes;
-  return fetches_into_l2() ? min(most, team.threads * tuning::kDownBytesFar) : most;
-}
-
 // Rows of input up to which this is faster than the GEMM.
 template <typename T>
 int64_t most_rows(const Team& team, int64_t N, int64_t K) {
   const int64_t pitch = K * int64_t{sizeof(T)};
-  if (fetches_into_l2() && N * pitch > team.threads * tuning::kDownBytesFar) {
+  if (too_far_for_tiles(team, N * pitch)) {
     return kConverts<T> ? tuning::kSmallRowsFarConverted : tuning::kSmallRowsFar;
   }
   if (N * pitch > tuning::kCachedBytes) return kIsFloat<T> ? tuning::kSmallRowsFloat : tuning::kSmallRows;
@@ -363,7 +356,9 @@ void linear_grad_input_small(const Team& team, Dtype dtype, int64_t M, int64_t N
     using T = decltype(element);
     const int64_t bytes = N * K * int64_t{sizeof(T)};
     const int64_t least = kConverts<T> ? tuning::kDownColumnsConverted : tuning::kDownColumns * team.threads;
-    const bool tiles = M > tuning::kAxpyRows / Operand<T>::kDepth && K >= least && bytes <= most_tiled_bytes<T>(team);
+    const int64_t most = kConverts<T> ? tuning::kDownBytesConverted : tuning::kDownBytes;
+    const bool tiles =
+        M > tuning::kAxpyRows / Operand<T>::kDepth && K >= least && bytes <= most && !too_far_for_tiles(team, bytes);
     const bool short_rows = M <= tuning::kShortTile && kIsFloat<T> && K <= tuning::kDownShort &&
                             bytes <= tuning::kDownShortBytes && K >= tile_vectors(int(M)) * L * team.threads;
     (tiles || short_rows ? by_tiles<T> : by_rows<T>)(team, M, N, K, static_cast<const T*>(dy),

@@ -1,11 +1,16 @@
 // What grad_input for few rows of input has for a dense weight (gemv_grad_input.cpp) as for a packed one
-// (packed_gemv_grad_input.cpp): how threads share its columns, and the end that adds up their sums. (How a tile loads
-// and stores its sums decides which registers its loop is left with: each has its own way.)
+// (packed_gemv_grad_input.cpp): where tiles are too slow, how threads share its columns, and the end that adds up their
+// sums. (How a tile loads and stores its sums decides which registers its loop is left with: each has its own way.)
 #pragma once
 
 #include "gemv.h"
 
 namespace masked_ops::cpu::MASKED_OPS_CAPABILITY {
+
+// Whether so many bytes of a weight come too slowly for tiles of columns, which take few of each row.
+inline bool too_far_for_tiles(const Team& team, int64_t bytes) {
+  return fetches_into_l2() && bytes > team.threads * tuning::kDownBytesFar;
+}
 
 // By strips of columns of equal width, a multiple of a tile's, as many for each thread: take(first, last, sums [M][K]).
 template <typename T, typename Take>

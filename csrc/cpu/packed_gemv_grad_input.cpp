@@ -245,14 +245,6 @@ void by_rows(const Team& team, int64_t M, const PackedWeight& w, const T* grad_o
   finish_sums(team, chunks, tiles, K, sums, parts, grad_input);
 }
 
-// Whether values come fast enough for tiles of columns, which take few bytes of each row.
-template <typename T>
-bool near_enough(const Team& team, const PackedWeight& w) {
-  constexpr int64_t kBytes = sizeof(T);
-  if (fetches_into_l2()) return w.offsets[w.rows] * kBytes <= team.threads * tuning::kDownBytesFar;
-  return w.rows * w.cols * kBytes <= tuning::kCachedBytes;
-}
-
 }  // namespace
 
 void packed_linear_grad_input_small(const Team& team, Dtype dtype, int64_t M, const PackedWeight& weight,
@@ -262,7 +254,9 @@ void packed_linear_grad_input_small(const Team& team, Dtype dtype, int64_t M, co
     if constexpr (Operand<T>::kExpands) {
       const auto take = [&](auto way) { way(team, M, weight, static_cast<const T*>(dy), static_cast<T*>(dx)); };
       if constexpr (tuning::kExpandedByRow < tuning::kExpandedGradRows) {
-        if (M > tuning::kExpandedByRow && near_enough<T>(team, weight)) return take(by_tiles<T>);
+        const bool cached = weight.rows * weight.cols * int64_t{sizeof(T)} <= tuning::kCachedBytes;
+        const bool tiles = cached && !too_far_for_tiles(team, weight.offsets[weight.rows] * int64_t{sizeof(T)});
+        if (M > tuning::kExpandedByRow && tiles) return take(by_tiles<T>);
       }
       take(by_rows<T>);
     }
