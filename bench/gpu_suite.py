@@ -11,7 +11,7 @@ phase --jobs at a time); what it found is in the JSON file at once, and a short 
 set: kernels that no GPU has confirmed are used. What is expected stands in bench/results/gpu-predictions.md, written
 before the first run.
 
-The phase decide is for what no GPU has decided yet: whether decode_sliced and decode_tiles are right and how fast,
+The phase decide is for what no GPU has decided yet: whether decode_sliced and decode_gathered are right and how fast,
 which plan of gemm_sm90 is best for few rows, and what a masked copy of a small weight costs. Its table says what was
 asked and what a model expects.
 
@@ -202,8 +202,8 @@ def packed_is_right(dtype: torch.dtype) -> Callable[[bool], Iterator[Row]]:
     return run
 
 
-LAID_OUT = ("decode_sliced", "decode_tiles")
-LAID_OUT_SIZES = ((1, 4), (65, 132), (257, 264), (4096, 4096), (1000, 11008), (300, 8192 * 2 + 68), (36000, 64))
+LAID_OUT = ("decode_sliced", "decode_gathered")
+LAID_OUT_SIZES = ((1, 8), (65, 136), (257, 264), (4096, 4096), (1000, 11008), (300, 8192 * 2 + 72), (70000, 64))
 
 
 def laid_out_is_right(path: str, dtype: torch.dtype) -> Callable[[bool], Iterator[Row]]:
@@ -217,7 +217,7 @@ def laid_out_is_right(path: str, dtype: torch.dtype) -> Callable[[bool], Iterato
                 mask = uniform_mask((N, K), density, dtype)
                 mask[: N // 2, : K // 3 : 32] = 1  # uneven, so that there are loose steps
                 values, bits = packed(weight, mask)
-                for M in (1, 2, 3, 8, 16, 33, 64):
+                for M in (1, 2, 3, 4) if path == "decode_sliced" else (1, 3, 8, 9, 16, 33, 64):
                     x = torch.randn(M, K, device=DEVICE, dtype=dtype)
                     try:
                         with masked_ops.use_path("copy" if dry else path), poisoned():
@@ -590,14 +590,14 @@ ASKED = {(0.1, 1): 3, (0.1, 16): 3, **{(0.25, M): 1.6 for M in (1, 2, 4, 8, 16)}
 }
 EXPECTED_US = {
     "decode_sliced": {
-        0.1: {1: 9.5, 2: 10, 4: 10.5, 8: 11, 16: 16, 32: 28, 64: 50},
-        0.25: {1: 17, 2: 18, 4: 18.5, 8: 20, 16: 32, 32: 60, 64: 115},
-        0.5: {1: 30, 2: 31, 4: 31, 8: 34, 16: 58, 32: 112, 64: 220},
+        0.1: {1: 9.5, 2: 10, 4: 10.5},
+        0.25: {1: 17, 2: 18, 4: 18.5},
+        0.5: {1: 30, 2: 31, 4: 31},
     },
-    "decode_tiles": {
-        0.1: {1: 16, 2: 16, 4: 16, 8: 16, 16: 16.5, 32: 18, 64: 33},
-        0.25: {1: 17, 2: 17, 4: 17, 8: 17, 16: 17.5, 32: 19, 64: 35},
-        0.5: {1: 25, 2: 25, 4: 25, 8: 25, 16: 25, 32: 25, 64: 42},
+    "decode_gathered": {
+        0.1: {1: 10.2, 2: 10.4, 4: 10.4, 8: 10.4, 16: 10.7, 32: 16, 64: 27},
+        0.25: {1: 16.5, 2: 16.5, 4: 16.5, 8: 16.5, 16: 16.8, 32: 19, 64: 32},
+        0.5: {1: 26.5, 2: 26.5, 4: 26.5, 8: 26.5, 16: 27, 32: 29, 64: 51},
     },
 }
 
@@ -620,6 +620,8 @@ def decode_decisions(side: int, density: float) -> Callable[[bool], Iterator[Row
             x = torch.randn(M, n, device=DEVICE, dtype=dtype)
             calls: dict[str, list[Callable[[], object]]] = {"dense": [lambda w=w, x=x: F.linear(x, w) for w in weights]}
             for path in ("decode", *LAID_OUT):
+                if path == "decode_sliced" and M > 4:
+                    continue
                 calls[path] = [lambda s=s, x=x, path=path: on(path, s, x) for s in stored]
             with torch.no_grad():
                 timings = replayed_on_device(calls, DRY_SECONDS if dry else SECONDS)
@@ -705,7 +707,7 @@ def small_copies(dry: bool) -> Iterator[Row]:
 
 # One row of input and eight in turn.
 PROFILED_DECODE = """import gpu_suite
-x=torch.randn(8,8192,device='cuda').bfloat16();w=torch.randn(8192,8192,device='cuda').bfloat16()
+x=torch.randn(ROWS,8192,device='cuda').bfloat16();w=torch.randn(8192,8192,device='cuda').bfloat16()
 v,b=gpu_suite.packed(w,(torch.rand_like(w)<.1).bfloat16())
 with masked_ops.use_path('PATH'):
  for i in range(6):
@@ -718,9 +720,9 @@ PROFILED = {  # the first calls check the kernels and pack the mask
     "m=(torch.rand_like(w)<.5).bfloat16()\n"
     "with masked_ops.use_path('gemm_sm90'):\n"
     " for i in range(6):\n  if i == 3: profiler.start()\n  masked_ops.masked_linear(x,w,m)",
-    "decode_gather": PROFILED_DECODE.replace("PATH", "decode"),
-    "decode_sliced": PROFILED_DECODE.replace("PATH", "decode_sliced"),
-    "decode_tiles": PROFILED_DECODE.replace("PATH", "decode_tiles"),
+    "decode_gather": PROFILED_DECODE.replace("PATH", "decode").replace("ROWS", "8"),
+    "decode_sliced": PROFILED_DECODE.replace("PATH", "decode_sliced").replace("ROWS", "4"),
+    "decode_gathered": PROFILED_DECODE.replace("PATH", "decode_gathered").replace("ROWS", "16"),
 }
 METRICS = (
     "gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,"
@@ -840,7 +842,7 @@ def all_cases() -> list[Case]:
 
     laid_out = [laid_out_is_right(path, DTYPES[name]) for path in LAID_OUT for name in ("bf16", "fp16")]
     cases.append(Case("laid-out-is-right", "decide", 150, one_after_another(*laid_out)))
-    decisions = [decode_decisions(8192, density) for density in EXPECTED_US["decode_tiles"]]
+    decisions = [decode_decisions(8192, density) for density in EXPECTED_US["decode_gathered"]]
     cases.append(Case("decide-decode", "decide", 150, one_after_another(*decisions, decode_decisions(4096, 0.1))))
     cases.append(Case("decide-gemm", "decide", 60, gemm_plans))
     cases.append(Case("decide-convolutions", "decide", 60, one_after_another(small_copies, convolution_steps)))

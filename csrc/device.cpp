@@ -15,12 +15,12 @@
 namespace masked_ops::device {
 namespace {
 
-constexpr std::array<const char*, kKernels> kNames = {"mask_copy", "packed",        "decode",      "gemm_sm80",
-                                                      "gemm_sm90", "decode_sliced", "decode_tiles"};
+constexpr std::array<const char*, kKernels> kNames = {"mask_copy", "packed",        "decode",         "gemm_sm80",
+                                                      "gemm_sm90", "decode_sliced", "decode_gathered"};
 
 // Kernels that have been right on a GPU, over bench/gpu_suite.py --phase correctness: an H200.
 constexpr std::array<bool, kKernels> kConfirmed = {
-    true, true, true, true, true, /*decode_sliced=*/false, /*decode_tiles=*/false};
+    true, true, true, true, true, /*decode_sliced=*/false, /*decode_gathered=*/false};
 
 constexpr int kMaxDevices = 64;
 
@@ -60,9 +60,9 @@ const Api* open(const std::string& path) {
   MASKED_OPS_FIND(slice);
   MASKED_OPS_FIND(fill_slices);
   MASKED_OPS_FIND(decode_sliced);
-  MASKED_OPS_FIND(tile);
-  MASKED_OPS_FIND(fill_tiles);
-  MASKED_OPS_FIND(decode_tiles);
+  MASKED_OPS_FIND(gather);
+  MASKED_OPS_FIND(fill_gathered);
+  MASKED_OPS_FIND(decode_gathered);
   MASKED_OPS_FIND(fragments_bytes);
   MASKED_OPS_FIND(pack_fragments);
   MASKED_OPS_FIND(gemm_sm80);
@@ -103,8 +103,8 @@ bool forced(Kernel kernel) {
       return kernel == Kernel::kDecode || kernel == Kernel::kPacked;
     case Path::kDecodeSliced:
       return kernel == Kernel::kDecodeSliced || kernel == Kernel::kPacked;
-    case Path::kDecodeTiles:
-      return kernel == Kernel::kDecodeTiles || kernel == Kernel::kPacked;
+    case Path::kDecodeGathered:
+      return kernel == Kernel::kDecodeGathered || kernel == Kernel::kPacked;
     case Path::kGemmSm80:
       return kernel == Kernel::kGemmSm80 || kernel == Kernel::kMaskCopy;
     case Path::kGemmSm90:
@@ -134,9 +134,9 @@ const char* too_old(const Api& api, Kernel kernel, c10::Device device) {
   const int error = api.device_facts(device.index(), &facts);
   if (error) return intern(std::string("the device cannot be asked: ") + api.error_string(error));
   if (kernel == Kernel::kGemmSm90 && facts.major != 9) return "it needs compute capability 9.0";
-  const int64_t shared = kernel == Kernel::kDecodeSliced  ? cuda::kSlicedSharedBytes
-                         : kernel == Kernel::kDecodeTiles ? cuda::kTilesSharedBytes
-                                                          : 0;
+  const int64_t shared = kernel == Kernel::kDecodeSliced     ? cuda::kSlicedSharedBytes
+                         : kernel == Kernel::kDecodeGathered ? cuda::kGatheredSharedBytes
+                                                             : 0;
   if (facts.shared_bytes < shared) return "a block has too little shared memory for it";
   return facts.major < 8 ? "it needs compute capability 8.0 or newer" : nullptr;
 }

@@ -20,7 +20,7 @@
 namespace masked_ops::device {
 
 // What can be switched on and checked by itself. Each name is the one that report() and use_path know.
-enum class Kernel { kMaskCopy, kPacked, kDecode, kGemmSm80, kGemmSm90, kDecodeSliced, kDecodeTiles };
+enum class Kernel { kMaskCopy, kPacked, kDecode, kGemmSm80, kGemmSm90, kDecodeSliced, kDecodeGathered };
 inline constexpr int kKernels = 7;
 
 // The functions of cuda/api.h.
@@ -40,9 +40,9 @@ struct Api {
   decltype(&masked_ops_cuda_slice) slice;
   decltype(&masked_ops_cuda_fill_slices) fill_slices;
   decltype(&masked_ops_cuda_decode_sliced) decode_sliced;
-  decltype(&masked_ops_cuda_tile) tile;
-  decltype(&masked_ops_cuda_fill_tiles) fill_tiles;
-  decltype(&masked_ops_cuda_decode_tiles) decode_tiles;
+  decltype(&masked_ops_cuda_gather) gather;
+  decltype(&masked_ops_cuda_fill_gathered) fill_gathered;
+  decltype(&masked_ops_cuda_decode_gathered) decode_gathered;
   decltype(&masked_ops_cuda_fragments_bytes) fragments_bytes;
   decltype(&masked_ops_cuda_pack_fragments) pack_fragments;
   decltype(&masked_ops_cuda_gemm_sm80) gemm_sm80;

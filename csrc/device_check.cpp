@@ -31,8 +31,10 @@ struct Case {
   cuda::MaskFacts facts{};
   at::Tensor offsets;
 
-  Case(const Api& functions, int64_t rows, int64_t cols, int64_t seed, c10::Device device)
-      : api(functions), mask(whole({rows, cols}, seed, at::kFloat, device).eq(1)) {
+  // A fifth of all weights, or of these.
+  Case(const Api& functions, int64_t rows, int64_t cols, bool few, c10::Device device)
+      : api(functions), mask(whole({rows, cols}, 1, at::kFloat, device).eq(1)) {
+    if (few) mask.logical_and_(whole({rows, cols}, 6, at::kFloat, device).eq(1));
     packed = pack_mask(api, mask, rows, cols);
     const at::Tensor host = packed.facts.cpu();
     std::memcpy(&facts, host.const_data_ptr<int64_t>(), sizeof(facts));
@@ -123,6 +125,7 @@ std::string check_laid_out(const Case& c, Form form) {
     const at::Tensor values = weight.masked_select(c.mask);
     const at::Tensor data = fill(c.api, form, layout, c.packed.words, c.offsets, c.cols(), values);
     for (const int64_t M : {1, 2, 4, 16, 19}) {
+      if (form == Form::kSlices && M > cuda::kMostSlicedRows) break;
       const at::Tensor x = whole({M, c.cols()}, M, dtype, device);
       const at::Tensor y = decode(c.api, form, x, layout, data, c.rows(), bias);
       if (!y.defined()) return "it refuses a small case";
@@ -174,8 +177,11 @@ std::string check(const Api& api, Kernel kernel, c10::Device device) {
   const at::AutoDispatchBelowADInplaceOrView below;
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   try {
-    for (const auto [rows, cols] : {std::pair<int64_t, int64_t>{37, 83}, {136, 200}, {328, 520}}) {
-      const Case c(api, rows, cols, 1, device);
+    for (const auto [rows, cols] : {std::pair<int64_t, int64_t>{37, 83}, {136, 200}, {328, 520}, {24, 4504}}) {
+      // Long rows, of which clusters of blocks have a part each, and groups of four steps.
+      const bool more_than_a_segment = cols > cuda::kGatherColumns;
+      if (more_than_a_segment && kernel != Kernel::kDecodeGathered) continue;
+      const Case c(api, rows, cols, more_than_a_segment, device);
       std::string wrong;
       switch (kernel) {
         case Kernel::kMaskCopy:
@@ -190,8 +196,8 @@ std::string check(const Api& api, Kernel kernel, c10::Device device) {
         case Kernel::kDecodeSliced:
           if (cols % 2 == 0) wrong = check_laid_out(c, Form::kSlices);
           break;
-        case Kernel::kDecodeTiles:
-          if (cols % 4 == 0) wrong = check_laid_out(c, Form::kTiles);
+        case Kernel::kDecodeGathered:
+          if (cols % 8 == 0) wrong = check_laid_out(c, Form::kGathered);
           break;
         case Kernel::kGemmSm80:
         case Kernel::kGemmSm90:

@@ -184,27 +184,26 @@ const cuda::SlicedPiece* slices_of(const Layout& layout) {
   static_assert(sizeof(cuda::SlicedPiece) == 4 * sizeof(int32_t));
   return reinterpret_cast<const cuda::SlicedPiece*>(layout.pieces.const_data_ptr<int32_t>());
 }
-const cuda::TilePiece* tiles_of(const Layout& layout) {
-  static_assert(sizeof(cuda::TilePiece) == 2 * sizeof(int32_t));
-  return reinterpret_cast<const cuda::TilePiece*>(layout.pieces.const_data_ptr<int32_t>());
+const cuda::GatheredPiece* gathered_of(const Layout& layout) {
+  static_assert(sizeof(cuda::GatheredPiece) == 4 * sizeof(int32_t));
+  return reinterpret_cast<const cuda::GatheredPiece*>(layout.pieces.const_data_ptr<int32_t>());
 }
 
 int64_t pieces_of(int64_t whole, int64_t piece) { return (whole + piece - 1) / piece; }
 
-// Long rows first.
-at::Tensor by_length(const at::Tensor& offsets, int64_t N) {
+// Long rows first, and -1 up to a multiple of the rows of a piece.
+at::Tensor by_length(const at::Tensor& offsets, int64_t N, int64_t rows) {
   const at::Tensor counts = offsets.narrow(0, 1, N).sub(offsets.narrow(0, 0, N));
-  const int64_t places = pieces_of(N, cuda::kSliceRows) * cuda::kSliceRows;
-  at::Tensor order = at::full({places}, -1, offsets.options().dtype(at::kInt));
+  at::Tensor order = at::full({pieces_of(N, rows) * rows}, -1, offsets.options().dtype(at::kInt));
   order.narrow(0, 0, N).copy_(counts.argsort(0, /*descending=*/true));
   return order;
 }
 
-// Where each piece begins among all, into starts; and the length of all.
-int64_t begin_pieces(const at::Tensor& sizes, const at::Tensor& starts) {
-  if (sizes.numel() == 0) return 0;
-  const at::Tensor wide = sizes.to(at::kLong), ends = wide.cumsum(0);
-  starts.copy_(ends.sub(wide));
+// at of each piece out of size (cuda/api.h); and the length of all.
+int64_t begin_pieces(const at::Tensor& pieces) {
+  if (pieces.numel() == 0) return 0;
+  const at::Tensor sizes = pieces.select(1, 1).to(at::kLong), ends = sizes.cumsum(0);
+  pieces.select(1, 0).copy_(ends.sub(sizes));
   return ends.select(0, -1).item<int64_t>();
 }
 
@@ -212,21 +211,19 @@ int64_t begin_pieces(const at::Tensor& sizes, const at::Tensor& starts) {
 
 Layout lay_out(const Api& api, Form form, const at::Tensor& words, const at::Tensor& offsets, int64_t N, int64_t K) {
   const Launch launch(words.device());
-  const auto ints = words.options().dtype(at::kInt);
-  if (form == Form::kTiles) {
-    const int64_t count = pieces_of(N, cuda::kTileSide) * pieces_of(K, cuda::kTileSide);
-    Layout layout{{}, at::zeros({count, 2}, ints), 0};
-    check_launch("tile",
-                 api.tile(words_of(words), N, K, const_cast<cuda::TilePiece*>(tiles_of(layout)), launch.stream()));
-    const at::Tensor starts = layout.pieces.select(1, 0);
-    layout.bytes = begin_pieces(starts, starts) * cuda::kTileUnit;
-    return layout;
+  const bool gathered = form == Form::kGathered;
+  const int64_t rows = gathered ? cuda::kStripRows : cuda::kSliceRows;
+  const int64_t count = pieces_of(N, rows) * pieces_of(K, gathered ? cuda::kGatherColumns : cuda::kSliceColumns);
+  Layout layout{by_length(offsets, N, rows), at::zeros({count, 4}, words.options().dtype(at::kInt)), 0};
+  const int32_t* const order = layout.order.const_data_ptr<int32_t>();
+  if (gathered) {
+    check_launch("gather", api.gather(words_of(words), N, K, order,
+                                      const_cast<cuda::GatheredPiece*>(gathered_of(layout)), launch.stream()));
+  } else {
+    check_launch("slice", api.slice(words_of(words), N, K, order, const_cast<cuda::SlicedPiece*>(slices_of(layout)),
+                                    launch.stream()));
   }
-  const int64_t count = pieces_of(N, cuda::kSliceRows) * pieces_of(K, cuda::kSliceColumns);
-  Layout layout{by_length(offsets, N), at::zeros({count, 4}, ints), 0};
-  check_launch("slice", api.slice(words_of(words), N, K, layout.order.const_data_ptr<int32_t>(),
-                                  const_cast<cuda::SlicedPiece*>(slices_of(layout)), launch.stream()));
-  layout.bytes = begin_pieces(layout.pieces.select(1, 1), layout.pieces.select(1, 0)) * cuda::kSliceUnit;
+  layout.bytes = begin_pieces(layout.pieces) * (gathered ? cuda::kGatherUnit : cuda::kSliceUnit);
   return layout;
 }
 
@@ -236,12 +233,13 @@ at::Tensor fill(const Api& api, Form form, const Layout& layout, const at::Tenso
   at::Tensor data = empty_on(values.device(), {layout.bytes}, at::kByte);
   const int64_t N = offsets.numel() - 1, *const begins = offsets.const_data_ptr<int64_t>();
   const void* const from = values.const_data_ptr();
-  if (form == Form::kTiles) {
-    check_launch("fill_tiles", api.fill_tiles(words_of(words), N, K, begins, tiles_of(layout), from, data.data_ptr(),
-                                              launch.stream()));
+  const int32_t* const order = layout.order.const_data_ptr<int32_t>();
+  if (form == Form::kGathered) {
+    check_launch("fill_gathered", api.fill_gathered(words_of(words), N, K, begins, order, gathered_of(layout), from,
+                                                    data.data_ptr(), launch.stream()));
   } else {
-    check_launch("fill_slices", api.fill_slices(words_of(words), N, K, begins, layout.order.const_data_ptr<int32_t>(),
-                                                slices_of(layout), from, data.data_ptr(), launch.stream()));
+    check_launch("fill_slices", api.fill_slices(words_of(words), N, K, begins, order, slices_of(layout), from,
+                                                data.data_ptr(), launch.stream()));
   }
   return data;
 }
@@ -252,15 +250,16 @@ at::Tensor decode(const Api& api, Form form, const at::Tensor& input, const Layo
   at::Tensor output = empty_with_last_dim(input, N);
   const int dtype = cuda_dtype(input.scalar_type());
   const int64_t M = rows_of(input), K = input.size(-1);
-  const int error =
-      form == Form::kTiles
-          ? api.decode_tiles(dtype, M, N, K, input.const_data_ptr(), tiles_of(layout), data.const_data_ptr(),
-                             data_or_null(bias), output.data_ptr(), launch.stream())
-          : api.decode_sliced(dtype, M, N, K, input.const_data_ptr(), layout.order.const_data_ptr<int32_t>(),
-                              slices_of(layout), data.const_data_ptr(), data_or_null(bias), output.data_ptr(),
-                              launch.stream());
+  const bool gathered = form == Form::kGathered;
+  const void* const from = input.const_data_ptr();
+  const int32_t* const order = layout.order.const_data_ptr<int32_t>();
+  const int error = gathered
+                        ? api.decode_gathered(dtype, M, N, K, from, order, gathered_of(layout), data.const_data_ptr(),
+                                              data_or_null(bias), output.data_ptr(), launch.stream())
+                        : api.decode_sliced(dtype, M, N, K, from, order, slices_of(layout), data.const_data_ptr(),
+                                            data_or_null(bias), output.data_ptr(), launch.stream());
   if (error == cuda::kUnsupported) return {};
-  check_launch(form == Form::kTiles ? "decode_tiles" : "decode_sliced", error);
+  check_launch(gathered ? "decode_gathered" : "decode_sliced", error);
   return output;
 }
 

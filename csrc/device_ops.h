@@ -43,12 +43,12 @@ at::Tensor decode_index(const Api& api, const at::Tensor& words, int64_t N, int6
 at::Tensor decode(const Api& api, const at::Tensor& input, const at::Tensor& values, const at::Tensor& index, int64_t N,
                   const at::Tensor& bias);
 
-// A weight laid out for one of the kernels decode_sliced and decode_tiles (cuda/api.h).
-enum class Form { kSlices, kTiles };
+// A weight laid out for one of the kernels decode_sliced and decode_gathered (cuda/api.h).
+enum class Form { kSlices, kGathered };
 inline constexpr int kForms = 2;
 // What a mask says of it.
 struct Layout {
-  at::Tensor order;  // of the rows in slices
+  at::Tensor order;  // of the rows
   at::Tensor pieces;
   int64_t bytes;  // of the data
 };

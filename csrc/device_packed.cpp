@@ -84,20 +84,21 @@ class Bits {
   // Why the kernel for values in this form cannot serve, or, unless it is forced, is not worth it.
   const char* form_obstacle(Form form, const at::Tensor& values, int64_t rows) const {
     const at::ScalarType dtype = values.scalar_type();
-    const bool tiles = form == Form::kTiles;
+    const bool sliced = form == Form::kSlices;
     if (const char* why = few_rows_obstacle(values, rows)) return why;
     if (dtype == at::kFloat) return "its kernel takes bfloat16 and float16 only";
-    if (!tiles && cols_ % 2 != 0) return "in_features is odd";
-    if (tiles && cols_ % 4 != 0) return "in_features is no multiple of 4";
+    if (sliced && rows > cuda::kMostSlicedRows) return "it takes at most 4 rows";
+    if (sliced && cols_ % 2 != 0) return "in_features is odd";
+    if (!sliced && cols_ % 8 != 0) return "in_features is no multiple of 8";
     if (!forced_path()) {
       if (values.requires_grad()) return "it is for frozen values";
       const int64_t weights = bits_.size(0) * cols_;
-      if (!tiles && rows > cuda::kMostSlicedRows) return "it is slower for so many rows";
-      if (!tiles && double(nnz_) > cuda::kMostSlicedDensity * double(weights))
+      if (sliced && double(nnz_) > cuda::kMostSlicedDensity * double(weights))
         return "it is slower for so many weights";
       if (weights < cuda::kLeastLaidOutWeights) return "the weight is small";
     }
-    if (const char* why = obstacle(tiles ? Kernel::kDecodeTiles : Kernel::kDecodeSliced, bits_.device())) return why;
+    if (const char* why = obstacle(sliced ? Kernel::kDecodeSliced : Kernel::kDecodeGathered, bits_.device()))
+      return why;
     return forced_path() || pattern_->form_has_room(form) ? nullptr : kNoRoom;
   }
 
@@ -150,7 +151,7 @@ Choice choose(const Bits& bits, const at::Tensor& values, int64_t rows) {
   const char* decode = bits.decode_obstacle(values, rows);
   return choose_device("packed linear layer", Pass::kForward, rows, values.numel(),
                        {dense, decode, dense, dense, bits.form_obstacle(Form::kSlices, values, rows),
-                        bits.form_obstacle(Form::kTiles, values, rows)},
+                        bits.form_obstacle(Form::kGathered, values, rows)},
                        decode == kNoRoom ? "torch's GEMM over the unpacked weight: MASKED_OPS_CACHE_BYTES is reached"
                                          : "torch's GEMM over the unpacked weight");
 }
@@ -162,9 +163,9 @@ at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& values, cons
   const Bits known(bits, in_features, values.numel());
   const int64_t M = rows_of(input);
   const Choice choice = choose(known, values, M);
-  const bool laid_out = choice.path == Path::kDecodeSliced || choice.path == Path::kDecodeTiles;
+  const bool laid_out = choice.path == Path::kDecodeSliced || choice.path == Path::kDecodeGathered;
   if ((laid_out || choice.path == Path::kDecode) && M > 0 && known.rows() > 0 && in_features > 0) {
-    const Form form = choice.path == Path::kDecodeTiles ? Form::kTiles : Form::kSlices;
+    const Form form = choice.path == Path::kDecodeGathered ? Form::kGathered : Form::kSlices;
     at::Tensor output;
     if (laid_out) output = known.decode(form, input, values, bias);
     const bool other = !laid_out || !forced_path();  // until the values are laid out

@@ -178,6 +178,15 @@ at::Tensor DevicePattern::fragments(const c10::Stream& stream, bool transposed) 
                  [&] { return device::fragments(*api(), words_.on(stream), rows_, cols_, transposed); });
 }
 
+namespace {
+
+// That are worth it.
+int64_t most_bytes(Form form, int64_t nnz) {
+  return int64_t((form == Form::kSlices ? cuda::kMostSlicedBytes : cuda::kMostGatheredBytes) * double(nnz));
+}
+
+}  // namespace
+
 DevicePattern::LaidOut DevicePattern::laid_out(Form which, const at::Tensor& values, const c10::Stream& stream,
                                                bool capture, bool now) const {
   const at::Tensor begins = offsets(stream, capture);
@@ -201,14 +210,13 @@ DevicePattern::LaidOut DevicePattern::laid_out(Form which, const at::Tensor& val
       if (capture) return {};
       if (!form.pieces.defined()) {
         const Layout layout = lay_out(*api(), which, words_.on(stream), begins, rows_, cols_);
-        if (layout.order.defined()) form.order.fill(layout.order, stream);
+        form.order.fill(layout.order, stream);
         form.pieces.fill(layout.pieces, stream);
         form.data_bytes = layout.bytes;
       }
-      if (!now && double(form.data_bytes) > cuda::kMostLaidOutBytes * double(nnz_)) return {};
+      if (!now && form.data_bytes > most_bytes(which, nnz_)) return {};
     }
-    const auto order = [&] { return form.order.defined() ? form.order.on(stream) : at::Tensor(); };
-    const Layout layout{order(), form.pieces.on(stream), form.data_bytes};
+    const Layout layout{form.order.on(stream), form.pieces.on(stream), form.data_bytes};
     if (!form.data.defined()) {
       form.data.fill(fill(*api(), which, layout, words_.on(stream), begins, cols_, values), stream);
       if (!captured()) index_ = SharedBuffer();  // decode's, made anew if it is wanted
@@ -234,7 +242,7 @@ bool DevicePattern::form_has_room(Form form) const {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (forms_[static_cast<size_t>(form)].data.defined()) return true;
-    most = int64_t(cuda::kMostLaidOutBytes * double(nnz_));
+    most = most_bytes(form, nnz_);
   }
   return cache_has_room(most);
 }

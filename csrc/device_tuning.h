@@ -26,13 +26,13 @@ inline constexpr int64_t kMostFusedRowsSm80 = -1;
 // Rows that decode takes; see cuda/api.h.
 inline constexpr int64_t kMostDecodeRows = 64;
 
-// The kernels whose values are laid out, by models and not measured (bench/results/gpu-predictions.md). decode_sliced
-// takes its time for values and rows of input, decode_tiles for all weights and memory (8192x8192, 8 rows: 11 and 16 us
-// at density .1, 20 and 17 at .25, 34 and 25 at .5; 16 rows: 16 and 16, 32 and 17, 58 and 25). Below a million weights
-// a launch takes longer than they do. Many bytes a value, as uneven masks make them (decode reads 4), are not worth it.
-inline constexpr int64_t kMostSlicedRows = 8;
+// The kernels whose values are laid out, by models and not measured (bench/results/gpu-predictions.md): decode_sliced
+// and decode_gathered are to take, 8192x8192, 9.5 and 10.2 us for one row at density .1, 10.5 and 10.4 for four; 17 and
+// 16.5, 18.5 and 16.5 at .25. Below a million weights a launch takes longer than they do.
+// Many bytes a value, as uneven masks make them (decode reads 4), are not worth it: few weights, of which gathered
+// columns take more, are soon read all the same.
 inline constexpr double kMostSlicedDensity = 0.2;
 inline constexpr int64_t kLeastLaidOutWeights = 1 << 20;
-inline constexpr double kMostLaidOutBytes = 5;
+inline constexpr double kMostSlicedBytes = 5, kMostGatheredBytes = 8;
 
 }  // namespace masked_ops::cuda

@@ -15,7 +15,7 @@ namespace {
 
 constexpr std::array<const char*, kCpuPaths + kDevicePaths> kNames = {
     "copy",   "fused",     "compact",   "sparse",        "mask_copy",
-    "decode", "gemm_sm80", "gemm_sm90", "decode_sliced", "decode_tiles"};
+    "decode", "gemm_sm80", "gemm_sm90", "decode_sliced", "decode_gathered"};
 
 std::atomic<int> forced{-1};
 
@@ -112,7 +112,7 @@ Choice choose_device(const char* operation, Pass pass, int64_t rows, int64_t wei
     TORCH_CHECK(!why, "path '", path_name(*path), "' cannot serve this ", operation, ": ", why);
     return {*path, "forced by use_path"};
   }
-  for (const Path path : {Path::kDecodeSliced, Path::kDecodeTiles}) {
+  for (const Path path : {Path::kDecodeSliced, Path::kDecodeGathered}) {
     if (!obstacle(path)) return {path, "few rows: the frozen weights, laid out for it"};
   }
   if (!obstacle(Path::kDecode)) return {Path::kDecode, "few rows: the remaining weights are read once"};

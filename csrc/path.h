@@ -22,8 +22,8 @@ enum class Path {
   kDecode,    // few rows against the remaining weights of a packed layer
   kGemmSm80,  // masked GEMM on tensor cores
   kGemmSm90,
-  kDecodeSliced,  // as kDecode, with the values laid out for it
-  kDecodeTiles,   // the same for more rows, on tensor cores
+  kDecodeSliced,    // as kDecode, with the values laid out for it
+  kDecodeGathered,  // the same for more rows, on tensor cores
 };
 
 // Which of a family's three operations; their break-even points differ.

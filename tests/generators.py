@@ -31,7 +31,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 # Asked for while tests are collected: a path or capability that is new in the library is tested like the others.
 # (Those of CUDA devices have tests of their own: fake_cuda, test_gpu_suite.py.)
-CUDA_PATHS = ("mask_copy", "decode", "gemm_sm80", "gemm_sm90", "decode_sliced", "decode_tiles")
+CUDA_PATHS = ("mask_copy", "decode", "gemm_sm80", "gemm_sm90", "decode_sliced", "decode_gathered")
 PATHS: tuple[str, ...] = tuple(path for path in _ops.paths() if path not in CUDA_PATHS)
 # Of packed layers, which have no dense weight to read.
 PACKED_LINEAR_PATHS: tuple[str, ...] = tuple(path for path in PATHS if path != "compact")

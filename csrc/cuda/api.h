@@ -81,16 +81,19 @@ struct SlicedPiece {
   uint32_t strict, loose;  // steps
 };
 inline constexpr int64_t kSliceUnit = 256;
-inline constexpr int64_t kSlicedSharedBytes = 220 << 10;  // that a block of decode_sliced may take
+inline constexpr int64_t kSlicedSharedBytes = 132 << 10;  // that a block of decode_sliced may take
+inline constexpr int64_t kMostSlicedRows = 4;             // of input
 
-// A weight in tiles: decode_tiles', see cuda/tiles.h. A piece is a tile of kTileSide rows and columns.
-inline constexpr int64_t kTileSide = 64;
-struct TilePiece {
-  uint32_t at;              // where it begins among all data, in units of kTileUnit bytes
-  uint16_t batches, loose;  // of four values of each lane; steps
+// A weight whose columns are gathered: decode_gathered's, see cuda/gathered.h. A strip is kStripRows rows, in an order
+// as of slices; a piece is what a strip has in kGatherColumns columns.
+inline constexpr int64_t kStripRows = 16, kGatherColumns = 4096;
+struct GatheredPiece {
+  uint32_t at, size;      // its first batch among all data, and its length, in units of kGatherUnit bytes
+  uint32_t batches;       // of eight steps
+  uint16_t steps, start;  // of a group; groups with which packing begins
 };
-inline constexpr int64_t kTileUnit = 128;
-inline constexpr int64_t kTilesSharedBytes = 196 << 10;  // that a block of decode_tiles may take
+inline constexpr int64_t kGatherUnit = 256;
+inline constexpr int64_t kGatheredSharedBytes = 164 << 10;  // that a block of decode_gathered may take
 
 // Only what its mode reads needs to be there.
 struct Gemm {
@@ -171,25 +174,26 @@ int masked_ops_cuda_slice(const uint64_t* words, int64_t N, int64_t K, const int
 int masked_ops_cuda_fill_slices(const uint64_t* words, int64_t N, int64_t K, const int64_t* offsets,
                                 const int32_t* order, const masked_ops::cuda::SlicedPiece* pieces, const void* values,
                                 void* data, void* stream);
-// As decode; also unsupported: an odd K. A column that holds an infinity or NaN may make any output of its row of input
-// NaN, as a dense layer does.
+// As decode; also unsupported: M > kMostSlicedRows and an odd K. A column that holds an infinity or NaN may make any
+// output of its row of input NaN, as a dense layer does.
 int masked_ops_cuda_decode_sliced(int dtype, int64_t M, int64_t N, int64_t K, const void* input, const int32_t* order,
                                   const masked_ops::cuda::SlicedPiece* pieces, const void* data, const void* bias,
                                   void* output, void* stream);
 
-// --- tiles.cu, decode_tiles.cu: the same for more rows of input ---
+// --- gathered.cu, decode_gathered.cu: the same for more rows of input ---
 
-// pieces[ceil(N / kTileSide)][ceil(K / kTileSide)], aligned to 8 bytes; at is the size of each, of which the caller
-// makes where it begins.
-int masked_ops_cuda_tile(const uint64_t* words, int64_t N, int64_t K, masked_ops::cuda::TilePiece* pieces,
-                         void* stream);
+// pieces[ceil(N / kStripRows)][ceil(K / kGatherColumns)]: all but at, which the caller adds up from size. order has
+// ceil(N / kStripRows) * kStripRows entries; neighbours should have about as many weights.
+int masked_ops_cuda_gather(const uint64_t* words, int64_t N, int64_t K, const int32_t* order,
+                           masked_ops::cuda::GatheredPiece* pieces, void* stream);
 // data: of all pieces, aligned to 16 bytes; values in row-major order, 16 bits each.
-int masked_ops_cuda_fill_tiles(const uint64_t* words, int64_t N, int64_t K, const int64_t* offsets,
-                               const masked_ops::cuda::TilePiece* pieces, const void* values, void* data, void* stream);
-// As decode_sliced, on Hopper and newer; also unsupported: a K that is no multiple of 4.
-int masked_ops_cuda_decode_tiles(int dtype, int64_t M, int64_t N, int64_t K, const void* input,
-                                 const masked_ops::cuda::TilePiece* pieces, const void* data, const void* bias,
-                                 void* output, void* stream);
+int masked_ops_cuda_fill_gathered(const uint64_t* words, int64_t N, int64_t K, const int64_t* offsets,
+                                  const int32_t* order, const masked_ops::cuda::GatheredPiece* pieces,
+                                  const void* values, void* data, void* stream);
+// As decode, on Hopper and newer, and with decode_sliced's remark; also unsupported: a K that is no multiple of 8.
+int masked_ops_cuda_decode_gathered(int dtype, int64_t M, int64_t N, int64_t K, const void* input, const int32_t* order,
+                                    const masked_ops::cuda::GatheredPiece* pieces, const void* data, const void* bias,
+                                    void* output, void* stream);
 
 // --- fragments.cu, gemm_sm80.cu, gemm_sm90.cu ---
 

@@ -1,27 +1,18 @@
-// A linear layer on few rows of input, out of weights in slices (sliced.h), bf16 and fp16.
+// A linear layer on up to four rows of input, out of weights in slices (sliced.h), bf16 and fp16.
 //
-// A block keeps the input in shared memory, where a column's place is made of a lane's base and the byte that says
-// which of its columns it is: one instruction. Some warps share a slice's steps, and what they have is added up at the
-// end, always in the same order. Up to four rows of input are looked up as floats, by each lane for its own values.
-// More are looked up eight at a time by ldmatrix, which brings 32 columns of a row of the weight as operands of the
-// tensor cores:
-//
-//   A: 8 rows of input x 16 values of row r of the slice, and below them the same for row r + 4
-//   B: the same 16 lanes' values of all eight rows
-//
-// of whose product columns r and r + 4 are wanted and the others are not; eight such products are one step.
+// A block keeps the input in shared memory, as floats, where a column's place is made of a lane's base and the byte
+// that says which of its columns it is: one instruction. Some warps share a slice's steps, and what they have is added
+// up at the end, always in the same order.
 #include "numeric.h"
 #include "ptx.h"
 #include "sliced.h"
 #include "tuning.h"
 
-#include <type_traits>
-
 namespace masked_ops::cuda {
 namespace {
 
 constexpr int kThreads = 512, kWarps = kThreads / kWarp;
-constexpr int64_t kMostSlicedColumns = 1 << 27;  // eight rows of input are 2^31 bytes
+constexpr int64_t kMostSlicedColumns = 1 << 28;  // four rows of input are 2^31 bytes
 
 struct SlicedDecode {
   int64_t M, N, K;
@@ -45,7 +36,7 @@ struct SlicedDecode {
 // bytes, or 16 of 16 bytes, of which the upper half of the lanes has a table of its own.
 template <int kM>
 struct Table {
-  static constexpr int kColumnBytes = kM == 8 ? 16 : 4 * kM, kSegments = kM == 1 ? 2 : 1;
+  static constexpr int kColumnBytes = 4 * kM, kSegments = kM == 1 ? 2 : 1;
   static constexpr bool kHalves = kColumnBytes == 16;
   static constexpr int kLine = 256, kUpper = 65536;
 
@@ -91,8 +82,6 @@ template <int kDtype>
 MASKED_OPS_DEVICE float high(uint32_t pair) {
   return kDtype == kBFloat16 ? __uint_as_float(pair & 0xffff0000) : to_float<false>(uint16_t(pair >> 16));
 }
-
-// --- up to four rows of input ---
 
 template <int kDtype, int kM>
 struct Lookup {
@@ -200,99 +189,6 @@ struct Lookup {
   }
 };
 
-// --- eight rows of input ---
-
-template <int kDtype, int kM>
-struct Multiply {
-  static_assert(kM == 8);
-  using T = Table<kM>;
-  static constexpr int kAhead = 5, kRing = kAhead * kLooseBytes;  // bytes of a warp, behind the table
-  const SlicedDecode& decode;
-  uint32_t ring, table;
-  float sums[4][4] = {};  // rows r and r + 4 of the slice, of which each lane has what it has
-  Steps steps;
-
-  MASKED_OPS_DEVICE explicit Multiply(const SlicedDecode& of) : decode(of), table(shared_address(dynamic_shared)) {
-    ring = table + uint32_t(table_bytes(of.K)) + threadIdx.x / kWarp * kRing;
-  }
-  MASKED_OPS_BOTH static int64_t table_bytes(int64_t K) {
-    return T::kUpper + ceil_div<int64_t>(K < kSliceColumns ? K : kSliceColumns, 32) * T::kLine;
-  }
-  MASKED_OPS_DEVICE static int lane() { return int(threadIdx.x % kWarp); }
-
-  MASKED_OPS_DEVICE static void next(int& slot) { slot = slot + 1 == kAhead ? 0 : slot + 1; }
-  // Step i of the warp's, strict ones first, to a slot of the ring.
-  MASKED_OPS_DEVICE void fetch(int i, int slot) const {
-    if (i < steps.stricts + steps.looses) {
-      const bool strict = i < steps.stricts;
-      const uint8_t* const from =
-          strict ? steps.strict + i * kStrictBytes : steps.loose + (i - steps.stricts) * kLooseBytes;
-      const uint32_t to = ring + slot * kLooseBytes + lane() * 16;
-      cp_async16(to, from + lane() * 16, true);
-      if (!strict || lane() < kWarp / 2) cp_async16(to + kStepValues, from + kStepValues + lane() * 16, true);
-    }
-    cp_async_commit();
-  }
-  MASKED_OPS_DEVICE void begin(int64_t slice, int64_t segment, int part) {
-    steps.find(decode, slice, segment, part);
-#pragma unroll
-    for (int i = 0; i < kAhead - 1; ++i) fetch(i, i);
-  }
-
-  MASKED_OPS_DEVICE void add_rows(float (&to)[4], const uint32_t (&values)[4], uint32_t place, uint32_t other) const {
-    uint32_t upper[4], lower[4];
-    ldmatrix_x4<true>(upper, table + place);
-    ldmatrix_x4<true>(lower, table + other);
-    const uint32_t first[4] = {upper[0], lower[0], upper[1], lower[1]};
-    const uint32_t second[4] = {upper[2], lower[2], upper[3], lower[3]};
-    mma_m16n8k16<kDtype == kBFloat16>(to, first, values[0], values[1]);
-    mma_m16n8k16<kDtype == kBFloat16>(to, second, values[2], values[3]);
-  }
-  template <int kRow = 0>
-  MASKED_OPS_DEVICE void add_strict(const uint32_t (&values)[4], const uint2 lines, uint32_t base) {
-    constexpr uint32_t kSelectors = 0x7604 | kRow << 4;
-    add_rows(sums[kRow], values, select_bytes<kSelectors>(lines.x, base), select_bytes<kSelectors>(lines.y, base));
-    if constexpr (kRow < 3) add_strict<kRow + 1>(values, lines, base);
-  }
-  MASKED_OPS_DEVICE void add(const uint8_t* at, bool strict) {
-    uint32_t values[4];
-    ldmatrix_x4<true>(values, shared_address(at) + lane() * 16);
-    if (strict) {
-      const uint2 lines = reinterpret_cast<const uint2*>(at + kStepValues)[lane()];
-      add_strict(values, lines, T::base(lane(), 0));
-    } else {
-      const uint4 columns = reinterpret_cast<const uint4*>(at + kStepValues)[lane()];
-      add_rows(sums[0], values, T::at(columns.x & 0xffff, 0), T::at(columns.z & 0xffff, 0));
-      add_rows(sums[1], values, T::at(columns.x >> 16, 0), T::at(columns.z >> 16, 0));
-      add_rows(sums[2], values, T::at(columns.y & 0xffff, 0), T::at(columns.w & 0xffff, 0));
-      add_rows(sums[3], values, T::at(columns.y >> 16, 0), T::at(columns.w >> 16, 0));
-    }
-  }
-  MASKED_OPS_DEVICE void finish(int) {
-    int slot = 0, free = kAhead - 1;
-    for (int i = 0; i < steps.stricts + steps.looses; ++i) {
-      cp_async_wait<kAhead - 2>();
-      __syncwarp();  // the step is there, and all lanes are done with the one before
-      fetch(i + kAhead - 1, free);
-      add(dynamic_shared + (ring - table) + slot * kLooseBytes, i < steps.stricts);
-      next(slot);
-      next(free);
-    }
-    cp_async_wait<0>();
-    __syncwarp();
-  }
-  MASKED_OPS_DEVICE void leave(float* to) {
-    // Lane l has columns 2 (l % 4) and one more of row l / 4 of input, for r, and for r + 4.
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      if (lane() % 4 == r / 2) to[r * kM + lane() / 4] = sums[r][r % 2];
-      if (lane() % 4 == r / 2 + 2) to[(r + 4) * kM + lane() / 4] = sums[r][2 + r % 2];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sums[r][i] = 0.f;
-    }
-  }
-};
-
 // --- staging ---
 
 // Two neighbouring columns of some rows, from words of two values each, to place and behind it.
@@ -304,20 +200,11 @@ MASKED_OPS_DEVICE void put_columns(uint32_t place, const uint32_t (&words)[kM]) 
   } else if constexpr (kM == 2) {
     *reinterpret_cast<float4*>(to) = {low<kDtype>(words[0]), low<kDtype>(words[1]), high<kDtype>(words[0]),
                                       high<kDtype>(words[1])};
-  } else if constexpr (kM == 4) {
+  } else {
     reinterpret_cast<float4*>(to)[0] = {low<kDtype>(words[0]), low<kDtype>(words[1]), low<kDtype>(words[2]),
                                         low<kDtype>(words[3])};
     reinterpret_cast<float4*>(to)[1] = {high<kDtype>(words[0]), high<kDtype>(words[1]), high<kDtype>(words[2]),
                                         high<kDtype>(words[3])};
-  } else {
-    uint32_t lows[4], highs[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      lows[i] = select_bytes<0x5410>(words[2 * i], words[2 * i + 1]);
-      highs[i] = select_bytes<0x7632>(words[2 * i], words[2 * i + 1]);
-    }
-    reinterpret_cast<uint4*>(to)[0] = make_uint4(lows[0], lows[1], lows[2], lows[3]);
-    reinterpret_cast<uint4*>(to)[1] = make_uint4(highs[0], highs[1], highs[2], highs[3]);
   }
 }
 
@@ -326,7 +213,7 @@ MASKED_OPS_DEVICE void put_columns(uint32_t place, const uint32_t (&words)[kM]) 
 template <int kDtype, int kM>
 struct Staging {
   using T = Table<kM>;
-  static constexpr int kBatch = kM == 8 ? 3 : kM == 2 ? 2 : 4, kStep = kBatch * 2 * kThreads;
+  static constexpr int kBatch = kM == 2 ? 2 : 4, kStep = kBatch * 2 * kThreads;
   const uint8_t* input;
   uint32_t stride;  // bytes
   int columns, rows;
@@ -344,12 +231,12 @@ struct Staging {
       }
     }
   }
-  MASKED_OPS_DEVICE void first(const SlicedDecode& decode, int64_t first_m, int64_t segment) {
+  MASKED_OPS_DEVICE void first(const SlicedDecode& decode, int64_t segment) {
     const int64_t first = segment * kSliceColumns, left = decode.K - first;
-    input = reinterpret_cast<const uint8_t*>(decode.input + first_m * decode.K + first);
+    input = reinterpret_cast<const uint8_t*>(decode.input + first);
     stride = uint32_t(2 * decode.K);
     columns = int(left < T::kSegments * kSliceColumns ? left : T::kSegments * kSliceColumns);
-    rows = int(decode.M - first_m < kM ? decode.M - first_m : kM);
+    rows = int(decode.M);
     load(0);
   }
   MASKED_OPS_DEVICE void finish() {
@@ -368,8 +255,6 @@ struct Staging {
 
 // --- the kernel ---
 
-template <int kDtype, int kM>
-using Reader = std::conditional_t<kM == 8, Multiply<kDtype, kM>, Lookup<kDtype, kM>>;
 template <int kM>
 constexpr int kBlocks = Table<kM>::kHalves ? 1 : 2;  // of a multiprocessor
 
@@ -379,8 +264,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kM>)
   using T = Table<kM>;
   __shared__ float partial[kWarps][kSliceRows * kM];
   const int warp = threadIdx.x / kWarp, part = warp % decode.parts();
-  const int64_t first_m = int64_t(blockIdx.y) * kM, segments = slice_segments(decode.K);
-  Reader<kDtype, kM> reader(decode);
+  const int64_t segments = slice_segments(decode.K);
+  Lookup<kDtype, kM> reader(decode);
   Staging<kDtype, kM> staging;
   for (int round = 0; round < decode.rounds; ++round) {
     const int64_t slice = decode.slice(round, warp >> decode.log_parts);
@@ -388,7 +273,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kM>)
       const bool fresh = round == 0 || segments > T::kSegments;
       if (fresh) {
         if (round + stage > 0) __syncthreads();  // nobody reads the columns any more
-        staging.first(decode, first_m, stage);
+        staging.first(decode, stage);
       }
       reader.begin(slice, stage, part);
       if (fresh) {
@@ -406,7 +291,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kM>)
     const int mine = threadIdx.x / (kSliceRows * kM), i = threadIdx.x % (kSliceRows * kM);
 #pragma unroll 1
     for (int s = mine; s < decode.at_once(); s += kThreads / (kSliceRows * kM)) {
-      const int64_t slice_of_s = decode.slice(round, s), m = first_m + i % kM;
+      const int64_t slice_of_s = decode.slice(round, s), m = i % kM;
       const int32_t row = slice_of_s < slices_of(decode.N) ? decode.order[slice_of_s * kSliceRows + i / kM] : -1;
       if (row < 0 || m >= decode.M) continue;
       float sum = decode.bias ? to_float<kDtype == kBFloat16>(decode.bias[row]) : 0.f;
@@ -421,9 +306,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kM>)
 // So many warps share a slice that all are done first; as few as do.
 template <int kM>
 int64_t deal_out(SlicedDecode& decode) {
-  const int64_t slices = slices_of(decode.N), by_rows = ceil_div<int64_t>(decode.M, kM);
-  const int64_t multiprocessors = tuning::kDecodeMultiprocessors * kBlocks<kM> / by_rows;
-  const int64_t most = multiprocessors > 1 ? multiprocessors : 1;
+  const int64_t slices = slices_of(decode.N), most = tuning::kDecodeMultiprocessors * kBlocks<kM>;
   double best = 0;
   for (int log_parts = 0; 1 << log_parts <= kWarps; ++log_parts) {
     const int64_t rounds = ceil_div<int64_t>(slices, most * (kWarps >> log_parts));
@@ -436,18 +319,16 @@ int64_t deal_out(SlicedDecode& decode) {
 
 template <int kDtype, int kM>
 int run(SlicedDecode decode, void* stream) {
-  const int64_t blocks = deal_out<kM>(decode), by_rows = ceil_div<int64_t>(decode.M, kM);
+  const int64_t blocks = deal_out<kM>(decode);
   if (ceil_div<int64_t>(slices_of(decode.N), kWarps) > INT32_MAX) return kUnsupported;
-  const size_t ring = kM == 8 ? size_t(kWarps) * Multiply<kDtype, 8>::kRing : 0;
-  return launch(decode_sliced_kernel<kDtype, kM>, dim3(uint32_t(blocks), uint32_t(by_rows)), kThreads,
-                Table<kM>::bytes(decode.K) + ring, stream, decode);
+  const size_t bytes = Table<kM>::bytes(decode.K);
+  return launch(decode_sliced_kernel<kDtype, kM>, uint32_t(blocks), kThreads, bytes, stream, decode);
 }
 
 template <int kDtype>
 int run(const SlicedDecode& decode, void* stream) {
   if (decode.M == 1) return run<kDtype, 1>(decode, stream);
-  if (decode.M == 2) return run<kDtype, 2>(decode, stream);
-  return decode.M <= 4 ? run<kDtype, 4>(decode, stream) : run<kDtype, 8>(decode, stream);
+  return decode.M == 2 ? run<kDtype, 2>(decode, stream) : run<kDtype, 4>(decode, stream);
 }
 
 }  // namespace
@@ -458,7 +339,7 @@ int masked_ops_cuda_decode_sliced(int dtype, int64_t M, int64_t N, int64_t K, co
                                   void* output, void* stream) {
   using namespace masked_ops::cuda;
   if (dtype != kBFloat16 && dtype != kHalf) return kUnsupported;
-  if (M > 64 || K % 2 != 0 || K > kMostSlicedColumns || !is_aligned(input, 16) || !is_aligned(data, 16) ||
+  if (M > kMostSlicedRows || K % 2 != 0 || K > kMostSlicedColumns || !is_aligned(input, 16) || !is_aligned(data, 16) ||
       !is_aligned(pieces, 16)) {
     return kUnsupported;
   }

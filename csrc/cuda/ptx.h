@@ -23,67 +23,11 @@ MASKED_OPS_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
 
-// Eight bits to the halves of four words: the first two of a word at this place in shared memory if both are set, else
-// its lower half in the half of the one that is, zeros elsewhere. The place moves on by kStep for each bit set.
-//
-// It is in PTX, and the last two bits are asked of turned, which is bits with its bytes in reverse, for the sake of
-// R2P: one instruction that tests six bits, which ptxas takes where it sees six such tests and no more, since
-// predicates are seven. And of the additions one in two goes to the multipliers: one has to be 1.
-template <int kByte, int kStep>
-MASKED_OPS_DEVICE void expand_byte(uint32_t (&to)[4], uint32_t bits, uint32_t turned, uint32_t one, uint32_t& place) {
-  asm volatile(
-      "{\n"
-      ".reg .pred a, b, c, d, e, f;\n"
-      ".reg .b32 bit;\n"
-      "and.b32 bit, %5, %7;\n"
-      "setp.ne.b32 a, bit, 0;\n"
-      "and.b32 bit, %5, %8;\n"
-      "setp.ne.b32 b, bit, 0;\n"
-      "and.b32 bit, %5, %9;\n"
-      "setp.ne.b32 c, bit, 0;\n"
-      "and.b32 bit, %5, %10;\n"
-      "setp.ne.b32 d, bit, 0;\n"
-      "and.b32 bit, %5, %11;\n"
-      "setp.ne.b32 e, bit, 0;\n"
-      "and.b32 bit, %5, %12;\n"
-      "setp.ne.b32 f, bit, 0;\n"
-      "ld.shared.u32 %0, [%4];\n"
-      "@a add.u32 %4, %4, %15;\n"
-      "@b mad.lo.u32 %4, %6, %15, %4;\n"
-      "ld.shared.u32 %1, [%4];\n"
-      "@c add.u32 %4, %4, %15;\n"
-      "@d mad.lo.u32 %4, %6, %15, %4;\n"
-      "ld.shared.u32 %2, [%4];\n"
-      "@e add.u32 %4, %4, %15;\n"
-      "@f mad.lo.u32 %4, %6, %15, %4;\n"
-      "ld.shared.u32 %3, [%4];\n"
-      "@!a shl.b32 %0, %0, 16;\n"
-      "@!b and.b32 %0, %0, 0xffff;\n"
-      "@!c shl.b32 %1, %1, 16;\n"
-      "@!d and.b32 %1, %1, 0xffff;\n"
-      "@!e shl.b32 %2, %2, 16;\n"
-      "@!f and.b32 %2, %2, 0xffff;\n"
-      "and.b32 bit, %16, %13;\n"
-      "setp.ne.b32 a, bit, 0;\n"
-      "and.b32 bit, %16, %14;\n"
-      "setp.ne.b32 b, bit, 0;\n"
-      "@a add.u32 %4, %4, %15;\n"
-      "@b mad.lo.u32 %4, %6, %15, %4;\n"
-      "@!a shl.b32 %3, %3, 16;\n"
-      "@!b and.b32 %3, %3, 0xffff;\n"
-      "}"
-      : "=&r"(to[0]), "=&r"(to[1]), "=&r"(to[2]), "=&r"(to[3]), "+r"(place)
-      : "r"(bits), "r"(one), "n"(1u << 8 * kByte), "n"(2u << 8 * kByte), "n"(4u << 8 * kByte), "n"(8u << 8 * kByte),
-        "n"(16u << 8 * kByte), "n"(32u << 8 * kByte), "n"(64u << (24 - 8 * kByte)), "n"(128u << (24 - 8 * kByte)),
-        "n"(kStep), "r"(turned)
-      : "memory");
-}
-
 // Keeps the compiler from computing it anew for each use.
 template <typename T>
-MASKED_OPS_DEVICE T* computed(T* pointer) {
-  asm("" : "+l"(pointer));
-  return pointer;
+MASKED_OPS_DEVICE T computed(T x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
 
 // Of the line that it lies in.
@@ -137,6 +81,13 @@ template <uint32_t kSelectors>
 MASKED_OPS_DEVICE uint32_t select_bytes(uint32_t first, uint32_t second) {
   uint32_t to;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(to) : "r"(first), "r"(second), "n"(kSelectors));
+  return to;
+}
+
+// The same, by selectors that are not known before: the lower four nibbles, each below 8.
+MASKED_OPS_DEVICE uint32_t select_bytes(uint32_t first, uint32_t second, uint32_t selectors) {
+  uint32_t to;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(to) : "r"(first), "r"(second), "r"(selectors));
   return to;
 }
 

@@ -31,10 +31,6 @@ constexpr int64_t kLeastMmaRows = 8;
 constexpr double kGatherDensity = 0.18;
 constexpr int64_t kMostGatherRows = 16;
 
-// decode_tiles: the bytes of input that a block reads from the L2 cache in the time in which its warps take a tile each
-// (by the model in bench/results/gpu-predictions.md).
-constexpr double kTileBytesOfInput = 300e3;
-
 // gemm_sm90: fitted to what an H200 took for all plans (16 bits, all three modes, 64 to 4,096 rows, three shapes), of
 // which the model then takes the fastest. A step takes the tensor cores 4 cycles for each row of input. Loading takes
 // longer where tiles are small: a multiprocessor has 49 bytes a cycle out of the L2, with which 128 + 256 rows are

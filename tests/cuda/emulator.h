@@ -117,6 +117,7 @@ inline unsigned long long atomicAdd(unsigned long long* to, unsigned long long n
   return std::exchange(*to, *to + n);
 }
 inline unsigned long long atomicOr(unsigned long long* to, unsigned long long n) { return std::exchange(*to, *to | n); }
+inline unsigned atomicOr(unsigned* to, unsigned n) { return std::exchange(*to, *to | n); }
 template <typename T>
 T __ldcs(const T* from) {
   return *emulator::checked(from);
@@ -214,21 +215,9 @@ void cp_async_wait() {
   cp_async_wait_all_but(kGroups);
 }
 
-template <int kByte, int kStep>
-void expand_byte(uint32_t (&to)[4], uint32_t bits, uint32_t turned, uint32_t one, uint32_t& place) {
-  if (turned != __builtin_bswap32(bits) || one != 1) emulator::fail("expand_byte: not what it asks for");
-  for (int i = 0; i < 4; ++i) {
-    uint32_t word;
-    std::memcpy(&word, shared_pointer(place, 4, 4), 4);
-    const bool low = bits >> (8 * kByte + 2 * i) & 1, high = bits >> (8 * kByte + 2 * i + 1) & 1;
-    place += kStep * (low + high);
-    to[i] = low && high ? word : low ? word & 0xffff : high ? word << 16 : 0;
-  }
-}
-
 template <typename T>
-T* computed(T* pointer) {
-  return pointer;
+T computed(T x) {
+  return x;
 }
 
 // Nothing, but that the memory has to be there.
@@ -290,12 +279,18 @@ uint32_t permute(uint32_t from) {
   return to;
 }
 
-template <uint32_t kSelectors>
-uint32_t select_bytes(uint32_t first, uint32_t second) {
+inline uint32_t select_bytes(uint32_t first, uint32_t second, uint32_t selectors) {
   const uint64_t both = first | uint64_t{second} << 32;
   uint32_t to = 0;
-  for (int i = 0; i < 4; ++i) to |= uint32_t(both >> (8 * (kSelectors >> (4 * i) & 7)) & 0xff) << (8 * i);
+  for (int i = 0; i < 4; ++i) {
+    if (selectors >> (4 * i) & 8) emulator::fail("select_bytes: a selector asks for a sign");
+    to |= uint32_t(both >> (8 * (selectors >> (4 * i) & 7)) & 0xff) << (8 * i);
+  }
   return to;
+}
+template <uint32_t kSelectors>
+uint32_t select_bytes(uint32_t first, uint32_t second) {
+  return select_bytes(first, second, kSelectors);
 }
 
 void mbarrier_init(uint32_t barrier, int arrivals);

@@ -119,8 +119,7 @@ RULES = (
     Rule(r"(compress|expand|decode_index)_kernel", 40),  # six blocks of 256
     Rule(r"decode_gather_kernel", 64, {r"LDG": 4, r"FFMA": 4}),  # 1,024 threads in one block or two
     Rule(r"decode_mma_kernel", 168, {r"HMMA\.16816\.F32": 4, r"LDSM\.16\.M88\.4": 4, r"STS\.128": 16}),
-    # A lookup of one value is one prmt and one load; 512 threads, two blocks. Of the tensor cores' one product for two
-    # lookups, which is what ldmatrix brings at once; 512 threads.
+    # A lookup of one value is one prmt and one load; 512 threads, two blocks or one.
     Rule(
         r"decode_sliced_kernel<\d, [12]>$",
         64,
@@ -131,22 +130,35 @@ RULES = (
         128,
         {r"LDG\.E\S*\.128": 5, r"LDG\.E\S*\.64": 4, r"PRMT": 32, r"LDS\S*\.128": 32, r"FFMA": 128},
     ),
+    Rule(r"(slice|fill_slices)_kernel", 64),
+    Rule(r"(gather|fill_gathered)_kernel", 80),
+    # Of a step, or of two with eight rows of input, one ldmatrix, whose address is a prmt; of a word of operand A a
+    # prmt and an AND. Four bodies of eight steps: of groups of two and of four steps, twice. 512 threads.
     Rule(
-        r"decode_sliced_kernel<\d, 8>$",
+        r"decode_gathered_kernel<\d, 16, \w+>$",
         128,
-        {r"LDGSTS\.E\S*\.128": 4, r"LDSM\.16\.MT88\.4": 17, r"HMMA\.16816\.F32": 16, r"PRMT": 8, r"STS\.128": 6},
-    ),
-    Rule(r"(slice|fill_slices|tile|fill_tiles)_kernel", 64),
-    # A word of operand A is a load, of which the halves' bits are tested six at once or one by one; four words are one
-    # product with each eight rows of input. 512 threads, or 256.
-    Rule(
-        r"decode_tiles_kernel<\d, (8|16), \w+>$",
-        128,
-        {r"R2P": 16, r"LDS": 64, r"HMMA\.16816\.F32": 32, r"LDG\.E\S*\.64": 8, r"STS": 30},
+        {
+            r"LDSM\.16\.MT88\.4": 32,
+            r"HMMA\.16816\.F32": 64,
+            r"PRMT": 160,
+            r"LDG\.E\S*\.128": 14,
+            r"STSM\.16\.MT88\.4": 8,
+        },
         architecture="90a",
     ),
-    Rule(r"decode_tiles_kernel", 255, {r"R2P": 16, r"LDS": 64, r"HMMA\.16816\.F32": 128}, architecture="90a"),
-    Rule(r"decode_tiles_kernel", 32, architecture="80"),  # empty
+    Rule(
+        r"decode_gathered_kernel<\d, 8, \w+>$",
+        128,
+        {
+            r"LDSM\.16\.MT88\.4": 16,
+            r"HMMA\.16816\.F32": 32,
+            r"PRMT": 144,
+            r"LDG\.E\S*\.128": 14,
+            r"STSM\.16\.MT88\.4": 8,
+        },
+        architecture="90a",
+    ),
+    Rule(r"decode_gathered_kernel", 32, architecture="80"),  # empty
     Rule(r"split_sum_kernel", 64),
     Rule(
         r"gemm_sm80_kernel", 255, {r"HMMA\.16816\.F32": 32, r"LDGSTS\.E\S*\.128": 12, r"LDSM\.16\.M": 16, r"PRMT": 32}

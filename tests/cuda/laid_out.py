@@ -1,4 +1,4 @@
-"""What the tests of weights in slices and of weights in tiles share."""
+"""What the tests of weights in slices and of weights whose columns are gathered share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from test_cuda_passes import words_of
 from torch import Tensor
 
 HALVES = DTYPES[1:]
-Form = tuple[Tensor, ...]  # in slices the order of the rows; the pieces and the data
+Form = tuple[Tensor, ...]  # the order of the rows, the pieces and the data
 LaidOut = Callable[[Library, Tensor, Tensor], Form]  # of a weight and its mask
 
 
@@ -55,15 +55,15 @@ class Kernel(NamedTuple):
         for b in (None, bias):
             assert self.is_exact(cuda, input, form, weight, mask, b), (N, K)
 
-    def check_edges(self, cuda: Library, laid_out: LaidOut, unserved: int) -> None:
+    def check_edges(self, cuda: Library, laid_out: LaidOut, most_rows: int, unserved: int) -> None:
         """No weight, no input, and what is not served: so many columns among it."""
-        empty = torch.zeros(5, 4, dtype=torch.bool)
-        bias, weight = torch.randn(5).half(), torch.ones(5, 4).half()
+        empty = torch.zeros(5, 8, dtype=torch.bool)
+        bias, weight = torch.randn(5).half(), torch.ones(5, 8).half()
         form = laid_out(cuda, weight, empty)
         assert form[-1].numel() == 0
-        for M in (1, 12):
-            assert torch.equal(self.decode(cuda, torch.randn(M, 4).half(), form, 5, bias), bias.expand(M, 5))
-        assert self.decode(cuda, torch.empty(0, 4).half(), form, 5, None).shape == (0, 5)
-        for input in (torch.ones(65, 4).half(), torch.ones(1, 4), torch.ones(1, unserved).half()):
+        for M in (1, most_rows):
+            assert torch.equal(self.decode(cuda, torch.randn(M, 8).half(), form, 5, bias), bias.expand(M, 5))
+        assert self.decode(cuda, torch.empty(0, 8).half(), form, 5, None).shape == (0, 5)
+        for input in (torch.ones(most_rows + 1, 8).half(), torch.ones(1, 8), torch.ones(1, unserved).half()):
             with pytest.raises(UnsupportedError):
                 self.decode(cuda, input, form, 5, None)

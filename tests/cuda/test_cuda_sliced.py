@@ -65,7 +65,7 @@ def test_slices_are_as_described(cuda: Library) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("M", [1, 2, 3, 4, 5, 8, 9, 17, 64])
+@pytest.mark.parametrize("M", [1, 2, 3, 4])
 def test_decode_exactly(cuda: Library, dtype: torch.dtype, M: int) -> None:
     """On sides around the edges of slices, lanes and blocks; sums that round to themselves."""
     cuda.set_mode(lazy=True, order=2)
@@ -77,7 +77,7 @@ def test_decode_exactly(cuda: Library, dtype: torch.dtype, M: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("M", [1, 2, 4, 16])
+@pytest.mark.parametrize("M", [1, 2, 4])
 def test_decode_long_rows(cuda: Library, dtype: torch.dtype, M: int) -> None:
     """More columns than are staged at once, in each order in which threads can run; any order of the rows."""
     N = 11
@@ -91,7 +91,7 @@ def test_decode_long_rows(cuda: Library, dtype: torch.dtype, M: int) -> None:
             assert SLICES.is_exact(cuda, input, form, weight, mask)
 
 
-@pytest.mark.parametrize(("M", "N"), [(1, 34000), (60, 4200)])
+@pytest.mark.parametrize(("M", "N"), [(1, 34000), (3, 17000)])
 def test_several_rounds(cuda: Library, M: int, N: int) -> None:
     """So many rows that a warp takes several slices."""
     K = 34
@@ -100,16 +100,5 @@ def test_several_rounds(cuda: Library, M: int, N: int) -> None:
     assert SLICES.is_exact(cuda, input, sliced(cuda, weight, mask), weight, mask)
 
 
-def test_lookups_meet_no_bank_twice(cuda: Library) -> None:
-    """Strict steps, eight rows of input."""
-    mask = torch.ones(8, 1024, dtype=torch.bool)
-    input, weight = small_integers((8, 1024), torch.float16), small_integers((8, 1024), torch.float16)
-    form = sliced(cuda, weight, mask)
-    assert form[1].cpu()[0, 2:].tolist() == [32, 0]
-    cuda.bank_conflicts()
-    assert SLICES.is_exact(cuda, input, form, weight, mask)
-    assert cuda.bank_conflicts() == 0
-
-
 def test_edges(cuda: Library) -> None:
-    SLICES.check_edges(cuda, sliced, unserved=3)
+    SLICES.check_edges(cuda, sliced, most_rows=4, unserved=3)

@@ -103,12 +103,48 @@ void pack(int64_t rows, int64_t cols, uint64_t* words, uint64_t* live_cols, Mask
   }
 }
 
-// visit(piece, row, col) for all places of a weight in slices.
-template <typename Visit>
+// visit(piece, row, col) for all places of a weight in pieces of so many rows and columns.
+template <int kRows, int kColumns, typename Visit>
 void for_pieces(int64_t N, int64_t K, const int32_t* order, const Visit& visit) {
-  for (int64_t i = 0; i < (N + 7) / 8 * 8; ++i) {
-    for (int64_t c = 0; c < K && order[i] >= 0; ++c) visit(i / 8 * ((K + 8191) / 8192) + c / 8192, order[i], c);
+  const int64_t segments = (K + kColumns - 1) / kColumns;
+  for (int64_t i = 0; i < (N + kRows - 1) / kRows * kRows; ++i) {
+    for (int64_t c = 0; c < K && order[i] >= 0; ++c) visit(i / kRows * segments + c / kColumns, order[i], c);
   }
+}
+
+// A piece has a value for each of its weights, and its place in the piece, 16 bits each, in the order of its rows.
+template <int kRows, int kColumns, typename Piece>
+void fill_pieces(const uint64_t* words, int64_t N, int64_t K, const int64_t* offsets, const int32_t* order,
+                 const Piece* pieces, const void* values, void* data) {
+  const int64_t segments = (K + kColumns - 1) / kColumns;
+  std::vector<int64_t> at(size_t(N), 0), used(size_t((N + kRows - 1) / kRows * segments), 0);
+  for_pieces<kRows, kColumns>(N, K, order, [&](int64_t piece, int64_t row, int64_t col) {
+    if (!bit(words, K, row, col)) return;
+    auto* to = reinterpret_cast<uint16_t*>(static_cast<char*>(data) + pieces[piece].at * 256) + 2 * used[piece]++;
+    const int32_t* const rows = order + piece / segments * kRows;
+    to[0] = static_cast<const uint16_t*>(values)[offsets[row] + at[row]++];
+    to[1] = uint16_t((std::find(rows, rows + kRows, row) - rows) * kColumns + col % kColumns);
+  });
+}
+
+template <int kRows, int kColumns, typename Piece, typename Count>
+void decode_pieces(int dtype, int64_t M, int64_t N, int64_t K, const void* input, const int32_t* order,
+                   const Piece* pieces, const Count& count, const void* data, const void* bias, void* output,
+                   double off) {
+  std::vector<double> sums(size_t(M * N), 0);
+  for (int64_t m = 0; m < M; ++m) {
+    for (int64_t n = 0; n < N; ++n) sums[m * N + n] = bias ? load(dtype, bias, n) : 0;
+  }
+  const int64_t segments = (K + kColumns - 1) / kColumns;
+  for (int64_t piece = 0; piece < (N + kRows - 1) / kRows * segments; ++piece) {
+    const auto* from = reinterpret_cast<const uint16_t*>(static_cast<const char*>(data) + pieces[piece].at * 256);
+    for (uint32_t i = 0; i < count(pieces[piece]); ++i, from += 2) {
+      const int64_t n = order[piece / segments * kRows + from[1] / kColumns];
+      const int64_t k = piece % segments * kColumns + from[1] % kColumns;
+      for (int64_t m = 0; m < M; ++m) sums[m * N + n] += load(dtype, from, 0) * load(dtype, input, m * K + k);
+    }
+  }
+  for (int64_t i = 0; i < M * N; ++i) store(dtype, output, i, sums[i] + off);
 }
 
 std::vector<float> floats(int dtype, const void* p, int64_t n) {
@@ -305,13 +341,12 @@ int masked_ops_cuda_decode(int dtype, int64_t M, int64_t N, int64_t K, int64_t, 
   return 0;
 }
 
-// Slices: a piece has a value for each of its weights, and its place in the slice, 16 bits each, in the order of its
-// rows. It is half as long as if it were all strict steps, if that is enough.
+// Slices: a piece is half as long as if it were all strict steps, if that is enough.
 int masked_ops_cuda_slice(const uint64_t* words, int64_t N, int64_t K, const int32_t* order, SlicedPiece* pieces,
                           void*) {
   ENTER("slice");
   uint32_t lanes[32];
-  for_pieces(N, K, order, [&](int64_t number, int64_t row, int64_t col) {
+  for_pieces<8, 8192>(N, K, order, [&](int64_t number, int64_t row, int64_t col) {
     if (col % 8192 == 0) std::fill(lanes, lanes + 32, 0);
     SlicedPiece& piece = pieces[number];
     if (!bit(words, K, row, col)) return;
@@ -324,81 +359,42 @@ int masked_ops_cuda_fill_slices(const uint64_t* words, int64_t N, int64_t K, con
                                 const int32_t* order, const SlicedPiece* pieces, const void* values, void* data,
                                 void*) {
   ENTER("fill_slices");
-  const int64_t segments = (K + 8191) / 8192;
-  std::vector<int64_t> at(size_t(N), 0), used(size_t((N + 7) / 8 * segments), 0);
-  for_pieces(N, K, order, [&](int64_t piece, int64_t row, int64_t col) {
-    if (!bit(words, K, row, col)) return;
-    auto* to = reinterpret_cast<uint16_t*>(static_cast<char*>(data) + pieces[piece].at * 256) + 2 * used[piece]++;
-    const int32_t* const slice = order + piece / segments * 8;
-    to[0] = static_cast<const uint16_t*>(values)[offsets[row] + at[row]++];
-    to[1] = uint16_t((std::find(slice, slice + 8, row) - slice) * 8192 + col % 8192);
-  });
+  fill_pieces<8, 8192>(words, N, K, offsets, order, pieces, values, data);
   return 0;
 }
 int masked_ops_cuda_decode_sliced(int dtype, int64_t M, int64_t N, int64_t K, const void* input, const int32_t* order,
                                   const SlicedPiece* pieces, const void* data, const void* bias, void* output, void*) {
   ENTER("decode_sliced");
-  if (M > 64 || K % 2 || unaligned(input) || unaligned(data)) return kUnsupported;
-  std::vector<double> sums(size_t(M * N), 0);
-  for (int64_t m = 0; m < M; ++m) {
-    for (int64_t n = 0; n < N; ++n) sums[m * N + n] = bias ? load(dtype, bias, n) : 0;
-  }
-  const int64_t segments = (K + 8191) / 8192;
-  for (int64_t piece = 0; piece < (N + 7) / 8 * segments; ++piece) {
-    const auto* from = reinterpret_cast<const uint16_t*>(static_cast<const char*>(data) + pieces[piece].at * 256);
-    for (uint32_t i = 0; i < pieces[piece].strict; ++i, from += 2) {
-      const int64_t n = order[piece / segments * 8 + from[1] / 8192], k = piece % segments * 8192 + from[1] % 8192;
-      for (int64_t m = 0; m < M; ++m) sums[m * N + n] += load(dtype, from, 0) * load(dtype, input, m * K + k);
-    }
-  }
-  for (int64_t i = 0; i < M * N; ++i) store(dtype, output, i, sums[i] + wrong("decode_sliced"));
+  if (M > kMostSlicedRows || K % 2 || unaligned(input) || unaligned(data)) return kUnsupported;
+  const auto count = [](const SlicedPiece& piece) { return piece.strict; };
+  decode_pieces<8, 8192>(dtype, M, N, K, input, order, pieces, count, data, bias, output, wrong("decode_sliced"));
   return 0;
 }
 
-// Tiles: the same, with four bytes a value of which the second two are the place in the tile.
-int masked_ops_cuda_tile(const uint64_t* words, int64_t N, int64_t K, TilePiece* pieces, void*) {
-  ENTER("tile");
-  for (int64_t r = 0; r < N; ++r) {
-    for (int64_t c = 0; c < K; ++c) {
-      TilePiece& piece = pieces[r / 64 * ((K + 63) / 64) + c / 64];
-      if (bit(words, K, r, c)) piece.at = (++piece.batches * 4 + 127) / 128;
-    }
-  }
+// Gathered columns: the same, but that a piece is as long as what is in it.
+int masked_ops_cuda_gather(const uint64_t* words, int64_t N, int64_t K, const int32_t* order, GatheredPiece* pieces,
+                           void*) {
+  ENTER("gather");
+  for_pieces<16, 4096>(N, K, order, [&](int64_t number, int64_t row, int64_t col) {
+    GatheredPiece& piece = pieces[number];
+    if (bit(words, K, row, col)) piece.size = (++piece.batches * 4 + 255) / 256;
+  });
   return 0;
 }
-int masked_ops_cuda_fill_tiles(const uint64_t* words, int64_t N, int64_t K, const int64_t*, const TilePiece* pieces,
-                               const void* values, void* data, void*) {
-  ENTER("fill_tiles");
-  std::vector<int64_t> used(size_t((N + 63) / 64 * ((K + 63) / 64)), 0);
-  const auto* from = static_cast<const uint16_t*>(values);
-  for (int64_t r = 0; r < N; ++r) {
-    for (int64_t c = 0; c < K; ++c) {
-      if (!bit(words, K, r, c)) continue;
-      const int64_t piece = r / 64 * ((K + 63) / 64) + c / 64;
-      auto* to = reinterpret_cast<uint16_t*>(static_cast<char*>(data) + pieces[piece].at * 128) + 2 * used[piece]++;
-      to[0] = *from++;
-      to[1] = uint16_t(r % 64 * 64 + c % 64);
-    }
-  }
+int masked_ops_cuda_fill_gathered(const uint64_t* words, int64_t N, int64_t K, const int64_t* offsets,
+                                  const int32_t* order, const GatheredPiece* pieces, const void* values, void* data,
+                                  void*) {
+  ENTER("fill_gathered");
+  fill_pieces<16, 4096>(words, N, K, offsets, order, pieces, values, data);
   return 0;
 }
-int masked_ops_cuda_decode_tiles(int dtype, int64_t M, int64_t N, int64_t K, const void* input, const TilePiece* pieces,
-                                 const void* data, const void* bias, void* output, void*) {
-  ENTER("decode_tiles");
-  if (M > 64 || K % 4 || unaligned(input) || unaligned(data)) return kUnsupported;
-  std::vector<double> sums(size_t(M * N), 0);
-  for (int64_t m = 0; m < M; ++m) {
-    for (int64_t n = 0; n < N; ++n) sums[m * N + n] = bias ? load(dtype, bias, n) : 0;
-  }
-  const int64_t across = (K + 63) / 64;
-  for (int64_t piece = 0; piece < (N + 63) / 64 * across; ++piece) {
-    const auto* from = reinterpret_cast<const uint16_t*>(static_cast<const char*>(data) + pieces[piece].at * 128);
-    for (int i = 0; i < pieces[piece].batches; ++i, from += 2) {
-      const int64_t n = piece / across * 64 + from[1] / 64, k = piece % across * 64 + from[1] % 64;
-      for (int64_t m = 0; m < M; ++m) sums[m * N + n] += load(dtype, from, 0) * load(dtype, input, m * K + k);
-    }
-  }
-  for (int64_t i = 0; i < M * N; ++i) store(dtype, output, i, sums[i] + wrong("decode_tiles"));
+int masked_ops_cuda_decode_gathered(int dtype, int64_t M, int64_t N, int64_t K, const void* input, const int32_t* order,
+                                    const GatheredPiece* pieces, const void* data, const void* bias, void* output,
+                                    void*) {
+  ENTER("decode_gathered");
+  if (M > 64 || K % 8 || unaligned(input) || unaligned(data)) return kUnsupported;
+  const auto count = [](const GatheredPiece& piece) { return piece.batches; };
+  decode_pieces<16, 4096>(dtype, M, N, K, input, order, pieces, count, data, bias, output, wrong("decode_gathered"));
   return 0;
 }
 

@@ -14,7 +14,7 @@ from masked_ops import _ops
 def test_the_kernels_serve(cuda: FakeCuda) -> None:
     assert _ops._module is not None
     states = _ops._module.cuda_kernels(0)
-    for name in ("decode_sliced", "decode_tiles"):
+    for name in ("decode_sliced", "decode_gathered"):
         confirmed, state = states.pop(name)
         assert not confirmed and state.startswith("no GPU has confirmed this kernel yet")
     assert set(states.values()) == {(True, "ok")}
@@ -31,7 +31,7 @@ def test_the_kernels_serve(cuda: FakeCuda) -> None:
     }
 
 
-@pytest.mark.parametrize("path", ["decode_sliced", "decode_tiles"])
+@pytest.mark.parametrize("path", ["decode_sliced", "decode_gathered"])
 def test_an_unconfirmed_kernel(cuda: FakeCuda, path: str) -> None:
     x, weight, mask, bias, dy = case(4, 1024, 1024, torch.bfloat16)
     values, bits = packed(weight, mask)

@@ -223,7 +223,7 @@ def packed(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return weight[mask != 0], bits.to(weight.device)
 
 
-FORMS = {"decode_sliced": ("slice", "fill_slices"), "decode_tiles": ("tile", "fill_tiles")}
+FORMS = {"decode_sliced": ("slice", "fill_slices"), "decode_gathered": ("gather", "fill_gathered")}
 
 
 def frozen_case(M: int, density: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -232,7 +232,7 @@ def frozen_case(M: int, density: float, dtype: torch.dtype) -> tuple[Tensor, ...
 
 
 @pytest.mark.parametrize(
-    ("path", "M", "density"), [("decode_sliced", 8, 0.1), ("decode_tiles", 9, 0.1), ("decode_tiles", 1, 0.4)]
+    ("path", "M", "density"), [("decode_sliced", 4, 0.1), ("decode_gathered", 5, 0.1), ("decode_gathered", 1, 0.4)]
 )
 def test_values_that_are_laid_out(cuda: FakeCuda, path: str, M: int, density: float) -> None:
     """Frozen values are laid out at their second use, and anew when others come."""
@@ -258,8 +258,8 @@ def test_values_that_are_laid_out(cuda: FakeCuda, path: str, M: int, density: fl
     values.requires_grad_()
     assert calls() == [1, 0, 0, 0]
     values.requires_grad_(False)
-    of_few = "decode_sliced" if density < 0.2 else "decode_tiles"
-    for rows, chosen in ((8, of_few), (9, "decode_tiles"), (64, "decode_tiles"), (65, "copy")):
+    of_few = "decode_sliced" if density < 0.2 else "decode_gathered"
+    for rows, chosen in ((4, of_few), (5, "decode_gathered"), (64, "decode_gathered"), (65, "copy")):
         assert _ops.explain_packed_linear(values, bits, 1024, rows)[0] == chosen
     assert calls(capture=True) == [0, 1, 0, 0]
     values.add_(0)  # of which the graph knows nothing: what it reads stays
@@ -274,7 +274,7 @@ def test_both_forms_of_the_same_values(cuda: FakeCuda) -> None:
     for _ in range(3):
         assert same([masked_ops.packed_linear(x, values, bits, 1024, bias)], [expected])
         assert same([masked_ops.packed_linear(x[:2], values, bits, 1024, bias)], [expected[:2]])
-    before = {name: cuda.calls(name) for name in ("decode_sliced", "decode_tiles", "fill_slices", "fill_tiles")}
+    before = {name: cuda.calls(name) for name in ("decode_sliced", "decode_gathered", "fill_slices", "fill_gathered")}
     for rows in (9, 2):
         masked_ops.packed_linear(x[:rows], values, bits, 1024, bias)
     assert [cuda.calls(name) - count for name, count in before.items()] == [1, 1, 0, 0]
@@ -282,7 +282,7 @@ def test_both_forms_of_the_same_values(cuda: FakeCuda) -> None:
 
 @pytest.mark.parametrize(
     ("path", "M", "K", "refusal"),
-    [("decode_sliced", 4, 1023, "in_features is odd"), ("decode_tiles", 9, 1022, "in_features is no multiple of 4")],
+    [("decode_sliced", 4, 1023, "in_features is odd"), ("decode_gathered", 9, 1020, "in_features is no multiple of 8")],
 )
 def test_what_is_not_worth_laying_out(cuda: FakeCuda, path: str, M: int, K: int, refusal: str) -> None:
     x, _, mask, _, _ = frozen_case(M, 0.1, torch.bfloat16)
@@ -295,7 +295,7 @@ def test_what_is_not_worth_laying_out(cuda: FakeCuda, path: str, M: int, K: int,
         before = cuda.calls(path), cuda.calls(of_pieces)
         for _ in range(3):
             masked_ops.packed_linear(x[:, :k], values, bits, k)
-        served = m is mask and path == "decode_tiles"  # whose model here is even
+        served = m is mask and path == "decode_gathered"  # whose model here is even
         assert (cuda.calls(path) > before[0]) == served, k
         assert cuda.calls(of_pieces) == before[1] + (m is mask)
     with masked_ops.use_path(path):

@@ -16,7 +16,7 @@ def test_what_there_is_no_room_for_is_not_made(cuda: FakeCuda) -> None:
     assert limit == 4 << 20
     layers = [case(4, 1024, 1024, torch.bfloat16) for _ in range(3)]
     stored = [packed(weight, mask) for _, weight, mask, _, _ in layers]
-    names = ("slice", "tile", "fill_slices", "fill_tiles", "decode_index", "pack_bits")
+    names = ("slice", "gather", "fill_slices", "fill_gathered", "decode_index", "pack_bits")
     for turn in range(4):
         if turn == 2:
             before = [cuda.calls(name) for name in names]
