@@ -238,6 +238,8 @@ def test_few_rows_against_many_weights(threads: int, dtype: torch.dtype, capabil
     patterns = ("half", "most", "all", "some rows", "none", "tenth", "diagonal", "one row", "two of four", "single")
     shapes = [(M, *sides) for M in (*range(1, 18), 24, 25) for sides in FEW_ROWS]
     shapes += [(M, *sides) for M in (1, 2, 5, 12, 16) for sides in LONG_ROWS]
+    # Compressed in registers, of 16 bits, if a row has many values.
+    shapes += [(M, *sides) for M in (31, 32, 33, 63, 64, 65) for sides in ((33, 130), (21, 193), (50, 1100))]
     with running_on("fused", capability), poisoned():
         poison_scratch()
         for i, (M, N, K) in enumerate(shapes):

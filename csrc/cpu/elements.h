@@ -356,6 +356,29 @@ MASKED_OPS_INLINE void store_two(uint32_t m, const Vec (&x)[2], BFloat16* p) {
 }
 #endif
 
+// Whether the lanes of two vectors that have a bit are rounded and moved together at once.
+template <typename T>
+constexpr bool kCompressesTwo = false;
+#if defined(__AVX512VBMI2__)
+template <>
+inline constexpr bool kCompressesTwo<Float16> = true;
+MASKED_OPS_INLINE __m512i rounded_two(Vec low, Vec high, Float16) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(rounded(low, Float16())), rounded(high, Float16()), 1);
+}
+#if defined(__AVX512BF16__)
+template <>
+inline constexpr bool kCompressesTwo<BFloat16> = true;
+MASKED_OPS_INLINE __m512i rounded_two(Vec low, Vec high, BFloat16) {
+  return (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v);
+}
+#endif
+// 32 elements are written, of which those behind the bits' are of no account.
+template <typename T>
+MASKED_OPS_INLINE void store_compressed_two(uint32_t bits, Vec low, Vec high, T* p) {
+  _mm512_storeu_si512(p, _mm512_maskz_compress_epi16(bits, rounded_two(low, high, T())));
+}
+#endif
+
 // Whether rounding takes many instructions, for want of one.
 template <typename T>
 constexpr bool kRoundsInSteps = false;

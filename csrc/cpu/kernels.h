@@ -75,6 +75,8 @@ void packed_linear_small(const Team&, Dtype, int64_t M, const PackedWeight&, con
                          void* output);
 void packed_linear_grad_input_small(const Team&, Dtype, int64_t M, const PackedWeight&, const void* grad_output,
                                     void* grad_input);
+// Whether the gradient is compressed in registers.
+bool compresses_grad_values(Dtype, int64_t M, const PackedWeight&);
 void packed_linear_grad_values_small(const Team&, Dtype, int64_t M, const PackedWeight&, const void* grad_output,
                                      const void* input, void* grad_values);
 

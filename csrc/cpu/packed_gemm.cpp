@@ -157,17 +157,12 @@ struct PackedProduct {
   }
 };
 
-// Whether the weight is expanded in registers, forward; and whether its gradient is compressed there.
+// Whether the weight is expanded in registers, forward.
 template <typename T>
 bool in_registers(int64_t M, int64_t K) {
   const bool short_rows = !kIsFloat<T> && K <= tuning::kExpandedShortRows * M;
   return Operand<T>::kExpands && M <= tuning::kExpandedRows && !short_rows;
 }
-template <typename T>
-bool in_registers_of_values(int64_t M) {
-  return ceil_div(M, Operand<T>::kDepth) <= (kIsFloat<T> ? tuning::kCompressedSteps : tuning::kCompressedSteps16);
-}
-
 template <typename Body>
 void with_moved(Dtype dtype, const Body& body) {
   dtype == Dtype::kFloat ? body(uint32_t()) : body(uint16_t());
@@ -224,9 +219,8 @@ void packed_linear_grad_input(const Team& team, Dtype dtype, int64_t M, const Pa
 
 void packed_linear_grad_values(const Team& team, Dtype dtype, int64_t M, const PackedWeight& weight,
                                const void* grad_output, const void* input, void* grad_values) {
-  bool small = false;
-  with_element(dtype, [&](auto element) { small = in_registers_of_values<decltype(element)>(M); });
-  if (small) return packed_linear_grad_values_small(team, dtype, M, weight, grad_output, input, grad_values);
+  if (compresses_grad_values(dtype, M, weight))
+    return packed_linear_grad_values_small(team, dtype, M, weight, grad_output, input, grad_values);
   with_moved(dtype, [&](auto element) {
     using Element = decltype(element);
     PackedProduct<Element>{team, dtype, M, weight}.grad_values(static_cast<const Element*>(grad_output),

@@ -35,6 +35,25 @@ MASKED_OPS_INLINE void store_compressed(Vec v, uint32_t bits, T*& out) {
   if (kBehind == Behind::kKept) std::memcpy(out, kept, sizeof(kept));
 }
 
+// Likewise two vectors, of columns from k on, where one instruction moves them (kCompressesTwo).
+template <Behind kBehind, typename T>
+MASKED_OPS_INLINE void store_two(const Vec (&two)[2], const uint64_t* row, int64_t k, T*& out) {
+  const uint32_t bits = opaque(uint32_t{reinterpret_cast<const Word32*>(row)[k / 32]});
+  const int count = __builtin_popcount(bits);
+  T kept[2 * L];
+  if (kBehind == Behind::kKept) std::memcpy(kept, out + count, sizeof(kept));
+  store_compressed_two(bits, two[0], two[1], out);
+  out += count;
+  if (kBehind == Behind::kKept) std::memcpy(out, kept, sizeof(kept));
+}
+
+// Elements that are written at once.
+template <typename T>
+constexpr int kWritten = kCompressesTwo<T> ? 2 * L : L;
+
+template <Behind kBehind>
+using Constant = std::integral_constant<Behind, kBehind>;
+
 // The values of some rows, one by one, for so few steps that all factors of a row stay in registers.
 template <int kSteps, typename T>
 __attribute__((noinline)) void by_row(const PackedOuter<T>& operands, int64_t rows) {
@@ -60,9 +79,25 @@ __attribute__((noinline)) void by_row(const PackedOuter<T>& operands, int64_t ro
         }
         store_compressed<exact ? Behind::kUntouched : Behind::kOverwritten>(sum, Vec::bits_of_lanes(word, j), out);
       };
-      if (left >= 64 && end - out >= __builtin_popcountll(*word) + L) {
-        MASKED_OPS_UNROLL
-        for (int j = 0; j < 64; j += L) step(j, std::false_type());
+      if (left >= 64 && end - out >= __builtin_popcountll(*word) + kWritten<T>) {
+        if constexpr (kCompressesTwo<T>) {
+          MASKED_OPS_UNROLL
+          for (int j = 0; j < 64; j += 2 * L) {
+            Vec two[2];
+            MASKED_OPS_UNROLL
+            for (int i = 0; i < 2; ++i) {
+              two[i] = Vec::zero();
+              MASKED_OPS_UNROLL
+              for (int s = 0; s < kSteps; ++s) {
+                two[i] = Operand<T>::multiply_add(dy[s], Vec::loadu(x[s] + j + i * L), two[i]);
+              }
+            }
+            store_two<Behind::kOverwritten>(two, word, j, out);
+          }
+        } else {
+          MASKED_OPS_UNROLL
+          for (int j = 0; j < 64; j += L) step(j, std::false_type());
+        }
       } else {
         for (int j = 0; j < min<int64_t>(left, 64); j += L) step(j, std::true_type());
       }
@@ -110,6 +145,23 @@ __attribute__((noinline)) void by_tiles(const PackedOuter<T>& operands, const T*
     o.columns - k >= NV* L ? add_up(std::true_type()) : add_up(std::false_type());
     MASKED_OPS_UNROLL
     for (int r = 0; r < R; ++r) {
+      if constexpr (kCompressesTwo<T>) {
+        static_assert(NV % 2 == 0);
+        const auto in_twos = [&](auto behind) __attribute__((always_inline)) {
+          MASKED_OPS_UNROLL
+          for (int j = 0; j < NV; j += 2) {
+            store_two<decltype(behind)::value>({sum[r][j], sum[r][j + 1]}, o.bits.row(r), k + j * L, out[r]);
+          }
+        };
+        if (end[r] - out[r] >= NV * L) {
+          in_twos(Constant<Behind::kOverwritten>());
+          continue;
+        }
+        if (last - out[r] >= (NV + 2) * L) {
+          in_twos(Constant<Behind::kKept>());
+          continue;
+        }
+      }
       MASKED_OPS_UNROLL
       for (int j = 0; j < NV; ++j) {
         const uint32_t bits = Vec::bits_of_lanes(o.bits.row(r), k + j * L);
@@ -126,8 +178,22 @@ __attribute__((noinline)) void by_tiles(const PackedOuter<T>& operands, const T*
 }
 
 template <typename T>
+bool goes_by_row(int64_t steps, int64_t columns) {
+  const bool in_l1 = !kCompressesTwo<T> || steps * columns <= tuning::kCompressedByRowFloats;
+  return steps <= tuning::kCompressedByRow && in_l1;
+}
+
+template <typename T>
+bool in_registers(int64_t M, const PackedWeight& w) {
+  const int64_t steps = ceil_div(M, Operand<T>::kDepth);
+  if (!kCompressesTwo<T>) return steps <= (kIsFloat<T> ? tuning::kCompressedSteps : tuning::kCompressedSteps16);
+  const bool long_rows = w.offsets[w.rows] >= tuning::kCompressedRowValues * w.rows;
+  return goes_by_row<T>(steps, w.cols) || (steps <= tuning::kCompressedStepsTwo && long_rows);
+}
+
+template <typename T>
 void grad_values(const Team& team, int64_t M, const PackedWeight& w, const T* grad_output, const T* input, T* values) {
-  constexpr int kRows = tuning::kCompressedRows, kByRow = tuning::kCompressedByRow;
+  constexpr int kRows = tuning::kCompressedRows;
   const int64_t N = w.rows, K = w.cols, steps = ceil_div(M, Operand<T>::kDepth);
   const Operands dy = operands_of(Slot::kPanelA, grad_output, M, N), x = operands_of(Slot::kPanelB, input, M, K);
   const int64_t rows = max<int64_t>(ceil_div(tuning::kSmallGrain, K), kRows) / kRows * kRows;  // of a task
@@ -136,8 +202,8 @@ void grad_values(const Team& team, int64_t M, const PackedWeight& w, const T* gr
     const auto from = [&](int64_t n) {
       return PackedOuter<T>{steps, {dy.at + n, dy.ld}, x, {w.bits.row(n), w.bits.stride}, K, w.offsets + n, values};
     };
-    if (steps <= kByRow) {
-      with_int<kByRow>(steps, [&](auto s) { by_row<decltype(s)::value>(from(first), last - first); });
+    if (goes_by_row<T>(steps, K)) {
+      with_int<tuning::kCompressedByRow>(steps, [&](auto s) { by_row<decltype(s)::value>(from(first), last - first); });
       return;
     }
     for (int64_t n = first; n < last; n += kRows) {
@@ -148,6 +214,12 @@ void grad_values(const Team& team, int64_t M, const PackedWeight& w, const T* gr
 }
 
 }  // namespace
+
+bool compresses_grad_values(Dtype dtype, int64_t M, const PackedWeight& weight) {
+  bool compresses = false;
+  with_element(dtype, [&](auto element) { compresses = in_registers<decltype(element)>(M, weight); });
+  return compresses;
+}
 
 void packed_linear_grad_values_small(const Team& team, Dtype dtype, int64_t M, const PackedWeight& weight,
                                      const void* grad_output, const void* input, void* values) {

@@ -267,6 +267,12 @@ constexpr int64_t kExpandedByRow = kExpandedGradRows;
 // 3072 1619 and 834; 24, 2048 x 64 89 and 80; tiles of four rows 12, 2048 x 128 139, of six 103. float16, 768 x 768, 1
 // 103 and 45, 16 286 and 243. AVX-512, float32, 8, 512 x 512 75 and 53, 16, 768 x 3072 1698 and 1204; float16, 1, 768 x
 // 768 62 and 96, 8, 2048 x 128 62 and 58.
+//
+// And where two vectors of 16 bits are compressed at once. bfloat16, 50%, 2, 1024 x 3072 467 and 208, 4, 768 x 768 71
+// and 38, 12, 1024 x 3072 728 and 535, 32, 512 x 512 101 and 87; float16, 4, 512 x 512 46 and 29, 8, 1024 x 3072 1010
+// and 743, 32 2531 and 2260, 48 3361 and 3327. Row by row only where the operands of all steps, so many floats, stay in
+// L1 (8, 1024 x 3072 1247, by tiles 743), and by tiles only where a row has so many values that what its last stores
+// have to put back is little (24, 2048 x 128 at 20%, bfloat16, 84 and 102; at 50% 84 and 78).
 #if defined(__AVX512F__)
 constexpr int kCompressedSteps = 16, kCompressedSteps16 = 0, kCompressedByRow = 8, kCompressedRows = 4;
 #elif defined(__AVX2__)
@@ -274,6 +280,8 @@ constexpr int kCompressedSteps = 24, kCompressedSteps16 = 24, kCompressedByRow =
 #else
 constexpr int kCompressedSteps = 0, kCompressedSteps16 = 0, kCompressedByRow = 3, kCompressedRows = 4;
 #endif
+constexpr int kCompressedStepsTwo = 32;
+constexpr int64_t kCompressedByRowFloats = 6144, kCompressedRowValues = 48;
 // Bytes of a weight that is one piece: 128, 1024 -> 1024 337, 365 and 313 us by pieces, 306, 308 and 307 whole.
 constexpr int64_t kWholeWeight = int64_t{2} << 20;
 
