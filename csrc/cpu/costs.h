@@ -1,6 +1,6 @@
 // What the paths of a linear layer cost on this kind of machine, for the choice among them: nanoseconds, fitted by
-// bench/fit_cost_model.py on two Zen 5 cores with AVX-512; grad_weight of packed float32 weights (of AVX-512, M <= 16)
-// on two Zen 4 cores. Ratios matter, and they move little from machine to machine: on Zen 4, whose AVX-512 products
+// bench/fit_cost_model.py on two Zen 5 cores with AVX-512; grad_weight of packed weights (of AVX-512, M <= 16) on two
+// Zen 4 cores. Ratios matter, and they move little from machine to machine: on Zen 4, whose AVX-512 products
 // take twice as long, the path that is chosen is within 10% of the best in 93 to 98% of 762 fresh cells, by pass and
 // dtype.
 #pragma once
@@ -110,21 +110,21 @@ inline constexpr CostTable kBFloat16PackedCosts = {
     // bfloat16, packed: begin
     {
         // copy
-        {1.85e+04, 0, 0.00945, 0.0214, 0.0903, 0.0433, 0, 0},     // forward, M <= 16
-        {1.38e+04, 0, 0.00421, 0.0427, 0.0285, 0.0181, 0, 0},     // forward, M > 16
-        {1.77e+04, 0, 0.012, 0, 0.111, 0.121, 0, 0},              // grad_input, M <= 16
-        {1.39e+04, 0, 0.00427, 0.0443, 0.0421, 0.0271, 0, 0},     // grad_input, M > 16
-        {1.53e+04, 0, 0.00378, 0.0518, 0.0177, 0.0108, 0, 0},     // grad_weight, M <= 16
-        {1.55e+04, 0, 0.00434, 0.021, 0.0286, 0.0144, 0.044, 0},  // grad_weight, M > 16
+        {1.85e+04, 0, 0.00945, 0.0214, 0.0903, 0.0433, 0, 0},      // forward, M <= 16
+        {1.38e+04, 0, 0.00421, 0.0427, 0.0285, 0.0181, 0, 0},      // forward, M > 16
+        {1.77e+04, 0, 0.012, 0, 0.111, 0.121, 0, 0},               // grad_input, M <= 16
+        {1.39e+04, 0, 0.00427, 0.0443, 0.0421, 0.0271, 0, 0},      // grad_input, M > 16
+        {2.38e+04, 0, 0.00958, 0.0333, 0.0438, 0.0593, 0.218, 0},  // grad_weight, M <= 16
+        {1.55e+04, 0, 0.00434, 0.021, 0.0286, 0.0144, 0.044, 0},   // grad_weight, M > 16
     },
     {
         // fused
-        {2.55e+03, 0, 0.0112, 0.0131, 0.00746, 0.029, 0.577, 0},      // forward, M <= 16
-        {2.46e+03, 0, 0.00414, 0.0313, 0.0255, 0.0209, 0.0115, 0},    // forward, M > 16
-        {3.63e+03, 0, 0.015, 0, 0.0213, 0.0337, 0, 0},                // grad_input, M <= 16
-        {3.15e+03, 0, 0.00425, 0, 0.0483, 0.0334, 0.00115, 0},        // grad_input, M > 16
-        {3.02e+03, 0, 0.00393, 0.0499, 0.00988, 0.00774, 0.0237, 0},  // grad_weight, M <= 16
-        {3.48e+03, 0, 0.00418, 0.0202, 0.0284, 0.0138, 0.0214, 0},    // grad_weight, M > 16
+        {2.55e+03, 0, 0.0112, 0.0131, 0.00746, 0.029, 0.577, 0},    // forward, M <= 16
+        {2.46e+03, 0, 0.00414, 0.0313, 0.0255, 0.0209, 0.0115, 0},  // forward, M > 16
+        {3.63e+03, 0, 0.015, 0, 0.0213, 0.0337, 0, 0},              // grad_input, M <= 16
+        {3.15e+03, 0, 0.00425, 0, 0.0483, 0.0334, 0.00115, 0},      // grad_input, M > 16
+        {3.95e+03, 0, 0.0101, 0.0168, 0.0121, 0.0152, 0.244, 0},    // grad_weight, M <= 16
+        {3.48e+03, 0, 0.00418, 0.0202, 0.0284, 0.0138, 0.0214, 0},  // grad_weight, M > 16
     },
     {
         // sparse
@@ -132,7 +132,7 @@ inline constexpr CostTable kBFloat16PackedCosts = {
         {2.36e+03, 0.00766, 0, 0, 0, 0.214, 0.0744, 0.106},  // forward, M > 16
         {4.24e+03, 0.0244, 0, 0, 0, 0.721, 0.067, 0.556},    // grad_input, M <= 16
         {3.26e+03, 0.0101, 0, 0, 0, 0.489, 0.0725, 0.073},   // grad_input, M > 16
-        {3.33e+03, 0.00843, 0, 0, 0, 0.325, 0, 0.289},       // grad_weight, M <= 16
+        {4.58e+03, 0.013, 0, 0, 0, 0.409, 0, 0.763},         // grad_weight, M <= 16
         {3.44e+03, 0.0107, 0, 0, 0, 0.306, 0.0637, 0.0695},  // grad_weight, M > 16
     },
     // bfloat16, packed: end
@@ -145,7 +145,7 @@ inline constexpr CostTable kHalfPackedCosts = {
         {1.71e+04, 0, 0.0729, 0, 0, 0, 0, 0},           // forward, M > 16
         {302, 0, 0.637, 0, 0.425, 0, 0, 0},             // grad_input, M <= 16
         {0, 0, 0.374, 0, 6.63, 0, 0, 0},                // grad_input, M > 16
-        {4.92e+03, 0, 0.263, 0, 0.473, 0, 0, 0},        // grad_weight, M <= 16
+        {4.59e+03, 0, 0.332, 0, 0.646, 0, 0, 0},        // grad_weight, M <= 16
         {6.38e+03, 0, 0.232, 0, 2.5, 0, 0, 0},          // grad_weight, M > 16
     },
     {
@@ -154,7 +154,7 @@ inline constexpr CostTable kHalfPackedCosts = {
         {2.53e+03, 0, 0.00727, 0.0211, 0.0663, 0, 0.133, 0},     // forward, M > 16
         {3.21e+03, 0, 0.0273, 0, 0.0321, 0.0488, 0.103, 0},      // grad_input, M <= 16
         {2.82e+03, 0, 0.00888, 0, 0.0808, 0.0193, 0.0689, 0},    // grad_input, M > 16
-        {2.77e+03, 0, 0.0076, 0.0414, 0.0264, 0.018, 0.138, 0},  // grad_weight, M <= 16
+        {3.87e+03, 0, 0.0217, 0, 0.0329, 0.0287, 0.218, 0},      // grad_weight, M <= 16
         {3.34e+03, 0, 0.00763, 0, 0.0345, 0.0801, 0.154, 0},     // grad_weight, M > 16
     },
     {
@@ -163,7 +163,7 @@ inline constexpr CostTable kHalfPackedCosts = {
         {1.84e+03, 0.00468, 0, 0, 0, 0.191, 0.12, 0.172},   // forward, M > 16
         {3.59e+03, 0, 0, 0, 0, 0.716, 0, 1.29},             // grad_input, M <= 16
         {2.25e+03, 0.0063, 0, 0, 0, 0.463, 0.0286, 0.338},  // grad_input, M > 16
-        {3.06e+03, 0, 0, 0, 0, 0.383, 0, 0.49},             // grad_weight, M <= 16
+        {4.47e+03, 0.0128, 0, 0, 0, 0.44, 0, 1.07},         // grad_weight, M <= 16
         {3.18e+03, 0.00703, 0, 0, 0, 0.313, 0.07, 0.186},   // grad_weight, M > 16
     },
     // float16, packed: end
