@@ -9,7 +9,7 @@
 // is added up at the end, always in the same order.
 //
 // Per step that is four products of bits, nine instructions of the adders' and two to four turns of shared memory, and
-// a step holds some 27 values at density .1: less than the time that its bytes take from memory, which are asked for
+// a step holds some 26 values at density .1: less than the time that its bytes take from memory, which are asked for
 // (into the L2 cache) before the input is.
 #include "gathered.h"
 #include "gemm_tiles.h"
