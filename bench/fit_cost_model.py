@@ -21,8 +21,9 @@ The model of a path and pass is a sum of non-negative terms, in nanoseconds:
             + value * nnz + io * M * (N + K) + block * M * N * B) / threads
 
 where B is the number of blocks that the sparse kernels cut K into. There is one set of constants for M <= 16, where
-weights are read once and come from memory, and one for M > 16. Only the terms that a path has are fitted: a dense path
-knows no nnz.
+weights are read once and come from memory, and one for M > 16; packed layers have another for M = 1, which has a sparse
+kernel of its own (with AVX-512 it takes 16 others as long as two). Only the terms that a path has are fitted: a dense
+path knows no nnz.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ import masked_ops
 from masked_ops import _ops
 
 SMALL_M = 16
+SIZES = (f"M <= {SMALL_M}", f"M > {SMALL_M}")
+PACKED_SIZES = ("M = 1", *SIZES)  # of which the first has a sparse kernel of its own
 TERMS = ("call", "mac", "dense", "weight", "memory", "value", "io", "block")
 PASSES = ("forward", "grad_input", "grad_weight")
 PATH_TERMS = {
@@ -178,29 +181,37 @@ def features(cell: Cell, terms: tuple[str, ...]) -> list[float]:
     return [value[term] for term in terms]
 
 
-Costs = dict[tuple[str, str, bool], dict[str, float]]
+Costs = dict[tuple[str, str, str], dict[str, float]]
+
+
+def size_of(cell: Cell, sizes: tuple[str, ...]) -> str:
+    if cell[0] > SMALL_M:
+        return sizes[-1]
+    return sizes[0] if cell[0] == 1 else sizes[-2]
 
 
 def fit(samples: Samples, path_terms: dict[str, tuple[str, ...]]) -> Costs:
     """Non-negative least squares on relative errors; they count less, the further a path is from the choice."""
     costs: Costs = {}
+    sizes = PACKED_SIZES if path_terms is PACKED_TERMS else SIZES
     for path, terms in path_terms.items():
-        for name, small in itertools.product(PASSES, (True, False)):
+        for name, size in itertools.product(PASSES, sizes):
             rows, ones = [], []
             for cell, results in samples.items():
-                if (cell[0] <= SMALL_M) == small:
+                if size_of(cell, sizes) == size:
                     took = results[name][path]
                     best_other = min(results[name][other] for other in PATH_TERMS if other != path)
                     counts = math.exp(-abs(math.log(took / best_other)) / 0.6) + 0.04
                     rows.append([counts * f / took for f in features(cell, terms)])
                     ones.append(counts)
             solution, _ = nnls(np.array(rows), np.array(ones))
-            costs[path, name, small] = dict(zip(terms, solution.tolist(), strict=True))
+            costs[path, name, size] = dict(zip(terms, solution.tolist(), strict=True))
     return costs
 
 
 def predict(costs: Costs, cell: Cell, name: str, path: str) -> float:
-    constants = costs[path, name, cell[0] <= SMALL_M]
+    sizes = PACKED_SIZES if (path, name, PACKED_SIZES[0]) in costs else SIZES
+    constants = costs[path, name, size_of(cell, sizes)]
     return sum(c * f for c, f in zip(constants.values(), features(cell, tuple(constants)), strict=True))
 
 
@@ -237,10 +248,9 @@ def write(dtype: str, costs: Costs, packed: bool) -> None:
     for path in PATH_TERMS:
         lines.append(f"    {{  // {path}")
         for name in PASSES:
-            for small in (True, False):
-                constants = costs[path, name, small]
+            for size in PACKED_SIZES if packed else SIZES:
+                constants = costs[path, name, size]
                 numbers = ", ".join(f"{constants.get(term, 0.0):.3g}" for term in TERMS)
-                size = f"M <= {SMALL_M}" if small else f"M > {SMALL_M}"
                 lines.append(f"        {{{numbers}}},  // {name}, {size}")
         lines.append("    },")
     body = "\n".join(lines) + "\n"
@@ -340,10 +350,8 @@ def fit_and_assess(samples: Samples, path_terms: dict[str, tuple[str, ...]]) -> 
     print(
         "typical error of the model:", ", ".join(f"{path} {np.expm1(np.median(e)):.0%}" for path, e in errors.items())
     )
-    for (path, name, small), constants in costs.items():
-        print(
-            f"{path:7} {name:12} {'M<=16' if small else 'M>16 '} ", {k: float(f"{v:.3g}") for k, v in constants.items()}
-        )
+    for (path, name, size), constants in costs.items():
+        print(f"{path:7} {name:12} {size:7} ", {k: float(f"{v:.3g}") for k, v in constants.items()})
     return costs
 
 

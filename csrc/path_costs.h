@@ -50,11 +50,9 @@ struct LinearCosts {
 
   double of(const cpu::CostTable& costs, Path path, int64_t N, int64_t K, int64_t nnz, double blocked,
             bool reads_dense_weight = true) const {
-    const int row = path == Path::kSparse ? 2 : path == Path::kFused ? 1 : 0;
-    cpu::Cost c = costs[row][2 * static_cast<int>(pass) + (M > cpu::kSmallM)];
+    cpu::Cost c = costs[row_of(path)][2 * static_cast<int>(pass) + (M > cpu::kSmallM)];
     if (!reads_dense_weight) c.weight = c.memory = 0;
-    c.mac *= float(1 - cpu::kRowBlockGain[static_cast<int>(pass)] * blocked);
-    return c(M, N, K, nnz, threads);
+    return of(c, N, K, nnz, blocked);
   }
 
   double of(Path path, const Pattern& pattern, bool reads_dense_weight = true) const {
@@ -64,12 +62,14 @@ struct LinearCosts {
   // Of a packed weight, which the copy path lays out in memory and the masked GEMM in the caches.
   double of_packed(Path path, const Pattern& pattern) const {
     if (!portable()) {
-      return of(packed_table(), path, pattern.rows(), pattern.cols(), pattern.nnz(), pattern.blocked());
+      const int size = M == 1 ? 0 : M <= cpu::kSmallM ? 1 : 2;
+      const cpu::Cost& c = packed_table()[row_of(path)][3 * static_cast<int>(pass) + size];
+      return of(c, pattern.rows(), pattern.cols(), pattern.nnz(), pattern.blocked());
     }
     const double expanded = double(pattern.rows() * pattern.cols()) * cpu::kExpandCost / threads;
     return of(path, pattern, /*reads_dense_weight=*/false) + (path == Path::kSparse ? 0 : expanded);
   }
-  const cpu::CostTable& packed_table() const {
+  const cpu::PackedCostTable& packed_table() const {
     if (cpu::kernels().lanes == 8) return dtype == at::kFloat ? cpu::kFloatPackedCostsAvx2 : cpu::kHalfPackedCostsAvx2;
     if (dtype == at::kFloat) return cpu::kFloatPackedCosts;
     return dtype == at::kBFloat16 && cpu::kernels().bf16_dots ? cpu::kBFloat16PackedCosts : cpu::kHalfPackedCosts;
@@ -79,6 +79,13 @@ struct LinearCosts {
     const int64_t N = pattern.live_rows(), K = pattern.live_cols();
     const int64_t moved = 2 * N * K + M * (N + K + pattern.rows() + pattern.cols());
     return of(Path::kFused, N, K, pattern.nnz()) + cpu::kGatherCost * double(moved) / threads + cpu::kCompactCall;
+  }
+
+ private:
+  static int row_of(Path path) { return path == Path::kSparse ? 2 : path == Path::kFused ? 1 : 0; }
+  double of(cpu::Cost c, int64_t N, int64_t K, int64_t nnz, double blocked) const {
+    c.mac *= float(1 - cpu::kRowBlockGain[static_cast<int>(pass)] * blocked);
+    return c(M, N, K, nnz, threads);
   }
 };
 
