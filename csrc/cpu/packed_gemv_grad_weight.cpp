@@ -70,28 +70,24 @@ __attribute__((noinline)) void by_row(const PackedOuter<T>& operands, int64_t ro
       x[s] = opaque(o.x.at + s * o.x.ld);
     }
     for (int64_t left = o.columns; left > 0; left -= 64, ++word) {
-      const auto step = [&](int j, auto exact) __attribute__((always_inline)) {
+      const auto sum_at = [&](int j, auto exact) __attribute__((always_inline)) {
         Vec sum = Vec::zero();
         MASKED_OPS_UNROLL
         for (int s = 0; s < kSteps; ++s) {
           const Vec v = exact ? load_first(left - j, x[s] + j) : Vec::loadu(x[s] + j);
           sum = Operand<T>::multiply_add(dy[s], v, sum);
         }
-        store_compressed<exact ? Behind::kUntouched : Behind::kOverwritten>(sum, Vec::bits_of_lanes(word, j), out);
+        return sum;
+      };
+      const auto step = [&](int j, auto exact) __attribute__((always_inline)) {
+        constexpr Behind kBehind = exact ? Behind::kUntouched : Behind::kOverwritten;
+        store_compressed<kBehind>(sum_at(j, exact), Vec::bits_of_lanes(word, j), out);
       };
       if (left >= 64 && end - out >= __builtin_popcountll(*word) + kWritten<T>) {
         if constexpr (kCompressesTwo<T>) {
           MASKED_OPS_UNROLL
           for (int j = 0; j < 64; j += 2 * L) {
-            Vec two[2];
-            MASKED_OPS_UNROLL
-            for (int i = 0; i < 2; ++i) {
-              two[i] = Vec::zero();
-              MASKED_OPS_UNROLL
-              for (int s = 0; s < kSteps; ++s) {
-                two[i] = Operand<T>::multiply_add(dy[s], Vec::loadu(x[s] + j + i * L), two[i]);
-              }
-            }
+            const Vec two[2] = {sum_at(j, std::false_type()), sum_at(j + L, std::false_type())};
             store_two<Behind::kOverwritten>(two, word, j, out);
           }
         } else {

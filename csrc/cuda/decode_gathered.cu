@@ -101,7 +101,7 @@ struct Batch {
   template <int kGroup>
   MASKED_OPS_DEVICE uint32_t phases() const {
     const uint32_t nibbles = positions >> Of::shift(kGroup);
-    return select_bytes(0x08040201, 0x80402010, kSteps == 4 ? nibbles : nibbles & Of::kNibbles);
+    return select_bytes(0x08040201, 0x80402010, kSteps == 4 ? nibbles : nibbles & 0x3333);
   }
 };
 
@@ -253,6 +253,12 @@ __global__ void __launch_bounds__(kThreads, 1) decode_gathered_kernel(const __gr
     const int64_t first_m = int64_t(blockIdx.y) * kM;
     // Neighbours are about as long: they are dealt out over blocks.
     const auto strip_of = [&](int round, int i) { return (round * decode.at_once() + i) * blocks + block; };
+    // Of output i of the block's strips: its row of the weight, if there is one, and where part 0 has its sum.
+    const auto row_of = [&](int round, int i) {
+      const int strip = strip_of(round, i / kOutputs);
+      return strip < strips ? decode.order[int64_t(strip) * kStripRows + i % kOutputs / kM] : -1;
+    };
+    const auto sum_of = [&](int i) { return partial + ((i / kOutputs << decode.log_parts) * kOutputs + i % kOutputs); };
     Products<kDtype, kM> products;
 #pragma unroll 1
     for (int round = 0; round < decode.rounds; ++round) {
@@ -280,15 +286,14 @@ __global__ void __launch_bounds__(kThreads, 1) decode_gathered_kernel(const __gr
       // Of each strip those of part 0 become the block's.
 #pragma unroll 1
       for (int i = int(threadIdx.x); i < decode.at_once() * kOutputs; i += kThreads) {
-        float* const of_strip = partial + ((i / kOutputs << decode.log_parts) * kOutputs + i % kOutputs);
-        float sum = *of_strip;
+        float* const first_part = sum_of(i);
+        float sum = *first_part;
 #pragma unroll 1
-        for (int p = 1; p < decode.parts(); ++p) sum += of_strip[p * kOutputs];
+        for (int p = 1; p < decode.parts(); ++p) sum += first_part[p * kOutputs];
         if constexpr (kCluster) {
-          *of_strip = sum;
+          *first_part = sum;
         } else {
-          const int of = strip_of(round, i / kOutputs);
-          const int32_t row = of < strips ? decode.order[int64_t(of) * kStripRows + i % kOutputs / kM] : -1;
+          const int32_t row = row_of(round, i);
           if (row >= 0) store<kDtype>(decode, first_m + i % kM, row, sum);
         }
       }
@@ -297,14 +302,13 @@ __global__ void __launch_bounds__(kThreads, 1) decode_gathered_kernel(const __gr
 #pragma unroll 1
         for (int i = (split * kThreads + int(threadIdx.x)) * 4; i < decode.at_once() * kOutputs;
              i += splits * kThreads * 4) {
-          const int of = strip_of(round, i / kOutputs);
-          const int32_t row = of < strips ? decode.order[int64_t(of) * kStripRows + i % kOutputs / kM] : -1;
+          const int32_t row = row_of(round, i);
           if (row < 0) continue;
-          const float* const of_strip = partial + ((i / kOutputs << decode.log_parts) * kOutputs + i % kOutputs);
+          const uint32_t address = shared_address(sum_of(i));
           float4 sum = {};
 #pragma unroll 1
           for (int s = 0; s < splits; ++s) {
-            const float4 x = load_shared_of(s, shared_address(of_strip));
+            const float4 x = load_shared_of(s, address);
             sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
           }
           const int64_t m = first_m + i % kM;

@@ -45,7 +45,7 @@ struct Piece {
   MASKED_OPS_DEVICE Piece(const Pieces& of, Scratch& scratch, int64_t number) : all(of), scratch(scratch) {
     strip = number / gather_segments(of.K);
     first = number % gather_segments(of.K) * kGatherColumns;
-    const int64_t left = ceil_div<int64_t>(of.K - first, 64);
+    const int64_t left = words_per_row(of.K - first);
     words = int(left < kWordsOfRow ? left : kWordsOfRow);
     if (lane() < kStripRows) scratch.order[lane()] = of.order[strip * kStripRows + lane()];
     __syncwarp();
@@ -63,7 +63,7 @@ struct Piece {
   }
   // Of a row of the strip; number -1 if there is none.
   MASKED_OPS_DEVICE const uint64_t* row(int r) const {
-    return all.words + scratch.order[r] * ceil_div<int64_t>(all.K, 64) + first / 64;
+    return all.words + scratch.order[r] * words_per_row(all.K) + first / 64;
   }
   MASKED_OPS_DEVICE uint64_t word(int r, int w) const { return scratch.order[r] < 0 ? 0 : row(r)[w]; }
 
@@ -150,8 +150,9 @@ __global__ void __launch_bounds__(kWarp) gather_kernel(Pieces pieces, GatheredPi
       best = {0, size, batches, uint16_t(steps), uint16_t(start)};
     }
   };
-  consider(piece.least(4), piece.pack<4>(piece.least(4), count), 4);
-  consider(piece.least(2), piece.pack<2>(piece.least(2), count), 2);
+  const int least_of_4 = piece.least(4), least_of_2 = piece.least(2);
+  consider(least_of_4, piece.pack<4>(least_of_4, count), 4);
+  consider(least_of_2, piece.pack<2>(least_of_2, count), 2);
   if (best.steps == 0) consider(piece.most(), piece.pack<2>(piece.most(), count), 2);
   if (Piece::lane() == 0) to[blockIdx.x] = best;
 }

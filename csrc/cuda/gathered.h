@@ -47,9 +47,8 @@ struct BatchOf {
   static constexpr uint32_t kUnits = kBytes / kGatherUnit;
   static_assert(kBytes % kGatherUnit == 0);
 
-  // Of group t of a batch: by how much its positions are shifted, and the bits of each.
+  // By how much the positions of group t of a batch are shifted.
   MASKED_OPS_BOTH static constexpr int shift(int t) { return t % (4 / kSteps) * kSteps + t / (4 / kSteps) * 16; }
-  static constexpr uint32_t kNibbles = kSteps == 4 ? 0x7777 : 0x3333;
 };
 
 MASKED_OPS_BOTH uint32_t batch_units(int steps) { return steps == 4 ? BatchOf<4>::kUnits : BatchOf<2>::kUnits; }

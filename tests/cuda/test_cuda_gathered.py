@@ -5,24 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from cuda_library import Library
-from laid_out import HALVES, Form, Kernel
+from laid_out import HALVES, UNIT, Kernel
 from test_cuda_decode import small_integers, uneven_mask
 from test_cuda_passes import random_mask
 from torch import Tensor
 
-SEGMENT, ROWS, UNIT, WARP = 4096, 16, 256, 32
-GATHERED = Kernel("decode_gathered", ("gather", "fill_gathered"), unit=UNIT, size=1)
+SEGMENT, ROWS, WARP = 4096, 16, 32
+GATHERED = Kernel("decode_gathered", ("gather", "fill_gathered"), ROWS, SEGMENT)
 BATCH_UNITS = {2: 5, 4: 3}
-
-
-def gathered(cuda: Library, weight: Tensor, mask: Tensor, order: Tensor | None = None) -> Form:
-    """The order of the rows, the pieces and the data."""
-    N, K = mask.shape
-    if order is None:
-        order = mask.sum(1).argsort(descending=True)
-    order = cuda.put(torch.cat([order, order.new_full((-N % ROWS,), -1)]).int())
-    pieces = cuda.empty((order.numel() // ROWS * -(-K // SEGMENT), 4), torch.int32)
-    return GATHERED.lay_out(cuda, weight, mask, pieces, order)
 
 
 def operands(batch: Tensor, steps: int) -> tuple[Tensor, Tensor]:
@@ -62,7 +52,7 @@ def test_columns_are_gathered_as_described(cuda: Library) -> None:
         order = torch.randperm(N)
         weight = torch.zeros(N, K)
         weight[mask] = torch.arange(1, 1 + int(mask.sum())).float() % 32767 + 1
-        order, pieces, data = (t.cpu() for t in gathered(cuda, weight.to(torch.int16), mask, order))
+        order, pieces, data = (t.cpu() for t in GATHERED.lay_out(cuda, weight.to(torch.int16), mask, order))
         segments, end = -(-K // SEGMENT), 0
         got = torch.zeros(order.numel(), K)
         for number, (at, size, batches, kind) in enumerate(pieces.tolist()):
@@ -98,7 +88,7 @@ def test_pieces_that_are_full(cuda: Library) -> None:
         mask = random_mask(ROWS, K, 0.7)
         mask[3] = True
         weight, input = small_integers((ROWS, K), torch.bfloat16), small_integers((9, K), torch.bfloat16)
-        form = gathered(cuda, weight, mask)
+        form = GATHERED.lay_out(cuda, weight, mask)
         batches, kind = form[1].cpu()[0, 2:].tolist()
         steps, start = kind & 0xFFFF, kind >> 16
         assert start == -(-K // 8) and start * steps <= batches * 8 <= -(-K // 64) * 8 * steps
@@ -113,7 +103,7 @@ def test_decode_exactly(cuda: Library, dtype: torch.dtype, M: int) -> None:
     cuda.set_mode(lazy=True, order=2)
     sizes = [(1, 8, 1.0), (3, 56, 0.2), (16, 64, 0.05), (17, 72, 0.5), (33, 520, 0.1), (5, 264, 1.0)]
     for N, K, density in sizes:
-        GATHERED.check(cuda, gathered, M, uneven_mask(N, K, density), dtype)
+        GATHERED.check(cuda, M, uneven_mask(N, K, density), dtype)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -126,7 +116,7 @@ def test_decode_long_rows(cuda: Library, dtype: torch.dtype, M: int) -> None:
         mask[2] = random_mask(1, K, 0.2)[0]
         mask[:, SEGMENT : SEGMENT + 512] = random_mask(N, min(512, K - SEGMENT), 0.4)
         input, weight = small_integers((M, K), dtype), small_integers((N, K), dtype)
-        form = gathered(cuda, weight, mask, torch.randperm(N))
+        form = GATHERED.lay_out(cuda, weight, mask, torch.randperm(N))
         for order in (0, 1, 2):
             cuda.set_mode(lazy=order == 1, order=order)
             assert GATHERED.is_exact(cuda, input, form, weight, mask)
@@ -145,7 +135,7 @@ def test_decode_long_rows(cuda: Library, dtype: torch.dtype, M: int) -> None:
 def test_blocks_share_the_work(cuda: Library, M: int, N: int, K: int, cluster: int) -> None:
     mask = random_mask(N, K, 0.001 if K > 40 else 0.1)
     input, weight, bias = (small_integers(shape, torch.float16) for shape in ((M, K), (N, K), (N,)))
-    assert GATHERED.is_exact(cuda, input, gathered(cuda, weight, mask), weight, mask, bias)
+    assert GATHERED.is_exact(cuda, input, GATHERED.lay_out(cuda, weight, mask), weight, mask, bias)
     if cuda.emulated:
         assert cuda.cluster() == cluster
 
@@ -156,7 +146,7 @@ def test_nothing_is_asked_for_beyond_the_end(cuda: Library) -> None:
     mask = torch.zeros(N, K, dtype=torch.bool)
     mask[:ROWS] = True
     input, weight = small_integers((7, K), torch.bfloat16), small_integers((N, K), torch.bfloat16)
-    assert GATHERED.is_exact(cuda, input, gathered(cuda, weight, mask), weight, mask)
+    assert GATHERED.is_exact(cuda, input, GATHERED.lay_out(cuda, weight, mask), weight, mask)
 
 
 @pytest.mark.parametrize("M", [8, 16])
@@ -164,11 +154,11 @@ def test_lookups_meet_no_bank_twice(cuda: Library, M: int) -> None:
     """Nor do the columns on their way to where they are looked up."""
     mask = random_mask(16, 1024, 0.3)
     input, weight = small_integers((M, 1024), torch.float16), small_integers((16, 1024), torch.float16)
-    form = gathered(cuda, weight, mask)
+    form = GATHERED.lay_out(cuda, weight, mask)
     cuda.bank_conflicts()
     assert GATHERED.is_exact(cuda, input, form, weight, mask)
     assert cuda.bank_conflicts() == 0
 
 
 def test_edges(cuda: Library) -> None:
-    GATHERED.check_edges(cuda, gathered, most_rows=64, unserved=12)
+    GATHERED.check_edges(cuda, most_rows=64, unserved=12)

@@ -5,23 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from cuda_library import Library
-from laid_out import HALVES, Form, Kernel
+from laid_out import HALVES, UNIT, Kernel
 from test_cuda_decode import small_integers, uneven_mask
 from test_cuda_passes import random_mask
-from torch import Tensor
 
-SEGMENT, ROWS, UNIT = 8192, 8, 256
-SLICES = Kernel("decode_sliced", ("slice", "fill_slices"), unit=UNIT, size=1)
-
-
-def sliced(cuda: Library, weight: Tensor, mask: Tensor, order: Tensor | None = None) -> Form:
-    """The order of the rows, the pieces and the data."""
-    N, K = mask.shape
-    if order is None:
-        order = mask.sum(1).argsort(descending=True)
-    order = cuda.put(torch.cat([order, order.new_full((-N % ROWS,), -1)]).int())
-    pieces = cuda.empty((order.numel() // ROWS * -(-K // SEGMENT), 4), torch.int32)
-    return SLICES.lay_out(cuda, weight, mask, pieces, order)
+SEGMENT, ROWS = 8192, 8
+SLICES = Kernel("decode_sliced", ("slice", "fill_slices"), ROWS, SEGMENT)
 
 
 def test_slices_are_as_described(cuda: Library) -> None:
@@ -32,7 +21,7 @@ def test_slices_are_as_described(cuda: Library) -> None:
         order = torch.randperm(N)
         weight = torch.zeros(N, K)
         weight[mask] = torch.arange(1, 1 + int(mask.sum())).float()
-        order, pieces, data = (t.cpu() for t in sliced(cuda, weight.to(torch.int16), mask, order))
+        order, pieces, data = (t.cpu() for t in SLICES.lay_out(cuda, weight.to(torch.int16), mask, order))
         segments = -(-K // SEGMENT)
         got = torch.zeros(N, K)
         for number, (at, size, strict, loose) in enumerate(pieces.tolist()):
@@ -73,7 +62,7 @@ def test_decode_exactly(cuda: Library, dtype: torch.dtype, M: int) -> None:
     for N, K, density in sizes:
         mask = uneven_mask(N, K, density)
         mask[N // 3] = (torch.arange(K) % 32 < 2) | mask[N // 3]  # more than its slice's strict steps take
-        SLICES.check(cuda, sliced, M, mask, dtype)
+        SLICES.check(cuda, M, mask, dtype)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -85,7 +74,7 @@ def test_decode_long_rows(cuda: Library, dtype: torch.dtype, M: int) -> None:
         mask = random_mask(N, K, 0.03)
         mask[2] = random_mask(1, K, 0.4)[0]
         input, weight = small_integers((M, K), dtype), small_integers((N, K), dtype)
-        form = sliced(cuda, weight, mask, torch.randperm(N))
+        form = SLICES.lay_out(cuda, weight, mask, torch.randperm(N))
         for order in (0, 1, 2):
             cuda.set_mode(lazy=order == 1, order=order)
             assert SLICES.is_exact(cuda, input, form, weight, mask)
@@ -97,8 +86,8 @@ def test_several_rounds(cuda: Library, M: int, N: int) -> None:
     K = 34
     mask = random_mask(N, K, 0.1)
     input, weight = small_integers((M, K), torch.bfloat16), small_integers((N, K), torch.bfloat16)
-    assert SLICES.is_exact(cuda, input, sliced(cuda, weight, mask), weight, mask)
+    assert SLICES.is_exact(cuda, input, SLICES.lay_out(cuda, weight, mask), weight, mask)
 
 
 def test_edges(cuda: Library) -> None:
-    SLICES.check_edges(cuda, sliced, most_rows=4, unserved=3)
+    SLICES.check_edges(cuda, most_rows=4, unserved=3)
