@@ -69,7 +69,9 @@ Choice choose_linear(Pass pass, int64_t rows, const at::Tensor& weight, const Pa
         choice = {path, reason};
       }
     };
-    consider(Path::kCopy, costs.of(Path::kCopy, *pattern), "torch's GEMM over the masked weight");
+    consider(Path::kCopy, costs.of(Path::kCopy, *pattern),
+             in_tiles(weight.scalar_type()) ? "torch's GEMM, in matrix units, over the masked weight"
+                                            : "torch's GEMM over the masked weight");
     consider(Path::kFused, costs.of(Path::kFused, *pattern), "masked GEMM: most weights remain");
     if (pattern->reused() && pattern->live_rows() * pattern->live_cols() < pattern->rows() * pattern->cols()) {
       consider(Path::kCompact, costs.of_compact(*pattern), "masked GEMM without the empty rows and columns");
@@ -97,7 +99,9 @@ Choice choose_packed_linear(Pass pass, int64_t rows, const at::Tensor& values, c
     const double fused = fits ? costs.of_packed(Path::kFused, pattern) : std::numeric_limits<double>::infinity();
     choice = sparse < std::min(fused, copy) ? Choice{Path::kSparse, "SpMM: few weights remain"}
              : fused < copy                 ? Choice{Path::kFused, "masked GEMM: most weights remain"}
-                                            : Choice{Path::kCopy, "torch's GEMM over the unpacked weight"};
+             : in_tiles(values.scalar_type())
+                 ? Choice{Path::kCopy, "torch's GEMM, in matrix units, over the unpacked weight"}
+                 : Choice{Path::kCopy, "torch's GEMM over the unpacked weight"};
   }
   return obey("packed linear layer", {nullptr, obstacle, "a packed layer has no dense weight", obstacle}, choice);
 }

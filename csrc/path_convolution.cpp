@@ -1,8 +1,4 @@
 // The choice of path for convolutions: what each pass costs, dense, masked and sparse.
-#ifdef __x86_64__
-#include <cpuid.h>
-#endif
-
 #include <algorithm>
 #include <numeric>
 
@@ -18,24 +14,6 @@ namespace {
 constexpr int64_t kMaxTaps = int64_t{1} << 16;
 
 int64_t taps(const cpu::Convolution& c) { return c.kernel[0] * c.kernel[1] * c.kernel[2]; }
-
-// Whether the CPU computes in float16; true where that is not known.
-bool has_float16_arithmetic() {
-#ifdef __x86_64__
-  static const bool result = [] {
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 23 & 1);
-  }();
-  return result;
-#else
-  return true;
-#endif
-}
-
-// Whether the CPU multiplies 16-bit floats of a dtype as they are.
-bool multiplies_16_bits(at::ScalarType dtype) {
-  return dtype == at::kBFloat16 ? cpu::kernels().bf16_dots : dtype == at::kHalf && has_float16_arithmetic();
-}
 
 // Whether the sparse kernels take contiguous images as they lie, without packing (conv_planes.cpp).
 bool in_planes(const cpu::Convolution& c, double density) {
@@ -56,7 +34,7 @@ struct ConvolutionCosts {
   double macs, dense_macs, fused_macs, packed, images, weights;
 
   ConvolutionCosts(Pass pass, const cpu::Convolution& c, bool channels_last, at::ScalarType dtype, double density)
-      : in_16_bits(multiplies_16_bits(dtype)),
+      : in_16_bits(dtype != at::kFloat && torch_rate(dtype) != Rate::kConverted),
         slow_half(dtype == at::kHalf && !in_16_bits),
         converts(dtype != at::kFloat && !in_16_bits),
         table(in_16_bits                  ? cpu::kBFloat16ConvCosts
@@ -76,6 +54,7 @@ struct ConvolutionCosts {
     const int64_t results = (pass == Pass::kForward ? c.out_channels : c.in_channels) / c.groups;
     const bool in_blocks_of_channels = !is_depthwise(c) && (pass != Pass::kGradWeight || c.groups > 1);
     dense_macs = in_blocks_of_channels ? macs * in_blocks(results, cpu::kChannelBlock) : macs;
+    if (in_tiles(dtype)) dense_macs /= cpu::kTileSpeedup;
     // The gradient of the weight of small groups is far off: 128 channels of 28 x 28 in 32 groups take 356 us an image,
     // and channels last 63 to 125.
     if (in_blocks_of_channels && pass == Pass::kGradWeight && !channels_last) {
@@ -92,7 +71,9 @@ struct ConvolutionCosts {
     return slow_half ? costs / cpu::kHalfConvSpeedup : costs;
   }
   // Whether the table holds what the masked GEMM costs; float16 is converted for it.
-  bool has_fused(at::ScalarType dtype) const { return dtype == at::kFloat || (in_16_bits && dtype == at::kBFloat16); }
+  bool has_fused(at::ScalarType dtype) const {
+    return dtype == at::kFloat || (in_16_bits && dtype == at::kBFloat16 && cpu::kernels().bf16_dots);
+  }
   double of_fused(int threads) const { return fused(fused_macs, weights, 0, packed, images, threads); }
   double of_sparse(double nnz, int threads) const {
     return (portable() ? cpu::kPortableConvCost : 1) * sparse(macs, weights, nnz, packed, images, threads) +

@@ -6,6 +6,7 @@
 #include "cpu/costs.h"
 #include "parallel.h"
 #include "path.h"
+#include "torch_rate.h"
 
 namespace masked_ops {
 
@@ -24,6 +25,8 @@ using Obstacles = std::array<const char*, kCpuPaths>;
 // Obeys a forced path; else takes what the cost model chose.
 Choice obey(const char* operation, const Obstacles& obstacles, Choice chosen);
 
+inline bool in_tiles(at::ScalarType dtype) { return dtype != at::kFloat && torch_rate(dtype) == Rate::kTiles; }
+
 // Vectors of four floats, a quarter of what torch's own kernels may find at run time.
 inline bool portable() { return cpu::kernels().lanes == 4; }
 
@@ -34,14 +37,11 @@ struct LinearCosts {
   at::ScalarType dtype;
   int threads = team_for(std::numeric_limits<int64_t>::max()).threads;
 
-  // Where bfloat16 is converted, float16 tells what our kernels take, and torch's are no faster than for float32.
   const cpu::CostTable& table(Path path) const {
     if (portable()) return cpu::kFloatCostsPortable;
     if (cpu::kernels().lanes == 8) return dtype == at::kFloat ? cpu::kFloatCostsAvx2 : cpu::kHalfCostsAvx2;
-    if (dtype == at::kFloat) return cpu::kFloatCosts;
-    if (dtype == at::kHalf) return cpu::kHalfCosts;
-    if (cpu::kernels().bf16_dots) return cpu::kBFloat16Costs;
-    return path == Path::kCopy ? cpu::kFloatCosts : cpu::kHalfCosts;
+    if (dtype == at::kFloat || as_float(path)) return cpu::kFloatCosts;
+    return with_dots(path) ? cpu::kBFloat16Costs : cpu::kHalfCosts;
   }
 
   double of(Path path, int64_t N, int64_t K, int64_t nnz, bool reads_dense_weight = true, double blocked = 0) const {
@@ -52,7 +52,7 @@ struct LinearCosts {
             bool reads_dense_weight = true) const {
     cpu::Cost c = costs[row_of(path)][2 * static_cast<int>(pass) + (M > cpu::kSmallM)];
     if (!reads_dense_weight) c.weight = c.memory = 0;
-    return of(c, N, K, nnz, blocked);
+    return of(path, c, N, K, nnz, blocked);
   }
 
   double of(Path path, const Pattern& pattern, bool reads_dense_weight = true) const {
@@ -63,16 +63,16 @@ struct LinearCosts {
   double of_packed(Path path, const Pattern& pattern) const {
     if (!portable()) {
       const int size = M == 1 ? 0 : M <= cpu::kSmallM ? 1 : 2;
-      const cpu::Cost& c = packed_table()[row_of(path)][3 * static_cast<int>(pass) + size];
-      return of(c, pattern.rows(), pattern.cols(), pattern.nnz(), pattern.blocked());
+      const cpu::Cost& c = packed_table(path)[row_of(path)][3 * static_cast<int>(pass) + size];
+      return of(path, c, pattern.rows(), pattern.cols(), pattern.nnz(), pattern.blocked());
     }
     const double expanded = double(pattern.rows() * pattern.cols()) * cpu::kExpandCost / threads;
     return of(path, pattern, /*reads_dense_weight=*/false) + (path == Path::kSparse ? 0 : expanded);
   }
-  const cpu::PackedCostTable& packed_table() const {
+  const cpu::PackedCostTable& packed_table(Path path) const {
     if (cpu::kernels().lanes == 8) return dtype == at::kFloat ? cpu::kFloatPackedCostsAvx2 : cpu::kHalfPackedCostsAvx2;
-    if (dtype == at::kFloat) return cpu::kFloatPackedCosts;
-    return dtype == at::kBFloat16 && cpu::kernels().bf16_dots ? cpu::kBFloat16PackedCosts : cpu::kHalfPackedCosts;
+    if (dtype == at::kFloat || as_float(path)) return cpu::kFloatPackedCosts;
+    return with_dots(path) ? cpu::kBFloat16PackedCosts : cpu::kHalfPackedCosts;
   }
 
   double of_compact(const Pattern& pattern) const {
@@ -82,8 +82,19 @@ struct LinearCosts {
   }
 
  private:
+  // Where the CPU has no arithmetic for bfloat16, torch's product is no faster than for float32. (The one of float16 is
+  // far slower; our kernels convert both alike.)
+  bool as_float(Path path) const {
+    return path == Path::kCopy && dtype == at::kBFloat16 && torch_rate(dtype) == Rate::kConverted;
+  }
+  bool with_dots(Path path) const {
+    if (path == Path::kCopy) return torch_rate(dtype) != Rate::kConverted;
+    return dtype == at::kBFloat16 && cpu::kernels().bf16_dots;
+  }
   static int row_of(Path path) { return path == Path::kSparse ? 2 : path == Path::kFused ? 1 : 0; }
-  double of(cpu::Cost c, int64_t N, int64_t K, int64_t nnz, double blocked) const {
+  double of(Path path, cpu::Cost c, int64_t N, int64_t K, int64_t nnz, double blocked) const {
+    // (Of one row torch takes dot products.)
+    if (path == Path::kCopy && M > 1 && in_tiles(dtype)) c.dense /= cpu::kTileSpeedup;
     c.mac *= float(1 - cpu::kRowBlockGain[static_cast<int>(pass)] * blocked);
     return c(M, N, K, nnz, threads);
   }

@@ -24,6 +24,7 @@
 #include "path.h"
 #include "pattern.h"
 #include "register_direct.h"
+#include "torch_rate.h"
 
 namespace py = pybind11;
 
@@ -178,6 +179,12 @@ double peak_flops(double seconds, const std::string& name) {
   return double(operations) / elapsed();
 }
 
+int set_rate(const std::string& dtype, int rate) {
+  TORCH_CHECK(rate >= 0 && rate <= 2, "rate is 0, 1 or 2, got ", rate);
+  const at::ScalarType type = dtype == "bfloat16" ? at::kBFloat16 : at::kHalf;
+  return static_cast<int>(set_torch_rate(type, static_cast<Rate>(rate)));
+}
+
 // For benchmarks: bytes a second that all threads read from memory; of three passes over a buffer, the best.
 double read_bandwidth(int64_t bytes) {
   const py::gil_scoped_release release;
@@ -304,6 +311,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_capability", &masked_ops::cpu::select_kernels, py::arg("name"), "Use another; False if not available.");
   m.def("set_fetches_into_l2", &masked_ops::cpu::set_fetches_into_l2, py::arg("wanted"),
         "For tests: read large weights like CPUs that want it so, or like the others; returns what was.");
+  m.def("set_torch_rate", &masked_ops::set_rate, py::arg("dtype"), py::arg("rate"),
+        "For tests: expect of torch's products in bfloat16 or float16 what they do where a CPU converts them (0), has "
+        "dot "
+        "products (1) or matrix units (2); returns what was.");
   m.def("peak_flops", &masked_ops::peak_flops, py::arg("seconds"), py::arg("dtype") = "float32",
         "The machine's FMA rate, for benchmarks.");
   m.def("read_bandwidth", &masked_ops::read_bandwidth, py::arg("bytes"), "Its memory's, for benchmarks.");

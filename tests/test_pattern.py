@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 import masked_ops
 from masked_ops import _ops
+from masked_ops._packed_class import bits_of
 
 pytestmark = compiled_only
 
@@ -577,3 +578,46 @@ def test_rows_that_share_their_columns_count_in_the_choice(capability: str) -> N
             chosen.append([_ops.explain_linear(weight, mask, 128)[0] == "sparse" for mask in masks])
     assert all(together or not apart for together, apart in chosen)
     assert any(together and not apart for together, apart in chosen)
+
+
+@pytest.fixture
+def torch_rate() -> Iterator[Callable[[str, int], None]]:
+    """Sets what is expected of torch's products: 0, it converts; 1, it has dot products; 2, matrix units."""
+    before = {dtype: _ops._module.set_torch_rate(dtype, 0) for dtype in ("bfloat16", "float16")}
+    yield lambda dtype, rate: _ops._module.set_torch_rate(dtype, rate)
+    for dtype, rate in before.items():
+        _ops._module.set_torch_rate(dtype, rate)
+
+
+@pytest.mark.cpu_only("about a choice for the CPU")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_choice_where_torch_has_matrix_units(dtype: str, torch_rate: Callable[[str, int], None]) -> None:
+    """There its product is left alone until few weights remain; of one row it is not faster for them."""
+    if "AVX512" not in _ops._module.capabilities():
+        pytest.skip("those CPUs have AVX-512")
+    weight = torch.ones(1024, 1024, dtype=getattr(torch, dtype))
+    most, few = (torch.rand(1024, 1024) < density for density in (0.9, 0.005))
+    kernels = torch.ones(128, 128, 3, 3, dtype=weight.dtype)
+    some = torch.rand(128, 128, 3, 3) < 0.15
+    geometry = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+
+    def chosen(mask: torch.Tensor, rows: int) -> tuple[str, str]:
+        masked = _ops.explain_linear(weight, mask, rows)[0]
+        packed = _ops.explain_packed_linear(weight[mask], bits_of(mask), 1024, rows)[0]
+        return masked, packed
+
+    def convolution() -> str:
+        return _ops.explain_convolution(kernels, some, [8, 128, 28, 28], True, *geometry)[0]
+
+    with running_on(None, "AVX512"):
+        assert "copy" not in chosen(most, 512) + chosen(most, 1) and convolution() == "sparse"
+        torch_rate(dtype, 2)
+        assert chosen(most, 512) == ("copy", "copy") and convolution() == "copy"
+        assert "matrix units" in _ops.explain_linear(weight, most, 512)[1]
+        assert "copy" not in chosen(most, 1) and chosen(few, 64) == ("sparse", "sparse")
+        torch_rate(dtype, 1)
+        assert "matrix units" not in _ops.explain_linear(weight, most, 512)[1] and convolution() == "sparse"
+        assert (chosen(most, 512)[0] == "copy") == (dtype == "float16")  # which is converted for our kernels
+    torch_rate(dtype, 2)
+    with running_on(None, least := _ops._module.capabilities()[-1]):
+        assert ("matrix units" in _ops.explain_linear(weight, most, 512)[1]) == (least == "AVX512")  # lesser CPUs

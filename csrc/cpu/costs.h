@@ -38,6 +38,12 @@ inline constexpr double kExpandCost = 0.6;
 // 768 -> 3072 and 512, 3072 -> 768 at 30 to 90%: 0.86 to 0.96 of the time, 0.97 to 1.18 and 0.79 to 0.95.
 inline constexpr double kRowBlockGain[3] = {0.1, 0, 0.15};
 
+// How much faster torch multiplies 16-bit floats in matrix units (AMX) than the tables say, which are of CPUs with dot
+// products; ours use the vectors there as well. An estimate, for none was measured: a core multiplies 16 times as much
+// in them a cycle, of which about half arrives, and where they are, vectors do somewhat less than where the tables are
+// from.
+inline constexpr double kTileSpeedup = 8;
+
 // [path: copy, fused, sparse][pass: forward, grad_input, grad_weight, each for M <= 16 and for M > 16]
 inline constexpr int64_t kSmallM = 16;
 using CostTable = Cost[3][6];
