@@ -11,6 +11,8 @@
 #   make sanitize    the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer, on all capabilities
 #   make fence       the kernel tests with memory that ends, and then that begins, at a page that cannot be touched: that
 #                    shows what masked loads and stores do outside of it, which the sanitizers do not see
+#   make ahead       the kernel tests on a library as it is built ahead of time: that is also what a CPU with AVX-512 but
+#                    without its dot products and VBMI2 takes, which the other tests do not see where the CPU has them
 #   make cuda-check  the CUDA kernels without a GPU: emulated, and as compiled; part of make test where nvcc is there
 #   make clean       remove everything that make has made
 
@@ -35,7 +37,7 @@ CUDA_TOOLS := .cache/cuda-tools/.ready
 
 export MASKED_OPS_CACHE_DIR ?= $(CURDIR)/.cache/masked_ops
 
-.PHONY: test demo bench lint format sanitize fence cuda-check clean
+.PHONY: test demo bench lint format sanitize fence ahead cuda-check clean
 
 test: export MASKED_OPS_BUILD_CAPABILITIES := all
 test: export MASKED_OPS_REQUIRE_BUILD := 1
@@ -102,6 +104,14 @@ fence: .venv/.test .cache/fence/fence.so
 .cache/fence/fence.so: tests/fence.c
 	@mkdir -p $(@D)
 	$(CC) -std=c11 -O1 -g -Wall -Wextra -Werror -shared -fPIC -o $@ $<
+
+ahead: export MASKED_OPS_NO_BUILD := 1
+ahead: export MASKED_OPS_REQUIRE_BUILD := 1
+ahead: .venv/.test
+	@rm -rf .cache/ahead build
+	MASKED_OPS_PREBUILD=1 $(INSTALL) --no-deps --no-build-isolation --target .cache/ahead .
+	@rm -rf build *.egg-info
+	PYTHONPATH=$(CURDIR)/.cache/ahead $(BIN)/pytest -p no:cacheprovider $(or $(ARGS),$(KERNEL_TESTS))
 
 cuda-check: .venv/.test $(CUDA_TOOLS)
 	MASKED_OPS_CUDA_CHECK=1 $(BIN)/pytest $(or $(ARGS),tests/cuda tests/test_cuda_build.py tests/test_cuda_host.py)

@@ -179,10 +179,16 @@ double peak_flops(double seconds, const std::string& name) {
   return double(operations) / elapsed();
 }
 
+at::ScalarType half_dtype(const std::string& name) {
+  TORCH_CHECK(name == "bfloat16" || name == "float16", "dtype is bfloat16 or float16, got ", name);
+  return name == "bfloat16" ? at::kBFloat16 : at::kHalf;
+}
+
+int rate_of(const std::string& dtype) { return static_cast<int>(torch_rate(half_dtype(dtype))); }
+
 int set_rate(const std::string& dtype, int rate) {
   TORCH_CHECK(rate >= 0 && rate <= 2, "rate is 0, 1 or 2, got ", rate);
-  const at::ScalarType type = dtype == "bfloat16" ? at::kBFloat16 : at::kHalf;
-  return static_cast<int>(set_torch_rate(type, static_cast<Rate>(rate)));
+  return static_cast<int>(set_torch_rate(half_dtype(dtype), static_cast<Rate>(rate)));
 }
 
 // For benchmarks: bytes a second that all threads read from memory; of three passes over a buffer, the best.
@@ -311,10 +317,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_capability", &masked_ops::cpu::select_kernels, py::arg("name"), "Use another; False if not available.");
   m.def("set_fetches_into_l2", &masked_ops::cpu::set_fetches_into_l2, py::arg("wanted"),
         "For tests: read large weights like CPUs that want it so, or like the others; returns what was.");
-  m.def("set_torch_rate", &masked_ops::set_rate, py::arg("dtype"), py::arg("rate"),
-        "For tests: expect of torch's products in bfloat16 or float16 what they do where a CPU converts them (0), has "
+  m.def("torch_rate", &masked_ops::rate_of, py::arg("dtype"),
+        "What torch's products in bfloat16 or float16 are expected to use: 0, no arithmetic of the CPU's for them; 1, "
         "dot "
-        "products (1) or matrix units (2); returns what was.");
+        "products; 2, matrix units.");
+  m.def("set_torch_rate", &masked_ops::set_rate, py::arg("dtype"), py::arg("rate"),
+        "For tests: expect the same as on another CPU; returns what was.");
   m.def("peak_flops", &masked_ops::peak_flops, py::arg("seconds"), py::arg("dtype") = "float32",
         "The machine's FMA rate, for benchmarks.");
   m.def("read_bandwidth", &masked_ops::read_bandwidth, py::arg("bytes"), "Its memory's, for benchmarks.");

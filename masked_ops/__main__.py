@@ -55,6 +55,8 @@ def facts(available: bool) -> Iterator[tuple[str, str]]:
         yield "kernels", f"compiled; {module.capability()} in use, built in: {', '.join(module.capabilities())}"
         yield "library", f"{library} ({library.stat().st_size / 1e6:.1f} MB)"
         yield "compiler", f"{record.get('compiler', 'unknown')} ({record.get('seconds', 0):.0f} s)"
+        rates = ("converted", "dot products", "matrix units")
+        yield "torch's GEMM", ", ".join(f"{name}: {rates[module.torch_rate(name)]}" for name in ("bfloat16", "float16"))
         yield from _cuda.facts(module)
     else:
         yield "kernels", "none; plain torch serves: right, but without their speed"

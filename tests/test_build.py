@@ -1075,6 +1075,8 @@ def test_the_main_module_tells_what_is_there(
         monkeypatch.undo()
         done = run_python(code, timeout=600)
         assert "compiled; " in done.stdout and "libmasked_ops.so (" in done.stdout and "CUDA kernels" in done.stdout
+        rates = "(converted|dot products|matrix units)"
+        assert re.search(f"torch's GEMM +bfloat16: {rates}, float16: {rates}\n", done.stdout)
     else:
         done = run_python(code, MASKED_OPS_CACHE_DIR=tmp_path / "cache", CXX="/nowhere/g++")
         assert "plain torch serves" in done.stdout and "CXX is '/nowhere/g++'" in done.stdout
