@@ -34,10 +34,14 @@ struct LinearCosts {
   at::ScalarType dtype;
   int threads = team_for(std::numeric_limits<int64_t>::max()).threads;
 
-  // Where bfloat16 is converted, float16 tells what our kernels take, and torch's are no faster than for float32.
+  // Where AVX-512 converts bfloat16, float16 tells what our kernels take, and torch's are no faster than for float32.
   const cpu::CostTable& table(Path path) const {
     if (portable()) return cpu::kFloatCostsPortable;
-    if (cpu::kernels().lanes == 8) return dtype == at::kFloat ? cpu::kFloatCostsAvx2 : cpu::kHalfCostsAvx2;
+    if (cpu::kernels().lanes == 8) {
+      return dtype == at::kFloat  ? cpu::kFloatCostsAvx2
+             : dtype == at::kHalf ? cpu::kHalfCostsAvx2
+                                  : cpu::kBFloat16CostsAvx2;
+    }
     if (dtype == at::kFloat) return cpu::kFloatCosts;
     if (dtype == at::kHalf) return cpu::kHalfCosts;
     if (cpu::kernels().bf16_dots) return cpu::kBFloat16Costs;
@@ -52,7 +56,7 @@ struct LinearCosts {
             bool reads_dense_weight = true) const {
     cpu::Cost c = costs[row_of(path)][2 * static_cast<int>(pass) + (M > cpu::kSmallM)];
     if (!reads_dense_weight) c.weight = c.memory = 0;
-    return of(c, N, K, nnz, blocked);
+    return of(c, N, K, nnz, blocked, threads);
   }
 
   double of(Path path, const Pattern& pattern, bool reads_dense_weight = true) const {
@@ -64,13 +68,17 @@ struct LinearCosts {
     if (!portable()) {
       const int size = M == 1 ? 0 : M <= cpu::kSmallM ? 1 : 2;
       const cpu::Cost& c = packed_table()[row_of(path)][3 * static_cast<int>(pass) + size];
-      return of(c, pattern.rows(), pattern.cols(), pattern.nnz(), pattern.blocked());
+      return of(c, pattern.rows(), pattern.cols(), pattern.nnz(), pattern.blocked(), packed_threads(path, pattern));
     }
     const double expanded = double(pattern.rows() * pattern.cols()) * cpu::kExpandCost / threads;
     return of(path, pattern, /*reads_dense_weight=*/false) + (path == Path::kSparse ? 0 : expanded);
   }
   const cpu::PackedCostTable& packed_table() const {
-    if (cpu::kernels().lanes == 8) return dtype == at::kFloat ? cpu::kFloatPackedCostsAvx2 : cpu::kHalfPackedCostsAvx2;
+    if (cpu::kernels().lanes == 8) {
+      return dtype == at::kFloat  ? cpu::kFloatPackedCostsAvx2
+             : dtype == at::kHalf ? cpu::kHalfPackedCostsAvx2
+                                  : cpu::kBFloat16PackedCostsAvx2;
+    }
     if (dtype == at::kFloat) return cpu::kFloatPackedCosts;
     return dtype == at::kBFloat16 && cpu::kernels().bf16_dots ? cpu::kBFloat16PackedCosts : cpu::kHalfPackedCosts;
   }
@@ -83,9 +91,15 @@ struct LinearCosts {
 
  private:
   static int row_of(Path path) { return path == Path::kSparse ? 2 : path == Path::kFused ? 1 : 0; }
-  double of(cpu::Cost c, int64_t N, int64_t K, int64_t nnz, double blocked) const {
+  // A few rows of a small product stay on one thread (team_for_fused, sparse_team): of the sparse path those with few
+  // values, whatever the size of the weight. The constants for more rows were fitted without that.
+  int packed_threads(Path path, const Pattern& pattern) const {
+    if (M > cpu::kSmallM || path == Path::kCopy) return threads;
+    return team_for_product(M, path == Path::kSparse ? pattern.nnz() : pattern.rows() * pattern.cols()).threads;
+  }
+  double of(cpu::Cost c, int64_t N, int64_t K, int64_t nnz, double blocked, int of_threads) const {
     c.mac *= float(1 - cpu::kRowBlockGain[static_cast<int>(pass)] * blocked);
-    return c(M, N, K, nnz, threads);
+    return c(M, N, K, nnz, of_threads);
   }
 };
 
