@@ -575,6 +575,10 @@ inline constexpr double kSparsePlaneDensity = 0.65, kFarPlaneDensity = 0.3;
 // the first two 1.0 to 2.2 but for grad_weight, where torch shares out images: of one image 1.2 to 2.5 (32 channels of
 // 112 x 112 to 960 of 7 x 7), of 8 and 32 from 0.8 to 1.6.
 inline constexpr int64_t kSmallKernel = 9, kLeastWidth = 8;
+// Narrower planes: where all together are so small. On Zen 4, AVX-512 and AVX2, forward and grad_input: 5 x 5 on 7 x 7,
+// 256 planes 3.4, 3.6 and 2.5, 2.9, 240 2.7, 2.4 and 2.8, 2.3, 960 1.2, 1.3 and 1.2, 1.4, 7680 1.1, 1.8 and 0.9, 0.9; 3
+// x 3 from 14 x 14 to 7 x 7, 144 planes 2.9, 3.0 and 2.7, 2.5, 576 1.8, 2.2 and 1.6, 1.6, 4608 1.1, 1.5 and 0.7, 0.8.
+inline constexpr int64_t kFewResults = int64_t{1} << 15;
 
 // Convolutions of one tap by the masked GEMM: but where that is hardly ever slower (may_fuse), it is considered where
 // there are so many weights for each element of the images, input and output together: below, torch is ahead by up to
