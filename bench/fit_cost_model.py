@@ -7,8 +7,9 @@
     python bench/fit_cost_model.py --check --minutes 6      # only check the constants that are built in
     python bench/fit_cost_model.py --dtype bfloat16         # one dtype only
     python bench/fit_cost_model.py --packed                 # of packed layers
+    python bench/fit_cost_model.py --rows 1 2 4 8 12 16     # only constants of few rows: 1, or 2 to 16, or more
     MASKED_OPS_CAPABILITY=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python bench/fit_cost_model.py \
-        --dtype float32 float16                             # for CPUs with AVX2; --packed as well
+        --dtype float32 bfloat16 float16                    # for CPUs with AVX2; --packed as well
 
 Cells are drawn at random, others for a check than for a fit, from a grid of M 1..2048, N and K 64..4096, sparsity
 0..0.99 and one and all threads, for each dtype until its share of the time is up. In each cell every path that can
@@ -22,8 +23,9 @@ The model of a path and pass is a sum of non-negative terms, in nanoseconds:
 
 where B is the number of blocks that the sparse kernels cut K into. There is one set of constants for M <= 16, where
 weights are read once and come from memory, and one for M > 16; packed layers have another for M = 1, which has a sparse
-kernel of its own (with AVX-512 it takes 16 others as long as two). Only the terms that a path has are fitted: a dense
-path knows no nnz.
+kernel of its own (with AVX-512 it takes 16 others as long as two). Their products of few rows and little work have one
+thread. Only the terms that a path has are fitted: a dense path knows no nnz. Sets of which no cell was measured stay as
+they are.
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ import masked_ops
 from masked_ops import _ops
 
 SMALL_M = 16
+SERIAL_OPERATIONS = 1 << 17  # kSerialOperations in csrc/parallel.cpp
 SIZES = (f"M <= {SMALL_M}", f"M > {SMALL_M}")
 PACKED_SIZES = ("M = 1", *SIZES)  # of which the first has a sparse kernel of its own
 TERMS = ("call", "mac", "dense", "weight", "memory", "value", "io", "block")
@@ -68,18 +71,20 @@ PACKED_TERMS = {
     "fused": ("call", "dense", "weight", "memory", "value", "io"),
     "sparse": ("call", "mac", "value", "io", "block"),
 }
+PathTerms = dict[str, tuple[str, ...]]
 DTYPES = ("float32", "bfloat16", "float16")
 COSTS_H = Path(__file__).resolve().parent.parent / "csrc" / "cpu" / "costs.h"
 
 Cell = tuple[int, int, int, float, int]  # M, N, K, sparsity, threads
 Samples = dict[Cell, dict[str, dict[str, float]]]  # nanoseconds by pass and contender
 
+ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 64, 128, 256, 512, 1024, 2048)
 
-def grid(dtype: str, threads: list[int], seed: int) -> list[Cell]:
+
+def grid(dtype: str, rows: list[int], threads: list[int], seed: int) -> list[Cell]:
     # Beyond, torch's own float16 takes seconds, and its bfloat16 where there is no AVX-512.
     slow = dtype == "float16" or (dtype == "bfloat16" and not _ops._module.capability().startswith("AVX512"))
     most = 16 * 1024 * 1024 if slow else 512 * 4096 * 4096
-    rows = (1, 2, 4, 8, 12, 16, 24, 32, 64, 128, 256, 512, 1024, 2048)
     features = (64, 128, 256, 512, 768, 1024, 2048, 3072, 4096)
     sparsities = (0.0, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
     cells = [
@@ -164,9 +169,12 @@ def measure(name: str, cell: Cell, seconds: float, packed: bool) -> dict[str, di
     return results
 
 
-def features(cell: Cell, terms: tuple[str, ...]) -> list[float]:
+def features(cell: Cell, path: str, path_terms: PathTerms) -> list[float]:
     M, N, K, sparsity, threads = cell
     nnz = N * K * (1 - sparsity)
+    if path_terms is PACKED_TERMS and M <= SMALL_M and path != "copy":  # as LinearCosts::packed_threads
+        operations = max(M // 2, 1) * (nnz if path == "sparse" else N * K)
+        threads = threads if operations >= SERIAL_OPERATIONS else 1
     block_columns = 64 if 1 - sparsity >= 0.25 else 128 if 1 - sparsity >= 0.07 else 256  # as in sparse_index.h
     value = {
         "call": 1.0,
@@ -178,41 +186,40 @@ def features(cell: Cell, terms: tuple[str, ...]) -> list[float]:
         "io": M * (N + K) / threads,
         "block": M * N * -(-K // block_columns) / threads,
     }
-    return [value[term] for term in terms]
+    return [value[term] for term in path_terms[path]]
 
 
 Costs = dict[tuple[str, str, str], dict[str, float]]
 
 
-def size_of(cell: Cell, sizes: tuple[str, ...]) -> str:
+def size_of(cell: Cell, path_terms: PathTerms) -> str:
     if cell[0] > SMALL_M:
-        return sizes[-1]
-    return sizes[0] if cell[0] == 1 else sizes[-2]
+        return SIZES[-1]
+    return PACKED_SIZES[0] if path_terms is PACKED_TERMS and cell[0] == 1 else SIZES[0]
 
 
-def fit(samples: Samples, path_terms: dict[str, tuple[str, ...]]) -> Costs:
+def fit(samples: Samples, path_terms: PathTerms) -> Costs:
     """Non-negative least squares on relative errors; they count less, the further a path is from the choice."""
     costs: Costs = {}
-    sizes = PACKED_SIZES if path_terms is PACKED_TERMS else SIZES
     for path, terms in path_terms.items():
-        for name, size in itertools.product(PASSES, sizes):
+        for name, size in itertools.product(PASSES, PACKED_SIZES):
             rows, ones = [], []
             for cell, results in samples.items():
-                if size_of(cell, sizes) == size:
+                if size_of(cell, path_terms) == size:
                     took = results[name][path]
                     best_other = min(results[name][other] for other in PATH_TERMS if other != path)
                     counts = math.exp(-abs(math.log(took / best_other)) / 0.6) + 0.04
-                    rows.append([counts * f / took for f in features(cell, terms)])
+                    rows.append([counts * f / took for f in features(cell, path, path_terms)])
                     ones.append(counts)
-            solution, _ = nnls(np.array(rows), np.array(ones))
-            costs[path, name, size] = dict(zip(terms, solution.tolist(), strict=True))
+            if rows:
+                solution, _ = nnls(np.array(rows), np.array(ones))
+                costs[path, name, size] = dict(zip(terms, solution.tolist(), strict=True))
     return costs
 
 
-def predict(costs: Costs, cell: Cell, name: str, path: str) -> float:
-    sizes = PACKED_SIZES if (path, name, PACKED_SIZES[0]) in costs else SIZES
-    constants = costs[path, name, size_of(cell, sizes)]
-    return sum(c * f for c, f in zip(constants.values(), features(cell, tuple(constants)), strict=True))
+def predict(costs: Costs, cell: Cell, name: str, path: str, path_terms: PathTerms) -> float:
+    constants = costs[path, name, size_of(cell, path_terms)].values()
+    return sum(c * f for c, f in zip(constants, features(cell, path, path_terms), strict=True))
 
 
 def assess(samples: Samples, chosen: Callable[[Cell, str], str]) -> None:
@@ -241,20 +248,22 @@ def write(dtype: str, costs: Costs, packed: bool) -> None:
     capability = _ops._module.capability()
     section = dtype if capability.startswith("AVX512") else f"{dtype}, {capability}"
     section += ", packed" if packed else ""
-    begin, end = f"// {section}: begin\n", f"    // {section}: end\n"
-    if begin not in source:
+    found = re.search(f"(?<=// {section}: begin\n).*(?=    // {section}: end\n)", source, flags=re.DOTALL)
+    if not found:
         sys.exit(f"{COSTS_H} has no costs of {section}")
+    rows = iter(re.findall(r"\{([^{}]*)\},\s*// \w+, M", found[0]))
     lines = []
     for path in PATH_TERMS:
         lines.append(f"    {{  // {path}")
         for name in PASSES:
             for size in PACKED_SIZES if packed else SIZES:
-                constants = costs[path, name, size]
-                numbers = ", ".join(f"{constants.get(term, 0.0):.3g}" for term in TERMS)
+                numbers = next(rows)
+                if constants := costs.get((path, name, size)):
+                    numbers = ", ".join(f"{constants.get(term, 0.0):.3g}" for term in TERMS)
                 lines.append(f"        {{{numbers}}},  // {name}, {size}")
         lines.append("    },")
     body = "\n".join(lines) + "\n"
-    COSTS_H.write_text(re.sub(f"{begin}.*{end}", begin + body + end, source, flags=re.DOTALL))
+    COSTS_H.write_text(source[: found.start()] + body + source[found.end() :])
     if formatter := shutil.which("clang-format"):
         subprocess.run([formatter, "-i", str(COSTS_H)], check=True)
     print(f"wrote {COSTS_H}, {section}")
@@ -264,6 +273,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", nargs="+", default=DTYPES, choices=DTYPES)
     parser.add_argument("--minutes", type=float, default=6)
+    parser.add_argument("--rows", nargs="+", type=int, default=ROWS, choices=ROWS, metavar="M", help="of the input")
     parser.add_argument("--packed", action="store_true", help="packed layers; their cells are apart")
     parser.add_argument("--write", action="store_true", help="rewrite csrc/cpu/costs.h")
     parser.add_argument("--check", action="store_true", help="assess the constants that are built in, fit nothing")
@@ -272,6 +282,8 @@ def main() -> None:
     args = parser.parse_args()
     if not masked_ops.is_available():
         sys.exit("the compiled kernels are not available; python -m masked_ops says why")
+    if not args.check and any(_ops._module.torch_rate(dtype) == 2 for dtype in args.dtype if dtype != "float32"):
+        sys.exit("the tables are of CPUs without matrix units (AMX), to which kTileSpeedup is added: only --check here")
 
     before = args.samples or (args.json if args.json and args.json.exists() else None)
     kept = json.loads(before.read_text()) if before else {}
@@ -280,7 +292,7 @@ def main() -> None:
         samples = {tuple(cell): results for cell, results in kept.get(key, [])}
         if not args.samples:
             seed = 1 if args.check else 0
-            sample(samples, dtype, 60 * args.minutes / len(args.dtype), seed, args.packed)
+            sample(samples, dtype, args.rows, 60 * args.minutes / len(args.dtype), seed, args.packed)
             kept[key] = [[cell, results] for cell, results in samples.items()]
             if args.json:
                 args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -298,12 +310,12 @@ def main() -> None:
             write(dtype, costs, args.packed)
 
 
-def sample(samples: Samples, dtype: str, seconds: float, seed: int, packed: bool) -> None:
+def sample(samples: Samples, dtype: str, rows: list[int], seconds: float, seed: int, packed: bool) -> None:
     """Add cells that are not there yet, until the time is up."""
     most = torch.get_num_threads()
     deadline = time.perf_counter() + seconds
     with tqdm(desc=dtype, total=round(seconds), unit="s", disable=not sys.stderr.isatty()) as bar:
-        for cell in grid(dtype, sorted({1, most}), seed):
+        for cell in grid(dtype, rows, sorted({1, most}), seed):
             started = time.perf_counter()
             if started > deadline:
                 break
@@ -336,17 +348,17 @@ def best_path(times: dict[str, float]) -> float:
     return min(times[path] for path in PATH_TERMS)
 
 
-def fit_and_assess(samples: Samples, path_terms: dict[str, tuple[str, ...]]) -> Costs:
+def fit_and_assess(samples: Samples, path_terms: PathTerms) -> Costs:
     by_cell = list(samples)
     held_out = {cell: samples[cell] for cell in by_cell[::4]}
     fitted = fit({cell: samples[cell] for cell in by_cell if cell not in held_out}, path_terms)
     print("on the quarter of the cells that was held out:")
-    assess(held_out, lambda cell, name: min(PATH_TERMS, key=lambda path: predict(fitted, cell, name, path)))
+    assess(held_out, lambda cell, name: min(PATH_TERMS, key=lambda path: predict(fitted, cell, name, path, path_terms)))
     costs = fit(samples, path_terms)
     errors = defaultdict(list)
     for cell, results in samples.items():
         for path, name in itertools.product(PATH_TERMS, PASSES):
-            errors[path].append(abs(np.log(predict(costs, cell, name, path) / results[name][path])))
+            errors[path].append(abs(np.log(predict(costs, cell, name, path, path_terms) / results[name][path])))
     print(
         "typical error of the model:", ", ".join(f"{path} {np.expm1(np.median(e)):.0%}" for path, e in errors.items())
     )

@@ -37,22 +37,10 @@ struct LinearCosts {
   at::ScalarType dtype;
   int threads = team_for(std::numeric_limits<int64_t>::max()).threads;
 
-  const cpu::CostTable& table(Path path) const {
-    if (portable()) return cpu::kFloatCostsPortable;
-    if (cpu::kernels().lanes == 8) return dtype == at::kFloat ? cpu::kFloatCostsAvx2 : cpu::kHalfCostsAvx2;
-    if (dtype == at::kFloat || as_float(path)) return cpu::kFloatCosts;
-    return with_dots(path) ? cpu::kBFloat16Costs : cpu::kHalfCosts;
-  }
-
   double of(Path path, int64_t N, int64_t K, int64_t nnz, bool reads_dense_weight = true, double blocked = 0) const {
-    return of(table(path), path, N, K, nnz, blocked, reads_dense_weight);
-  }
-
-  double of(const cpu::CostTable& costs, Path path, int64_t N, int64_t K, int64_t nnz, double blocked,
-            bool reads_dense_weight = true) const {
-    cpu::Cost c = costs[row_of(path)][2 * static_cast<int>(pass) + (M > cpu::kSmallM)];
+    cpu::Cost c = (*tables(path).live)[row_of(path)][2 * static_cast<int>(pass) + (M > cpu::kSmallM)];
     if (!reads_dense_weight) c.weight = c.memory = 0;
-    return of(path, c, N, K, nnz, blocked);
+    return of(path, c, N, K, nnz, blocked, threads);
   }
 
   double of(Path path, const Pattern& pattern, bool reads_dense_weight = true) const {
@@ -63,16 +51,12 @@ struct LinearCosts {
   double of_packed(Path path, const Pattern& pattern) const {
     if (!portable()) {
       const int size = M == 1 ? 0 : M <= cpu::kSmallM ? 1 : 2;
-      const cpu::Cost& c = packed_table(path)[row_of(path)][3 * static_cast<int>(pass) + size];
-      return of(path, c, pattern.rows(), pattern.cols(), pattern.nnz(), pattern.blocked());
+      const cpu::Cost& c = (*tables(path).packed)[row_of(path)][3 * static_cast<int>(pass) + size];
+      return of(path, c, pattern.rows(), pattern.cols(), pattern.nnz(), pattern.blocked(),
+                packed_threads(path, pattern));
     }
     const double expanded = double(pattern.rows() * pattern.cols()) * cpu::kExpandCost / threads;
     return of(path, pattern, /*reads_dense_weight=*/false) + (path == Path::kSparse ? 0 : expanded);
-  }
-  const cpu::PackedCostTable& packed_table(Path path) const {
-    if (cpu::kernels().lanes == 8) return dtype == at::kFloat ? cpu::kFloatPackedCostsAvx2 : cpu::kHalfPackedCostsAvx2;
-    if (dtype == at::kFloat || as_float(path)) return cpu::kFloatPackedCosts;
-    return with_dots(path) ? cpu::kBFloat16PackedCosts : cpu::kHalfPackedCosts;
   }
 
   double of_compact(const Pattern& pattern) const {
@@ -82,6 +66,21 @@ struct LinearCosts {
   }
 
  private:
+  struct Tables {
+    const cpu::CostTable* live;
+    const cpu::PackedCostTable* packed;
+  };
+  Tables tables(Path path) const {
+    if (portable()) return {&cpu::kFloatCostsPortable, nullptr};
+    if (cpu::kernels().lanes == 8) {
+      if (dtype == at::kFloat) return {&cpu::kFloatCostsAvx2, &cpu::kFloatPackedCostsAvx2};
+      if (dtype == at::kHalf) return {&cpu::kHalfCostsAvx2, &cpu::kHalfPackedCostsAvx2};
+      return {&cpu::kBFloat16CostsAvx2, &cpu::kBFloat16PackedCostsAvx2};
+    }
+    if (dtype == at::kFloat || as_float(path)) return {&cpu::kFloatCosts, &cpu::kFloatPackedCosts};
+    if (with_dots(path)) return {&cpu::kBFloat16Costs, &cpu::kBFloat16PackedCosts};
+    return {&cpu::kHalfCosts, &cpu::kHalfPackedCosts};
+  }
   // Where the CPU has no arithmetic for bfloat16, torch's product is no faster than for float32. (The one of float16 is
   // far slower; our kernels convert both alike.)
   bool as_float(Path path) const {
@@ -91,12 +90,19 @@ struct LinearCosts {
     if (path == Path::kCopy) return torch_rate(dtype) != Rate::kConverted;
     return dtype == at::kBFloat16 && cpu::kernels().bf16_dots;
   }
+
   static int row_of(Path path) { return path == Path::kSparse ? 2 : path == Path::kFused ? 1 : 0; }
-  double of(Path path, cpu::Cost c, int64_t N, int64_t K, int64_t nnz, double blocked) const {
+  // A few rows of a small product stay on one thread (team_for_fused, sparse_team): of the sparse path those with few
+  // values, whatever the size of the weight. The constants for more rows were fitted without that.
+  int packed_threads(Path path, const Pattern& pattern) const {
+    if (M > cpu::kSmallM || path == Path::kCopy) return threads;
+    return team_for_product(M, path == Path::kSparse ? pattern.nnz() : pattern.rows() * pattern.cols()).threads;
+  }
+  double of(Path path, cpu::Cost c, int64_t N, int64_t K, int64_t nnz, double blocked, int of_threads) const {
     // (Of one row torch takes dot products.)
     if (path == Path::kCopy && M > 1 && in_tiles(dtype)) c.dense /= cpu::kTileSpeedup;
     c.mac *= float(1 - cpu::kRowBlockGain[static_cast<int>(pass)] * blocked);
-    return c(M, N, K, nnz, threads);
+    return c(M, N, K, nnz, of_threads);
   }
 };
 

@@ -209,17 +209,18 @@ def test_what_it_cannot_serve() -> None:
 
 
 def test_choice() -> None:
-    def chosen(shape: tuple[int, ...], groups: int, channels_last: bool = False, size: int = 28) -> str:
+    def chosen(shape: tuple[int, ...], groups: int, channels_last: bool = False, size: int = 28, batch: int = 8) -> str:
         w = torch.ones(shape)
         numbers = ([1, 1], [1, 1], [1, 1], False, [0, 0], groups)
-        return _ops.explain_convolution(w, w, [8, 32, size, size], channels_last, *numbers)[0]
+        return _ops.explain_convolution(w, w, [batch, 32, size, size], channels_last, *numbers)[0]
 
     usual = "copy" if _ops._module.capability() == "DEFAULT" else "fused"
     assert chosen((32, 1, 3, 3), 32) == chosen((32, 1, 3, 3), 32, True) == chosen((64, 1, 3, 3), 32) == usual
     assert chosen((32, 1, 5, 5), 32, True, 112) == chosen((64, 1, 3, 3), 32, False, 7) == usual
     assert chosen((32, 32, 3, 3), 1) == chosen((64, 1, 3, 3), 32, True) == "copy"
     assert chosen((32, 1, 3, 3), 32, False, 7) == chosen((32, 1, 3, 3), 32, True, 112) == usual
-    assert chosen((32, 1, 5, 5), 32, False, 7) == "copy"
+    assert chosen((32, 1, 5, 5), 32, False, 7) == usual
+    assert chosen((32, 1, 5, 5), 32, False, 7, 64) == "copy"  # never sparse
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
