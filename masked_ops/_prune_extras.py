@@ -21,6 +21,7 @@ from ._pruning_methods import (
     BasePruningMethod,
     PruningContainer,
     adopt,
+    current_value,
     drop_hook,
     find_hook,
     pruned_parameters,
@@ -224,7 +225,7 @@ def to_sparse(
         raise ValueError(f"layout must be one of {', '.join(map(str, _SPARSE))}, got {layout}")
     if not isinstance(module, Module):
         return [to_sparse(*pair, layout, blocksize) for pair in as_pairs(module)]
-    weight = getattr(module, name)
+    weight = current_value(module, name)
     if not isinstance(weight, Tensor):
         raise TypeError(f"{type(module).__name__}.{name} must be a Tensor, got {type(weight).__name__}")
     if weight.dim() < 2:
