@@ -274,8 +274,13 @@ def load_state_dict(model: Module, state_dict: Mapping[str, Any], strict: bool =
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict must be a mapping of names to tensors, got {type(state_dict).__name__}")
     state = OrderedDict(state_dict)
-    if hasattr(state_dict, "_metadata"):  # the versions that Module.load_state_dict reads
-        state._metadata = state_dict._metadata  # type: ignore[attr-defined]
+    # The versions that Module.load_state_dict reads. It also writes into them, whether to assign: what one call leaves
+    # there makes the next one with the same checkpoint assign too.
+    if (metadata := getattr(state_dict, "_metadata", None)) is not None:
+        state._metadata = {  # type: ignore[attr-defined]
+            prefix: {key: value for key, value in entry.items() if key != "assign_to_params_buffers"}
+            for prefix, entry in metadata.items()
+        }
     modules = list(model.modules())
     with _Loading(modules, in_place=not assign):
         for module, name in pruned_parameters(model):
