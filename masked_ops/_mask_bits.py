@@ -54,16 +54,20 @@ class MaskChange:
     def __init__(self, before: Tensor, after: Tensor) -> None:
         changed = _comparable(before) != _comparable(after)
         values = before.detach()[changed]
-        self.dtype = before.dtype
+        self.dtype, self.dtype_after = before.dtype, after.dtype
         self.shape = before.shape
         self.changed = _pack(changed)
         self.values = None if bool((values == 1).all()) else values.cpu()
 
     def revert(self, mask: Tensor) -> Tensor:
-        """``mask`` with the changed entries as they were before the round, in the dtype of before the round."""
-        reverted = mask.detach().to(self.dtype, copy=True)
+        """``mask`` with the changed entries as they were before the round, in the dtype of before the round.
+
+        A floating-point mask of a module that was converted since (``half()``) keeps the dtype that it has now.
+        """
+        converted = self.dtype.is_floating_point and mask.dtype != getattr(self, "dtype_after", mask.dtype)
+        reverted = mask.detach().to(mask.dtype if converted else self.dtype, copy=True)
         changed = _unpack(self.changed, self.shape).to(mask.device)
         if self.values is None:
             return torch.where(changed, torch.ones_like(reverted), reverted)
-        reverted[changed] = self.values.to(mask.device)
+        reverted[changed] = self.values.to(reverted)
         return reverted

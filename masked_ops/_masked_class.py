@@ -42,6 +42,24 @@ def sparsity(mask: Tensor) -> float:
     return 1 - count_nonzero(mask) / mask.numel() if mask.numel() else 0.0
 
 
+class Sparsity:
+    """A descriptor of a property ``sparsity`` that gives way to whatever a user's own module calls so.
+
+    It has no ``__set__``, so that an attribute of the instance wins; parameters, buffers and children are none.
+    """
+
+    def __init__(self, compute: Callable[[Any], float]) -> None:
+        self._compute = compute
+
+    def __get__(self, module: Any, owner: type | None = None) -> Any:
+        if module is None:
+            return self
+        for held in (module._parameters, module._buffers, module._modules):
+            if "sparsity" in held:
+                return held["sparsity"]
+        return self._compute(module)
+
+
 # --- the property ----------------------------------------------------------------------------------------------------
 
 

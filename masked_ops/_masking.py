@@ -220,7 +220,8 @@ def _snapshot(module: nn.Module) -> Callable[[], None]:
     masks = [(mask, mask.clone()) for mask in buffers if mask is not None]
 
     def restore() -> None:
-        module.__class__ = cls
+        if type(module) is not cls:  # or a class that refuses the assignment would keep the rest from coming back
+            module.__class__ = cls
         _refill(vars(module), attributes)
         for container, content in containers:
             _refill(container, content)

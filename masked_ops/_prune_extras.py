@@ -21,6 +21,7 @@ from ._pruning_methods import (
     BasePruningMethod,
     PruningContainer,
     adopt,
+    current_value,
     drop_hook,
     find_hook,
     pruned_parameters,
@@ -224,7 +225,7 @@ def to_sparse(
         raise ValueError(f"layout must be one of {', '.join(map(str, _SPARSE))}, got {layout}")
     if not isinstance(module, Module):
         return [to_sparse(*pair, layout, blocksize) for pair in as_pairs(module)]
-    weight = getattr(module, name)
+    weight = current_value(module, name)
     if not isinstance(weight, Tensor):
         raise TypeError(f"{type(module).__name__}.{name} must be a Tensor, got {type(weight).__name__}")
     if weight.dim() < 2:
@@ -273,8 +274,13 @@ def load_state_dict(model: Module, state_dict: Mapping[str, Any], strict: bool =
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict must be a mapping of names to tensors, got {type(state_dict).__name__}")
     state = OrderedDict(state_dict)
-    if hasattr(state_dict, "_metadata"):  # the versions that Module.load_state_dict reads
-        state._metadata = state_dict._metadata  # type: ignore[attr-defined]
+    # The versions that Module.load_state_dict reads. It also writes into them, whether to assign: what one call leaves
+    # there makes the next one with the same checkpoint assign too.
+    if (metadata := getattr(state_dict, "_metadata", None)) is not None:
+        state._metadata = {  # type: ignore[attr-defined]
+            prefix: {key: value for key, value in entry.items() if key != "assign_to_params_buffers"}
+            for prefix, entry in metadata.items()
+        }
     modules = list(model.modules())
     with _Loading(modules, in_place=not assign):
         for module, name in pruned_parameters(model):

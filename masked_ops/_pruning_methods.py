@@ -80,12 +80,15 @@ def pruned_parameters(module: Module) -> Iterator[tuple[Module, str]]:
 
 
 def adopt(module: Module, name: str) -> None:
-    """Make masked what is packed, or was pruned by torch's own functions; else do nothing."""
+    """Make masked what is packed or was pruned by torch's own functions; ``module.<name>`` is then of now."""
     if name == "weight" and is_packed(module):
         unpack_weight(module)
         replace_hook(module, name, round_from_mask(name, getattr(module, f"{name}_mask")))
         return
-    if name in nn.masked_names(module) or name not in pruned_names(module):
+    if name in nn.masked_names(module):
+        refresh(module, name)
+        return
+    if name not in pruned_names(module):
         return
     found = find_hook(module, name)
     mask = module._buffers.pop(f"{name}_mask")
@@ -100,10 +103,20 @@ def adopt(module: Module, name: str) -> None:
 
 
 def refresh(module: Module, name: str) -> None:
-    """Where a hook sets ``module.<name>`` before each forward, set it now: the mask has changed."""
+    """Where a hook sets ``module.<name>`` before each forward, set it now: weight or mask may have changed."""
     if name in module.__dict__:
         masked = functional.apply_mask(getattr(module, f"{name}_orig"), getattr(module, f"{name}_mask"))
         setattr(module, name, masked)
+
+
+def current_value(module: Module, name: str) -> Any:
+    """``module.<name>``, and where a hook sets it before each forward, what the hook would make of it now."""
+    if name not in module.__dict__ or name not in pruned_names(module):
+        return getattr(module, name)
+    found = find_hook(module, name)
+    if found:
+        return found[1].apply_mask(module)
+    return functional.apply_mask(getattr(module, f"{name}_orig"), getattr(module, f"{name}_mask"))
 
 
 def round_from_mask(name: str, mask: Tensor) -> CustomFromMask:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, overload
 
@@ -139,7 +139,7 @@ class Report(Sequence[LayerReport]):
     __repr__ = __str__
 
 
-def report(model: Module, batch: int | Tensor | tuple[Any, ...] = 1) -> Report:
+def report(model: Module, batch: int | Tensor | tuple[Any, ...] | Mapping[str, Any] = 1) -> Report:
     """What pruning did to each layer of a model, and how its kernels will run.
 
     Listed are all pruned parameters, and of the others those with two dimensions or more.
@@ -147,8 +147,8 @@ def report(model: Module, batch: int | Tensor | tuple[Any, ...] = 1) -> Report:
     Args:
         model: any module, pruned or not.
         batch: the rows of input of each linear layer and the samples of each convolution, for which the path is
-            chosen. Or an example input (a tensor, or a tuple of the arguments of ``model``): the model is run on it
-            once, without gradients and in evaluation mode, to learn the sizes within.
+            chosen. Or an example input (a tensor, a tuple of the arguments of ``model``, or a dict of arguments by
+            name): the model is run on it once, without gradients and in evaluation mode, to learn the sizes within.
 
     Returns:
         A sequence of frozen dataclasses :class:`LayerReport`, which prints as a table.
@@ -167,8 +167,10 @@ def report(model: Module, batch: int | Tensor | tuple[Any, ...] = 1) -> Report:
         0.4
     """
     require_module(model)
-    if isinstance(batch, (Tensor, tuple)):
-        calls = _measure(model, batch if isinstance(batch, tuple) else (batch,))
+    if isinstance(batch, Mapping):
+        calls = _measure(model, (), batch)
+    elif isinstance(batch, (Tensor, tuple)):
+        calls = _measure(model, batch if isinstance(batch, tuple) else (batch,), {})
     elif isinstance(batch, bool) or not isinstance(batch, int):
         raise TypeError(f"batch must be an integer or an example input, got {type(batch).__name__}")
     elif batch < 1:
@@ -331,12 +333,14 @@ def _explain_convolution(
     return path, reason
 
 
-def _measure(model: Module, example: tuple[Any, ...]) -> dict[Module, _Call]:
+def _measure(model: Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[Module, _Call]:
     """What the linear layers and convolutions that are called have to do."""
     measured: dict[Module, _Call] = {}
 
-    def hook(module: Module, args: tuple[Any, ...], output: Any) -> None:
-        input = args[0]
+    def hook(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        input = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if input is None or not isinstance(output, Tensor):
+            return  # a forward of the user's own
         size, channels_last = None, False
         if isinstance(module, Linear):
             batch = positions = input.numel() // max(module.in_features, 1)
@@ -351,11 +355,12 @@ def _measure(model: Module, example: tuple[Any, ...]) -> dict[Module, _Call]:
         measured[module] = _Call(batch, before + positions, size, channels_last)
 
     modes = [(module, module.training) for module in model.modules()]
-    handles = [module.register_forward_hook(hook) for module, _ in modes if isinstance(module, (Linear, _ConvNd))]
+    layers = [module for module, _ in modes if isinstance(module, (Linear, _ConvNd))]
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in layers]
     try:
         model.eval()
         with torch.no_grad():
-            model(*example)
+            model(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()

@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.prune import BasePruningMethod
 
 from . import functional
-from ._masked_class import Masked, is_sharded, sparsity, stands_in_for
+from ._masked_class import Masked, Sparsity, is_sharded, sparsity, stands_in_for
 from ._masking import atomic, attach, detach, masked_names, path_of, set_mask
 
 __all__ = [
@@ -42,14 +42,9 @@ _Ints = int | tuple[int, ...]
 _W = TypeVar("_W", bound="_MaskedWeight")
 
 
-class _Sparsity:
-    """A non-data descriptor: an attribute ``sparsity`` that a user's own module sets wins over it."""
-
-    def __get__(self, module: Any, owner: type | None = None) -> Any:
-        if module is None:
-            return self
-        mask = getattr(module, "weight_mask", None)
-        return 0.0 if mask is None else sparsity(mask)
+def _sparsity(module: Any) -> float:
+    mask = getattr(module, "weight_mask", None)
+    return 0.0 if mask is None else sparsity(mask)
 
 
 class _MaskedWeight(Masked):
@@ -60,7 +55,7 @@ class _MaskedWeight(Masked):
     weight_orig: nn.Parameter
     weight_mask: Tensor
 
-    sparsity: float = _Sparsity()  # type: ignore[assignment]
+    sparsity: float = Sparsity(_sparsity)  # type: ignore[assignment]
     """The fraction of the weight that is pruned, counted from the mask at every read (one pass over it)."""
 
     def _masked_operands(self) -> tuple[Any, Any, Any] | None:

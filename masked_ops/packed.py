@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 
 from . import functional
 from . import nn as masked_nn
+from ._masked_class import Sparsity
 from ._masking import _refuse_sharded
 from ._packed_class import BITS, VALUES, Packed, can_be_packed, is_packed, packs, shape_when_packed, sparsity_of
 from ._packing import compress, install, is_binary, keep_all, keep_ties
@@ -44,11 +45,8 @@ _W = TypeVar("_W", bound="_PackedWeight")
 _Ints = int | tuple[int, ...]
 
 
-class _Sparsity:
-    """A non-data descriptor: an attribute ``sparsity`` that a user's own module sets wins over it."""
-
-    def __get__(self, module: Any, owner: type | None = None) -> Any:
-        return self if module is None else sparsity_of(module.weight_values.numel(), module._packed_shape())
+def _sparsity(module: Any) -> float:
+    return sparsity_of(module.weight_values.numel(), module._packed_shape())
 
 
 class _PackedWeight(Packed):
@@ -59,7 +57,7 @@ class _PackedWeight(Packed):
     weight_values: nn.Parameter
     weight_bits: Tensor
 
-    sparsity: float = _Sparsity()  # type: ignore[assignment]
+    sparsity: float = Sparsity(_sparsity)  # type: ignore[assignment]
     """The fraction of the weight that is pruned."""
 
     def _pack_under(self, mask: Tensor | None) -> None:

@@ -353,6 +353,21 @@ def test_classes_that_refuse_take_the_hook(factory: Any) -> None:
     assert not module._forward_pre_hooks
 
 
+def test_classes_that_refuse_everything_stay_as_they_are() -> None:
+    class Frozen(nn.Linear):
+        def __setattr__(self, name: str, value: Any) -> None:
+            if "frozen" in vars(self):
+                raise TypeError(f"not {name}")
+            super().__setattr__(name, value)
+
+    module = Frozen(4, 4)
+    vars(module)["frozen"] = True
+    before = fingerprint(module)
+    with pytest.raises(TypeError, match="not weight"):
+        attach(module, "weight", torch.eye(4))
+    assert fingerprint(module) == before
+
+
 def test_recurrent_modules_on_the_hook() -> None:
     module: Any = parametrize.register_parametrization(nn.GRU(4, 3), "bias_ih_l0", Doubled())
     mask = random_mask(module.weight_hh_l0)

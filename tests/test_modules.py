@@ -326,6 +326,23 @@ def test_an_attribute_of_the_users_own_wins() -> None:
     assert module.sparsity == "mine" and module.set_mask() == "mine"
 
 
+@pytest.mark.parametrize("own", [nn.Parameter(torch.ones(2)), torch.ones(2), nn.ReLU()], ids=lambda own: type(own))
+def test_a_parameter_buffer_or_child_of_the_users_own_wins(own: Any) -> None:
+    class Sparse(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(6, 5)
+            if isinstance(own, (nn.Parameter, nn.Module)):
+                self.sparsity = own
+            else:
+                self.register_buffer("sparsity", own)
+
+    module: Any = Sparse()
+    attach(module, "weight", torch.eye(6)[:5])
+    assert module.sparsity is own
+    masked_ops.pack(module)
+    assert module.sparsity is own
+
+
 # --- dense and back --------------------------------------------------------------------------------------------------
 
 

@@ -154,6 +154,17 @@ def test_not_strict() -> None:
         prune.load_state_dict(net, [("conv.weight", torch.ones(1))])
 
 
+@pytest.mark.parametrize("before", [prune.load_state_dict, nn.Module.load_state_dict])
+def test_a_checkpoint_that_was_assigned_once_is_copied_again(before: Any) -> None:
+    checkpoint: Any = prune.l1_unstructured(nn.Linear(4, 2), "weight", amount=0.5).state_dict()
+    before(prune.identity(nn.Linear(4, 2), "weight"), checkpoint, assign=True)
+    layer: Any = nn.Linear(4, 2, dtype=torch.float64)
+    weight, bias = layer.weight, layer.bias
+    prune.load_state_dict(layer, checkpoint)
+    assert layer.weight_orig is weight and layer.bias is bias
+    assert torch.equal(weight, checkpoint["weight_orig"].double()) and checkpoint.keys() == layer.state_dict().keys()
+
+
 def test_metadata_shared_modules_and_buffers_of_the_users() -> None:
     class Odd(nn.Module):
         """Its own ``attention_mask`` and ``attention_orig`` have nothing to do with pruning."""

@@ -278,6 +278,20 @@ def test_undo_revives_the_values_of_now_and_leaves_what_others_did() -> None:
     assert layer.weight.tolist() == [[5, 6]]
 
 
+@pytest.mark.parametrize("soft", [False, True])
+def test_undo_after_a_conversion_keeps_the_dtype(soft: bool) -> None:
+    layer = nn.Linear(4, 2)
+    before = torch.tensor([[0.5 if soft else 1.0, 1, 0, 0], [1, 1, 1, 1]])
+    prune.custom_from_mask(layer, "weight", before)
+    prune.custom_from_mask(layer, "weight", torch.zeros(2, 4))
+    prune.undo(layer.double(), "weight")
+    assert layer.weight_mask.dtype == torch.float64 and torch.equal(layer.weight_mask, before.double())
+    layer.set_mask(before.bool())
+    prune.l1_unstructured(layer, "weight", 1)
+    prune.undo(layer.half(), "weight")
+    assert layer.weight_mask.dtype == torch.bool and torch.equal(layer.weight_mask, before.bool())
+
+
 def test_undo_needs_a_record() -> None:
     layer = MaskedLinear(3, 2, mask=torch.eye(2, 3))
     with pytest.raises(ValueError, match="left no record"):

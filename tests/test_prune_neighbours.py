@@ -153,6 +153,32 @@ def test_a_hook_serves_modules_whose_class_cannot_be_swapped() -> None:
     assert type(layer) is Final and torch.equal(layer.weight, weight) and not layer._forward_pre_hooks
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("by", ["our hook", "torch", "a method of its own"])
+def test_what_a_hook_set_before_the_last_step_is_not_taken_for_the_weight(by: str) -> None:
+    class Doubling(prune.L1Unstructured):
+        def apply_mask(self, module: nn.Module) -> torch.Tensor:
+            return 2 * super().apply_mask(module)
+
+    class Final(nn.Linear):
+        def __init_subclass__(cls, **kwargs: Any) -> None:
+            raise TypeError("no subclasses")
+
+    layer: Any = Final(4, 1) if by == "our hook" else nn.Linear(4, 1)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+    if by == "a method of its own":
+        Doubling.apply(layer, "weight", 1)
+    else:
+        (prune if by == "our hook" else torch_prune).l1_unstructured(layer, "weight", 1)
+    with torch.no_grad():
+        layer.weight_orig.copy_(torch.tensor([[1.0, 9.0, 8.0, 7.0]]))
+    expected = torch.tensor([[0.0, 9.0, 8.0, 7.0]]) * (2 if by == "a method of its own" else 1)
+    assert torch.equal(prune.to_sparse(layer, "weight").to_dense(), expected)
+    prune.l1_unstructured(layer, "weight", 1)
+    assert layer.weight_mask.tolist() == [[0, 1, 1, 0]], "the least of now, not of then"
+
+
 def test_a_scripted_submodule_is_left_alone() -> None:
     model = nn.Sequential(torch.jit.script(nn.Linear(3, 3)), nn.Linear(3, 2))
     prune.l1_unstructured(model[1], "weight", 2)

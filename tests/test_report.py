@@ -191,6 +191,36 @@ distributed.destroy_process_group()
     assert process.returncode == 0, process.stderr
 
 
+def test_arguments_by_name() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(1, 2, 3), prune.identity(nn.Linear(2, 2), "weight")
+
+        def forward(self, *, images: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+            return self.fc(input=self.conv(input=images).mean((2, 3))) * scale
+
+    by_name = masked_ops.report(Net(), {"images": torch.ones(5, 1, 4, 4), "scale": 2.0})
+    assert [layer.dense_flops for layer in by_name] == [2 * 18 * 5 * 4, 2 * 4 * 5]
+
+
+def test_a_forward_that_returns_more_than_a_tensor() -> None:
+    class Pair(nn.Conv2d):
+        def forward(self, scale: float, x: torch.Tensor) -> Any:
+            return super().forward(x) * scale, scale
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = prune.identity(Pair(1, 2, 3), "weight")
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(0.5, x)[0]
+
+    (layer,) = masked_ops.report(Net(), torch.ones(1, 1, 4, 4))
+    assert layer.path == "live" and layer.dense_flops is None
+
+
 def test_a_layer_that_the_example_does_not_reach() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
