@@ -247,6 +247,31 @@ def test_writes_that_torch_cannot_see_need_clear_cache(write: str) -> None:
     check(mask)
 
 
+@pytest.mark.parametrize("family", ["linear", "linear, of the input", "convolution"])
+def test_a_write_that_torch_cannot_see_between_forward_and_backward(family: str) -> None:
+    """Backward takes the values that forward kept, which are then too many or too few for the mask as it is."""
+    if family == "convolution":
+        x, w, mask = integers(2, 16, 9, 9), integers(32, 16, 3, 3), mask_of("tenth", 32, 16, 3, 3)
+        ours, torchs = masked_ops.masked_conv2d, F.conv2d
+    else:
+        x, w, mask = integers(40, 320), integers(512, 320), mask_of("tenth", 512, 320)
+        ours, torchs = masked_ops.masked_linear, F.linear
+    for before, after in ((mask, ~mask), (~mask, mask)):
+        m = before.clone()
+        leaves = [x.clone().requires_grad_(), w.clone().requires_grad_(family != "linear, of the input")]
+        with running_on("sparse"):
+            for _ in range(2):
+                y = ours(*leaves, m)
+            m.data.copy_(after)
+            masked_ops.clear_cache()
+            y.sum().backward()
+        dense = [x.clone().requires_grad_(), w.clone().requires_grad_()]
+        torchs(dense[0], dense[1] * after).sum().backward()
+        for leaf, expected in zip(leaves, dense, strict=True):
+            if leaf.requires_grad:
+                assert_exact(leaf.grad, expected.grad)
+
+
 # --- what is cached --------------------------------------------------------------------------------------------------
 
 
