@@ -525,6 +525,41 @@ def test_fork_after_use() -> None:
     assert_exact(masked_ops.masked_linear(x, w, mask), expected)
 
 
+@pytest.mark.skipif(SANITIZED, reason="the sanitizer's own locks do not survive a fork amid other threads")
+def test_fork_while_an_index_is_made() -> None:
+    """By another thread, which for most of its time is within one mask's pattern; the child has a mask of its own."""
+    large, x, w = mask_of("tenth", 2000, 1000), integers(3, 1000), integers(2000, 1000)
+    small, v = mask_of("half", N, K), integers(N, K)
+    stop = threading.Event()
+
+    def work() -> None:
+        torch.set_num_threads(1)
+        while not stop.is_set():
+            large[0].logical_not_()
+            masked_ops.masked_linear(x, w, large)
+
+    def child() -> None:
+        torch.set_num_threads(1)
+        assert torch.equal(masked_ops.masked_linear(v, v, small), F.linear(v, v * small))
+
+    thread = threading.Thread(target=work)
+    context = multiprocessing.get_context("fork")
+    with running_on("sparse"):
+        thread.start()
+        try:
+            for _ in range(10):
+                process = context.Process(target=child)
+                process.start()
+                process.join(20)
+                if process.is_alive():
+                    process.kill()
+                    pytest.fail("a forked child hangs")
+                assert process.exitcode == 0
+        finally:
+            stop.set()
+            thread.join()
+
+
 # --- the choice of a path --------------------------------------------------------------------------------------------
 
 
