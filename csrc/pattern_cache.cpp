@@ -141,7 +141,7 @@ class Cache {
 
   Cache() {
     const char* limit = std::getenv("MASKED_OPS_CACHE_BYTES");
-    info_.limit_bytes = limit ? std::atoll(limit) : int64_t{1} << 30;
+    info_.limit_bytes = limit && *limit ? std::atoll(limit) : int64_t{1} << 30;
     // A fork while another thread holds a lock, of the cache's or of a pattern's, would leave it locked in the child
     // for ever.
     pthread_atfork([] { instance().before_fork(); }, [] { instance().after_fork(); }, [] { instance().after_fork(); });

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -157,6 +158,10 @@ def _load() -> bool:
                 path = os.environ.get("MASKED_OPS_PATH")
                 if path:
                     module.set_path(path)
+                for name in ("MASKED_OPS_CACHE_BYTES", "MASKED_OPS_RESULT_BYTES"):
+                    limit = os.environ.get(name)
+                    if limit and not re.fullmatch("-?[0-9]+", limit):
+                        raise ValueError(f"{name} takes a number of bytes, got {limit!r}")
                 module.set_cuda_loader(_cuda.load, _cuda.warn)
                 module.set_boxed(linear, packed_linear)
                 direct = _Direct(module.linear, module.packed_linear, module.convolution, module.packed_convolution)

@@ -388,8 +388,30 @@ LIMITS |= {
             assert torch.equal(masked_ops.masked_linear(w, w, m), w @ (w * m).t())
         assert masked_ops.cache_info()["entries"] == 0
     """
-    for limit in ("0", "-1", "nonsense")
+    for limit in ("0", "-1")
 }
+LIMITS |= {
+    f"{variable} {limit!r}": f"""
+        import os
+        os.environ[{variable!r}] = {limit!r}
+        import torch, masked_ops
+        for _ in range(2):  # not only the first call
+            try:
+                masked_ops.masked_linear(torch.ones(1, 3), torch.ones(4, 3), torch.ones(4, 3))
+            except ValueError as error:
+                assert str(error) == "{variable} takes a number of bytes, got {limit!r}", error
+            else:
+                raise AssertionError("no error")
+    """
+    for variable in ("MASKED_OPS_CACHE_BYTES", "MASKED_OPS_RESULT_BYTES")
+    for limit in ("nonsense", "1G", "1e9")
+}
+LIMITS["no limit"] = """
+        import os
+        os.environ["MASKED_OPS_CACHE_BYTES"] = ""
+        import masked_ops
+        assert masked_ops.cache_info()["limit_bytes"] == 1 << 30
+    """
 LIMITS |= {
     f"MASKED_OPS_PATH={path}": f"""
         import os
