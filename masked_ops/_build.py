@@ -36,6 +36,7 @@ __all__ = [
     "cache_key",
     "cache_root",
     "capability",
+    "capability_of",
     "find_library",
     "library_path",
     "load_library",
@@ -126,6 +127,15 @@ def find_library(recipe: LibraryRecipe) -> Path | None:
     folders = [prebuilt, *(folder for root in roots for folder in sorted(root.glob(f"{recipe.version}-*")))]
     ranked = [(rank, folder) for folder in folders if (rank := _rank(folder, recipe)) is not None]
     return min(ranked)[1] / recipe.library if ranked else None
+
+
+def capability_of(library: Path) -> str:
+    """Of what a library was built for that was found for this process: the best that the CPU has all of.
+
+    Its kernels may need more than their capability's name says.
+    """
+    record = json.loads((library.parent / RECORD).read_bytes())
+    return usable_capabilities()[this_process().rank(record) or 0]
 
 
 # --- build -----------------------------------------------------------------------------------------------------------

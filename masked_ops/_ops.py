@@ -141,7 +141,8 @@ def _load() -> bool:
     with _lock:
         if _loaded is None:
             try:
-                module = _build.load_library(_build.build())
+                library = _build.build()
+                module, capability = _build.load_library(library), _build.capability_of(library)
             except _build.BuildError as error:
                 if os.environ.get("MASKED_OPS_REQUIRE_BUILD", "0") not in ("", "0"):
                     raise
@@ -153,8 +154,8 @@ def _load() -> bool:
                     stacklevel=3,
                 )
             else:
-                # A library of several capabilities starts with the best that the CPU has; fewer may be allowed.
-                any(module.set_capability(name.upper()) for name in _build.usable_capabilities())
+                # A library of several capabilities starts with the best that the CPU has by name.
+                module.set_capability(capability.upper())
                 path = os.environ.get("MASKED_OPS_PATH")
                 if path:
                     module.set_path(path)

@@ -482,6 +482,21 @@ def test_a_library_that_needs_more_than_the_cpu_has_is_not_used(
     assert _build.find_library(recipe) is None
 
 
+def test_of_several_capabilities_one_is_used_of_which_the_cpu_has_all(
+    cache: Path, recipe: Recipe, cpu: Callable[[set[str]], None]
+) -> None:
+    library = _build.build(recipe)
+    record = library.parent / "library.json"
+    avx512, avx2 = ([*_recipe.CAPABILITIES[name]] for name in ("avx512", "avx2"))
+    capabilities = {"avx512": [*avx512, "avx512_bf16"], "avx2": avx2}
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"capabilities": capabilities}))
+    cpu({*avx512, "avx512_bf16"})
+    assert _build.capability_of(library) == "avx512"
+    cpu(set(avx512))
+    assert _build.find_library(recipe) == library
+    assert _build.capability_of(library) == "avx2"
+
+
 def test_a_library_built_ahead_is_used_first(
     cache: Path, tmp_path: Path, recipe: Recipe, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
