@@ -16,6 +16,7 @@ import importlib.machinery
 import importlib.util
 import json
 import os
+import re
 import shutil
 import stat
 import sys
@@ -259,11 +260,17 @@ def _locked(root: _Root, recipe: LibraryRecipe) -> Iterator[None]:
 
 
 def _sweep(root: Path, folder_name: str) -> None:
-    """Remove what builds that died have left: theirs are the temporary folders whose lock is free."""
+    """Remove what builds that died have left: theirs are the temporary folders whose lock is free.
+
+    The folder may be one that others keep things in, under names that are nearly ours.
+    """
     import filelock
 
     for path in root.glob("*.tmp-*"):
-        owner = path.name.partition(".tmp-")[0]
+        name = re.fullmatch(r"(.+-[0-9a-f]{16})\.tmp-[0-9a-f]{8}", path.name)
+        if name is None:
+            continue
+        owner = name[1]
         if owner == folder_name:
             shutil.rmtree(path, ignore_errors=True)
             continue

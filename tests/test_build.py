@@ -858,9 +858,12 @@ def test_left_overs_are_removed(cache: Path, recipe: Recipe) -> None:
         (cache / f"{name}.tmp-12345678").mkdir(parents=True)
         (cache / f"{name}.tmp-12345678/half.o").touch()
         (cache / f"{name}.lock").touch()
+    others = cache / "photos.tmp-12345678/2026"  # of somebody who shares the folder
+    others.mkdir(parents=True)
     with filelock.FileLock(cache / "0-fedcba9876543210.lock"):
         assert answer(_build.build(recipe)) == 42
-    assert [path.name for path in leftovers(cache)] == ["0-fedcba9876543210.tmp-12345678"]
+    assert {path.name for path in leftovers(cache)} == {"0-fedcba9876543210.tmp-12345678", others.parent.name}
+    assert others.exists()
 
 
 def test_interrupt(cache: Path, recipe: Recipe, compiler: Compiler) -> None:
