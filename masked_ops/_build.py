@@ -68,7 +68,11 @@ def _roots() -> Iterator[_Root]:
     """Where libraries are looked for and built, best first."""
     chosen = os.environ.get("MASKED_OPS_CACHE_DIR")
     if chosen:
-        yield _Root(Path(chosen).expanduser().absolute(), private=False)
+        try:
+            folder = Path(chosen).expanduser().absolute()
+        except RuntimeError:  # nobody's home
+            raise BuildError(f"MASKED_OPS_CACHE_DIR is {chosen!r}, and there is no such home") from None
+        yield _Root(folder, private=False)
         return
     caches = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     if caches.is_absolute():

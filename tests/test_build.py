@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import gc
 import io
 import json
 import os
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -608,6 +610,12 @@ def test_a_compiler_with_arguments(cache: Path, recipe: Recipe, monkeypatch: pyt
     assert answer(_build.build(recipe)) == 42
 
 
+def test_a_compiler_by_a_relative_path(cache: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(shutil.which("g++") or "g++").parent)
+    monkeypatch.setenv("CXX", "./g++")
+    assert answer(_build.build(recipe)) == 42
+
+
 def test_an_error_in_the_sources(
     cache: Path, tmp_path: Path, recipe: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -803,6 +811,12 @@ def test_a_temporary_folder_of_others_is_not_used(
         _build.build(recipe)
 
 
+def test_the_home_of_nobody(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASKED_OPS_CACHE_DIR", "~nobody of this name/cache")
+    with pytest.raises(BuildError, match="MASKED_OPS_CACHE_DIR is '~nobody of this name/cache', and there is no"):
+        _build.build(recipe)
+
+
 def test_no_space(cache: Path, recipe: Recipe, compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
     # No file may grow beyond 4 KB: the compiler's first object is the first to need more.
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))"
@@ -971,6 +985,14 @@ def test_output(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("cache")
+def test_no_file_is_left_open(cache: Path, recipe: Recipe) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ResourceWarning)
+        assert answer(_build.build(recipe)) == 42
+        gc.collect()
+    assert not caught, caught[0].message
+
+
 def test_output_on_a_terminal(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)
