@@ -8,12 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from generators import SANITIZED, assert_exact, compiled_only, integers, mask_of, run_each_in_a_process
+from generators import (
+    PATHS,
+    SANITIZED,
+    assert_exact,
+    compiled_only,
+    integers,
+    mask_of,
+    run_each_in_a_process,
+    running_on,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
 import masked_ops
 from masked_ops import _ops
+from masked_ops._packed_class import bits_of
 
 ones = torch.ones
 BAD = (RuntimeError, TypeError, ValueError)
@@ -295,6 +305,27 @@ def test_convolution(transposed: bool, name: str, grad: bool, dtype: torch.dtype
     function = masked_ops.masked_conv_transpose2d if transposed else masked_ops.masked_conv2d
     with pytest.raises(BAD, match=message):
         function(**arguments)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("path", PATHS)
+def test_a_bias_that_does_not_fit_on_any_path(path: str, transposed: bool) -> None:
+    """The kernels would read behind its end."""
+    suffix = "conv_transpose2d" if transposed else "conv2d"
+    for taps, groups in ((1, 1), (3, 1), (3, 6)):
+        w = ones(6, 6 // groups, taps, taps)
+        mask = ones(*w.shape)
+        mask[0] = 0
+        bits, values = bits_of(mask), ones(int(mask.sum()))
+        for shape in ((), (0,), (1,), (5,), (7,), (6, 1), (1, 6)):
+            for packed in (False, True):
+                with running_on(path), pytest.raises(BAD):
+                    if packed:
+                        getattr(masked_ops, f"packed_{suffix}")(
+                            ones(2, 6, 5, 5), values, bits, w.shape, ones(*shape), groups=groups
+                        )
+                    else:
+                        getattr(masked_ops, f"masked_{suffix}")(ones(2, 6, 5, 5), w, mask, ones(*shape), groups=groups)
 
 
 def test_what_torch_accepts_is_accepted() -> None:

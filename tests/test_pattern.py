@@ -13,6 +13,7 @@ import pytest
 import torch
 from generators import (
     MASK_DTYPES,
+    PACKED_LINEAR_PATHS,
     PATHS,
     SANITIZED,
     assert_exact,
@@ -31,6 +32,7 @@ from torch.nn import functional as F
 
 import masked_ops
 from masked_ops import _ops
+from masked_ops._packed_class import bits_of
 
 pytestmark = compiled_only
 
@@ -207,6 +209,44 @@ def test_one_mask_seen_as_matrix_and_kernel() -> None:
         assert_exact(masked_ops.masked_conv2d(x, w, mask), F.conv2d(x, w * mask))
         check(mask.view(6, 36))
         assert_exact(masked_ops.masked_conv2d(x, w, mask), F.conv2d(x, w * mask))
+
+
+def test_one_memory_seen_in_two_dtypes() -> None:
+    """Of floats of 16 bits, the one of one kind is another number, or a soft mask, of the other."""
+    mask = mask_of("half", N, K, dtype=torch.float16)
+    for _ in range(2):
+        for dtype in (torch.float16, torch.bfloat16, torch.int16):
+            check(mask.view(dtype))
+        mask.copy_(mask_of("half", N, K))
+
+
+def test_the_same_bits_of_different_numbers_of_columns() -> None:
+    mask = mask_of("half", 40, 9)
+    bits, values = bits_of(mask), integers(int(mask.sum()))
+    for cols in (9, 12, 16, 9, 12):
+        x, weight = integers(5, cols), torch.zeros(40, cols)
+        weight[:, :9][mask] = values
+        for path in (None, *PACKED_LINEAR_PATHS):
+            with running_on(path):
+                assert_exact(masked_ops.packed_linear(x, values, bits, cols), F.linear(x, weight), cols, path)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_one_kernel_in_different_convolutions(path: str) -> None:
+    mask, w = mask_of("tenth", 8, 4, 3, 3), integers(8, 4, 3, 3)
+    options = ({}, {"stride": 2}, {"stride": (2, 1)}, {"dilation": 2}, {"dilation": (1, 2)}, {"groups": 2})
+    for option in (*options, *options):
+        x, z = integers(2, 4 * option.get("groups", 1), 9, 8), integers(2, 8, 4, 5)
+        with running_on(path):
+            try:
+                forward = masked_ops.masked_conv2d(x, w, mask, **option)
+                back = masked_ops.masked_conv_transpose2d(z, w, mask, **option)
+            except RuntimeError as error:
+                if not refuses(path, error):
+                    raise
+                continue
+        assert_exact(forward, F.conv2d(x, w * mask, **option), option)
+        assert_exact(back, F.conv_transpose2d(z, w * mask, **option), option)
 
 
 def test_inference_mode_masks() -> None:
