@@ -79,8 +79,7 @@ class Gradients {
       const CompactConvolution compact = compact_of(plan, weight, mask_);
       return compact.grad_input(grad_output, compact.left_of(weight), input.sizes(), format);
     }
-    const at::Tensor remaining = values.defined() ? values : compress(weight, *plan.pattern);
-    return plan.grad_input(grad_output, remaining, input.sizes(), format);
+    return plan.grad_input(grad_output, remaining(values, weight, *plan.pattern), input.sizes(), format);
   }
 
   at::Tensor of_weight(const ConvolutionPlan& plan, const at::Tensor& grad_output, const at::Tensor& input,

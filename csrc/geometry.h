@@ -78,14 +78,15 @@ struct Geometry {
 
   // Torch's own operations over a dense weight.
   at::Tensor forward(const at::Tensor& input, const at::Tensor& dense, const std::optional<at::Tensor>& bias) const {
-    return at::convolution(input, dense, bias, stride, padding, dilation, transposed, output_padding, groups);
+    return at::convolution(input, in_format(dense), bias, stride, padding, dilation, transposed, output_padding,
+                           groups);
   }
   at::Tensor grad_input(const at::Tensor& grad_output, const at::Tensor& dense, at::IntArrayRef input_size) const {
     return grad_input(grad_output, dense, placeholder(input_size, grad_output));
   }
   at::Tensor grad_input(const at::Tensor& grad_output, const at::Tensor& dense, const at::Tensor& input) const {
-    return std::get<0>(at::convolution_backward(grad_output, input, dense, std::nullopt, stride, padding, dilation,
-                                                transposed, output_padding, groups, {true, false, false}));
+    return std::get<0>(at::convolution_backward(grad_output, input, in_format(dense), std::nullopt, stride, padding,
+                                                dilation, transposed, output_padding, groups, {true, false, false}));
   }
   // In the memory format of `like`, a weight whose values are not read.
   at::Tensor grad_weight(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& like) const {
@@ -97,10 +98,13 @@ struct Geometry {
   std::tuple<at::Tensor, at::Tensor> gradients(const at::Tensor& grad_output, const at::Tensor& input,
                                                const at::Tensor& dense) const {
     auto [grad_input, grad_weight, grad_bias] =
-        at::convolution_backward(grad_output, input, dense, std::nullopt, stride, padding, dilation, transposed,
-                                 output_padding, groups, {true, true, false});
+        at::convolution_backward(grad_output, input, in_format(dense), std::nullopt, stride, padding, dilation,
+                                 transposed, output_padding, groups, {true, true, false});
     return {std::move(grad_input), std::move(grad_weight)};
   }
+
+  // Of one dimension, results are contiguous on every path: torch's would lie as a weight that is permuted does.
+  static at::Tensor in_format(const at::Tensor& weight) { return weight.dim() == 3 ? weight.contiguous() : weight; }
 
   // A tensor of which an operation reads the sizes and the memory format and nothing else.
   static at::Tensor placeholder(at::IntArrayRef sizes, const at::Tensor& like) {

@@ -167,8 +167,7 @@ at::Tensor linear_grad_input_with_values(const at::Tensor& grad_output, const at
     CompactPlan{*compact, plan.M, plan.dtype}.grad_input(as_matrix(dy, plan.N), weight,
                                                          grad_input.view({plan.M, plan.K}));
   } else if (plan.path == Path::kSparse) {
-    const at::Tensor v = values.defined() ? values : compress(weight, *plan.pattern);
-    sparse_grad_input(*plan.pattern, v, plan.M, dy, grad_input);
+    sparse_grad_input(*plan.pattern, remaining(values, weight, *plan.pattern), plan.M, dy, grad_input);
   } else {
     cpu::kernels().linear_grad_input(plan.team(), plan.dtype, plan.M, plan.N, plan.K, dy.const_data_ptr(),
                                      weight.const_data_ptr(), plan.pattern->bits(), grad_input.mutable_data_ptr());
@@ -221,8 +220,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_gradients(const at::Tensor
   at::Tensor grad_input = empty_with_last_dim(grad_output, plan.K);
   at::Tensor grad_weight = empty_result(mask.sizes(), grad_output.options());
   const at::Tensor grad_values = empty_result({plan.pattern->nnz()}, grad_output.options());
-  const at::Tensor grad_bias = sparse_gradients(*plan.pattern, values, plan.M, grad_output.contiguous(),
-                                                input.contiguous(), grad_input, grad_values, of_bias);
+  const at::Tensor grad_bias =
+      sparse_gradients(*plan.pattern, remaining(values, weight, *plan.pattern), plan.M, grad_output.contiguous(),
+                       input.contiguous(), grad_input, grad_values, of_bias);
   expand_into(grad_weight, grad_values, *plan.pattern);
   return {grad_input, grad_weight, grad_bias};
 }

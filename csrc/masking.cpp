@@ -173,6 +173,10 @@ at::Tensor compress(const at::Tensor& weight, const Pattern& pattern) {
   return values;
 }
 
+at::Tensor remaining(const at::Tensor& values, const at::Tensor& weight, const Pattern& pattern) {
+  return values.defined() && values.numel() == pattern.nnz() ? values : compress(weight, pattern);
+}
+
 void expand_into(const at::Tensor& weight, const at::Tensor& values, const Pattern& pattern) {
   const at::Tensor from = values.contiguous();
   const cpu::Team team = team_for(weight.numel());

@@ -55,6 +55,9 @@ PatternPtr try_pattern_of(const at::Tensor& mask);
 // The remaining weights in row-major order, [nnz]; and back, zeros elsewhere, into a weight that is contiguous or, with
 // all of its dimensions, channels last.
 at::Tensor compress(const at::Tensor& weight, const Pattern& pattern);
+// The same where forward may have kept them as `values` (else undefined). Those are of another number once the mask was
+// changed in a way that torch does not count: then, or the kernels would read behind their end, they are made anew.
+at::Tensor remaining(const at::Tensor& values, const at::Tensor& weight, const Pattern& pattern);
 void expand_into(const at::Tensor& weight, const at::Tensor& values, const Pattern& pattern);
 
 }  // namespace masked_ops

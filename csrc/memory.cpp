@@ -79,7 +79,7 @@ class KeptResults {
   static int64_t limit() {
     static const int64_t bytes = [] {
       const char* set = std::getenv("MASKED_OPS_RESULT_BYTES");
-      return set ? std::atoll(set) : int64_t{256} << 20;
+      return set && *set ? std::atoll(set) : int64_t{256} << 20;
     }();
     return bytes;
   }

@@ -4,6 +4,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <exception>
 
 #include "channels.h"
 #include "cpu/sparse_index.h"
@@ -37,12 +38,28 @@ cpu::Dtype dtype_of(at::ScalarType dtype) {
   }
 }
 
+namespace {
+
+// n zeros; without memory for them, the error that the kernels have for it.
+template <typename T>
+std::vector<T> zeros(int64_t n, const char* purpose) {
+  try {
+    return std::vector<T>(static_cast<size_t>(n));
+  } catch (const std::exception&) {  // too many for the memory, or for any
+    throw cpu::OutOfMemory(static_cast<size_t>(n) * sizeof(T), purpose);
+  }
+}
+
+std::vector<uint64_t> zero_words(int64_t n) { return zeros<uint64_t>(n, "the bits of a mask"); }
+
+}  // namespace
+
 Pattern::Pattern(const at::Tensor& mask) {
   const at::Tensor values = mask.contiguous();
   rows_ = mask.dim() > 1 ? mask.size(0) : 1;
   cols_ = rows_ ? mask.numel() / rows_ : 0;
   stride_ = (cols_ + 63) / 64;
-  words_.resize(static_cast<size_t>(rows_ * stride_));
+  words_ = zero_words(rows_ * stride_);
   const cpu::MaskFacts facts = cpu::kernels().pack_mask(team_for(values.numel()), dtype_of(values.scalar_type()),
                                                         values.const_data_ptr(), rows_, cols_, words_.data());
   nnz_ = facts.nnz;
@@ -51,14 +68,11 @@ Pattern::Pattern(const at::Tensor& mask) {
 }
 
 Pattern::Pattern(const at::Tensor& bits, int64_t cols)
-    : rows_(bits.size(0)),
-      cols_(cols),
-      stride_(cols / 64 + (cols % 64 != 0)),
-      words_(static_cast<size_t>(rows_ * stride_)) {
+    : rows_(bits.size(0)), cols_(cols), stride_(cols / 64 + (cols % 64 != 0)), words_(zero_words(rows_ * stride_)) {
   const at::Tensor values = bits.contiguous();
   const int64_t bytes = values.size(1);
   const uint8_t* from = values.const_data_ptr<uint8_t>();
-  for (int64_t row = 0; row < rows_; ++row) {
+  for (int64_t row = 0; row < rows_ && cols > 0; ++row) {
     uint64_t* words = words_.data() + row * stride_;
     std::copy_n(from + row * bytes, bytes, reinterpret_cast<uint8_t*>(words));
     for (int64_t i = 0; i < stride_; ++i) nnz_ += __builtin_popcountll(words[i]);
@@ -72,7 +86,7 @@ Pattern::Pattern(const Pattern& whole, at::IntArrayRef rows, at::IntArrayRef col
     : rows_(static_cast<int64_t>(rows.size())),
       cols_(static_cast<int64_t>(cols.size())),
       stride_((cols_ + 63) / 64),
-      words_(static_cast<size_t>(rows_ * stride_)),
+      words_(zero_words(rows_ * stride_)),
       nnz_(whole.nnz_) {
   for (int64_t i = 0; i < rows_; ++i) {
     const uint64_t* from = whole.bits().row(rows[i]);
@@ -87,7 +101,7 @@ Pattern::Pattern(const Pattern& whole, at::IntArrayRef rows, at::IntArrayRef col
 }
 
 std::vector<uint64_t> Pattern::live_col_bits() const {
-  std::vector<uint64_t> any(static_cast<size_t>(stride_));
+  std::vector<uint64_t> any = zero_words(stride_);
   for (int64_t row = 0; row < rows_; ++row) {
     const uint64_t* words = bits().row(row);
     for (int64_t i = 0; i < stride_; ++i) any[i] |= words[i];
@@ -102,6 +116,7 @@ bool Pattern::any_in_rows(int64_t first, int64_t count) const {
 }
 
 void Pattern::count_live() {
+  if (nnz_ == 0) return;  // and there may be any number of rows, if none has a column
   for (int64_t row = 0; row < rows_; ++row) live_rows_ += any_in_rows(row, 1);
   for (const uint64_t word : live_col_bits()) live_cols_ += __builtin_popcountll(word);
   count_blocked();
@@ -159,7 +174,7 @@ std::shared_ptr<const Channels> Pattern::channels(int64_t kernel, int64_t groups
 const int64_t* Pattern::offsets() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (offsets_.empty()) {
-    offsets_.resize(static_cast<size_t>(rows_) + 1);
+    offsets_ = zeros<int64_t>(rows_ + 1, "the rows of a mask");
     cpu::kernels().row_offsets(team_for(rows_ * stride_), bits(), rows_, cols_, offsets_.data());
   }
   return offsets_.data();
@@ -171,7 +186,7 @@ cpu::Rows Pattern::row_columns() const {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (columns_.empty()) {
-      columns_.resize(static_cast<size_t>(nnz_ + cpu::kColumnsPadding));
+      columns_ = zeros<uint16_t>(nnz_ + cpu::kColumnsPadding, "the columns of a mask");
       cpu::kernels().row_columns(team_for(rows_ * stride_), bits(), rows_, cols_, starts, columns_.data());
       grown = true;
     }
@@ -183,7 +198,8 @@ cpu::Rows Pattern::row_columns() const {
 const uint32_t* Pattern::ranks() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (ranks_.empty()) {
-    ranks_.resize(static_cast<size_t>(rows_ * ((cols_ + cpu::kRankColumns - 1) / cpu::kRankColumns)));
+    const int64_t parts = (cols_ + cpu::kRankColumns - 1) / cpu::kRankColumns;
+    ranks_ = zeros<uint32_t>(rows_ * parts, "the parts of a mask's rows");
     cpu::kernels().row_ranks(team_for(rows_ * stride_), bits(), rows_, cols_, ranks_.data());
   }
   return ranks_.data();

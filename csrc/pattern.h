@@ -64,6 +64,8 @@ class Pattern final : public Cached {
     return pattern && binary_ == pattern->binary_ && words_ == pattern->words_;
   }
 
+  std::unique_lock<std::mutex> locked() const override { return std::unique_lock<std::mutex>(mutex_); }
+
   // Rows and columns that hold a remaining weight; and which columns do, as bits.
   int64_t live_rows() const { return live_rows_; }
   int64_t live_cols() const { return live_cols_; }

@@ -141,10 +141,19 @@ class Cache {
 
   Cache() {
     const char* limit = std::getenv("MASKED_OPS_CACHE_BYTES");
-    info_.limit_bytes = limit ? std::atoll(limit) : int64_t{1} << 30;
-    // A fork while another thread holds the lock would leave it locked in the child for ever.
-    pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); },
-                   [] { instance().mutex_.unlock(); });
+    info_.limit_bytes = limit && *limit ? std::atoll(limit) : int64_t{1} << 30;
+    // A fork while another thread holds a lock, of the cache's or of a pattern's, would leave it locked in the child
+    // for ever.
+    pthread_atfork([] { instance().before_fork(); }, [] { instance().after_fork(); }, [] { instance().after_fork(); });
+  }
+
+  void before_fork() {
+    mutex_.lock();
+    for (const auto& [key, entry] : entries_) locked_.push_back(entry.pattern->locked());
+  }
+  void after_fork() {
+    locked_.clear();
+    mutex_.unlock();
   }
 
   using Map = std::unordered_map<Key, Entry, KeyHash>;
@@ -205,7 +214,8 @@ class Cache {
 
   std::mutex mutex_;
   Map entries_;
-  std::vector<Entry> captured_;  // dropped, but needed
+  std::vector<Entry> captured_;                       // dropped, but needed
+  std::vector<std::unique_lock<std::mutex>> locked_;  // while the process forks
   CacheInfo info_;
   uint64_t clock_ = 0;
 };

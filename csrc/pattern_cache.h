@@ -6,6 +6,7 @@
 #include <atomic>
 #include <functional>
 #include <memory>
+#include <mutex>
 
 namespace masked_ops {
 
@@ -16,6 +17,8 @@ class Cached {
   virtual size_t bytes() const = 0;
   // Whether what is known of another is as good; false if that cannot be told.
   virtual bool same_bits(const Cached& other) const = 0;
+  // What keeps other threads from adding to it, where a forked child can use it.
+  virtual std::unique_lock<std::mutex> locked() const { return {}; }
 
   // Whether the cache has given it out before: a mask that is made for one call is not worth an index.
   bool reused() const { return reused_.load(std::memory_order_relaxed); }

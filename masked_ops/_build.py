@@ -16,6 +16,7 @@ import importlib.machinery
 import importlib.util
 import json
 import os
+import re
 import shutil
 import stat
 import sys
@@ -36,6 +37,7 @@ __all__ = [
     "cache_key",
     "cache_root",
     "capability",
+    "capability_of",
     "find_library",
     "library_path",
     "load_library",
@@ -66,7 +68,11 @@ def _roots() -> Iterator[_Root]:
     """Where libraries are looked for and built, best first."""
     chosen = os.environ.get("MASKED_OPS_CACHE_DIR")
     if chosen:
-        yield _Root(Path(chosen).expanduser().absolute(), private=False)
+        try:
+            folder = Path(chosen).expanduser().absolute()
+        except RuntimeError:  # nobody's home
+            raise BuildError(f"MASKED_OPS_CACHE_DIR is {chosen!r}, and there is no such home") from None
+        yield _Root(folder, private=False)
         return
     caches = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     if caches.is_absolute():
@@ -126,6 +132,15 @@ def find_library(recipe: LibraryRecipe) -> Path | None:
     folders = [prebuilt, *(folder for root in roots for folder in sorted(root.glob(f"{recipe.version}-*")))]
     ranked = [(rank, folder) for folder in folders if (rank := _rank(folder, recipe)) is not None]
     return min(ranked)[1] / recipe.library if ranked else None
+
+
+def capability_of(library: Path) -> str:
+    """Of what a library was built for that was found for this process: the best that the CPU has all of.
+
+    Its kernels may need more than their capability's name says.
+    """
+    record = json.loads((library.parent / RECORD).read_bytes())
+    return usable_capabilities()[this_process().rank(record) or 0]
 
 
 # --- build -----------------------------------------------------------------------------------------------------------
@@ -249,11 +264,17 @@ def _locked(root: _Root, recipe: LibraryRecipe) -> Iterator[None]:
 
 
 def _sweep(root: Path, folder_name: str) -> None:
-    """Remove what builds that died have left: theirs are the temporary folders whose lock is free."""
+    """Remove what builds that died have left: theirs are the temporary folders whose lock is free.
+
+    The folder may be one that others keep things in, under names that are nearly ours.
+    """
     import filelock
 
     for path in root.glob("*.tmp-*"):
-        owner = path.name.partition(".tmp-")[0]
+        name = re.fullmatch(r"(.+-[0-9a-f]{16})\.tmp-[0-9a-f]{8}", path.name)
+        if name is None:
+            continue
+        owner = name[1]
         if owner == folder_name:
             shutil.rmtree(path, ignore_errors=True)
             continue

@@ -268,6 +268,8 @@ def _run_ninja(tools: Tools, scratch: Path, environment: dict[str, str]) -> None
         raise
     finally:
         progress.clear()
+        if process.stdout is not None:
+            process.stdout.close()
     if status != 0:
         output = "".join(lines)
         # What the compilers said, without the commands and what ninja adds.

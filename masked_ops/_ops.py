@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from . import _build, _cuda, _inductor, reference
 
@@ -139,7 +141,8 @@ def _load() -> bool:
     with _lock:
         if _loaded is None:
             try:
-                module = _build.load_library(_build.build())
+                library = _build.build()
+                module, capability = _build.load_library(library), _build.capability_of(library)
             except _build.BuildError as error:
                 if os.environ.get("MASKED_OPS_REQUIRE_BUILD", "0") not in ("", "0"):
                     raise
@@ -151,11 +154,15 @@ def _load() -> bool:
                     stacklevel=3,
                 )
             else:
-                # A library of several capabilities starts with the best that the CPU has; fewer may be allowed.
-                any(module.set_capability(name.upper()) for name in _build.usable_capabilities())
+                # A library of several capabilities starts with the best that the CPU has by name.
+                module.set_capability(capability.upper())
                 path = os.environ.get("MASKED_OPS_PATH")
                 if path:
                     module.set_path(path)
+                for name in ("MASKED_OPS_CACHE_BYTES", "MASKED_OPS_RESULT_BYTES"):
+                    limit = os.environ.get(name)
+                    if limit and not re.fullmatch("-?[0-9]+", limit):
+                        raise ValueError(f"{name} takes a number of bytes, got {limit!r}")
                 module.set_cuda_loader(_cuda.load, _cuda.warn)
                 module.set_boxed(linear, packed_linear)
                 direct = _Direct(module.linear, module.packed_linear, module.convolution, module.packed_convolution)
@@ -361,24 +368,35 @@ def _(grad_output: Tensor, input: Tensor, mask: Tensor) -> Tensor:
     return grad_output.new_empty(mask.shape)
 
 
+def _in_format(weight: Tensor) -> Tensor:
+    """As Geometry::in_format: of one dimension, results are contiguous, however the weight lies."""
+    return weight.contiguous() if weight.dim() == 3 else weight
+
+
+def _empty(like: Tensor, size: Sequence[int], layout_of: Tensor) -> Tensor:
+    """A tensor that convolutions are to see in the memory format of another."""
+    format = suggest_memory_format(layout_of) if len(size) == layout_of.dim() else torch.contiguous_format
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=format)
+
+
 @_fake("convolution")
 def _(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
     reference.check_convolution(input, weight, mask, bias, *geometry)
-    return torch.ops.aten.convolution(input, weight, bias, *geometry)
+    return torch.ops.aten.convolution(input, _in_format(weight), bias, *geometry)
 
 
 @_fake("convolution_grad_input")
 def _(grad_output: Tensor, weight: Tensor, mask: Tensor, input_size: list[int], *geometry: Any) -> Tensor:
     reference.check_mask(weight, mask)
     reference.check_same_kind("grad_output", grad_output, "weight", weight)
-    input = grad_output.new_empty(input_size)
+    input, weight = _empty(grad_output, input_size, grad_output), _in_format(weight)
     return torch.ops.aten.convolution_backward(grad_output, input, weight, None, *geometry, [True, False, False])[0]
 
 
 @_fake("convolution_grad_weight")
 def _(grad_output: Tensor, input: Tensor, mask: Tensor, *geometry: Any) -> Tensor:
     reference.check_same_kind("input", input, "grad_output", grad_output)
-    weight = grad_output.new_empty(mask.shape)
+    weight = _empty(grad_output, mask.shape, mask)
     reference.check_mask(weight, mask)
     return torch.ops.aten.convolution_backward(grad_output, input, weight, None, *geometry, [False, True, False])[1]
 
@@ -430,7 +448,7 @@ def _(
     *geometry: Any,
 ) -> Tensor:
     reference.check_packed_convolution(weight_values, weight_bits, weight_size, *geometry)
-    weight, input = weight_values.new_empty(weight_size), grad_output.new_empty(input_size)
+    weight, input = weight_values.new_empty(weight_size), _empty(grad_output, input_size, grad_output)
     return torch.ops.aten.convolution_backward(grad_output, input, weight, None, *geometry, [True, False, False])[0]
 
 

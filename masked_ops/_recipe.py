@@ -386,7 +386,7 @@ def compiler() -> list[str]:
     for command in [shlex.split(chosen)] if chosen else [["g++"], ["c++"], ["clang++"]]:
         program = shutil.which(command[0]) if command else None
         if program:
-            return [program, *command[1:]]
+            return [os.path.abspath(program), *command[1:]]  # it runs in another folder
     return []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import gc
 import io
 import json
 import os
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -482,6 +484,21 @@ def test_a_library_that_needs_more_than_the_cpu_has_is_not_used(
     assert _build.find_library(recipe) is None
 
 
+def test_of_several_capabilities_one_is_used_of_which_the_cpu_has_all(
+    cache: Path, recipe: Recipe, cpu: Callable[[set[str]], None]
+) -> None:
+    library = _build.build(recipe)
+    record = library.parent / "library.json"
+    avx512, avx2 = ([*_recipe.CAPABILITIES[name]] for name in ("avx512", "avx2"))
+    capabilities = {"avx512": [*avx512, "avx512_bf16"], "avx2": avx2}
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"capabilities": capabilities}))
+    cpu({*avx512, "avx512_bf16"})
+    assert _build.capability_of(library) == "avx512"
+    cpu(set(avx512))
+    assert _build.find_library(recipe) == library
+    assert _build.capability_of(library) == "avx2"
+
+
 def test_a_library_built_ahead_is_used_first(
     cache: Path, tmp_path: Path, recipe: Recipe, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -590,6 +607,12 @@ def test_an_unbalanced_quote_in_cxx(recipe: Recipe, monkeypatch: pytest.MonkeyPa
 
 def test_a_compiler_with_arguments(cache: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "env g++ -Wall")
+    assert answer(_build.build(recipe)) == 42
+
+
+def test_a_compiler_by_a_relative_path(cache: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(shutil.which("g++") or "g++").parent)
+    monkeypatch.setenv("CXX", "./g++")
     assert answer(_build.build(recipe)) == 42
 
 
@@ -788,6 +811,12 @@ def test_a_temporary_folder_of_others_is_not_used(
         _build.build(recipe)
 
 
+def test_the_home_of_nobody(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASKED_OPS_CACHE_DIR", "~nobody of this name/cache")
+    with pytest.raises(BuildError, match="MASKED_OPS_CACHE_DIR is '~nobody of this name/cache', and there is no"):
+        _build.build(recipe)
+
+
 def test_no_space(cache: Path, recipe: Recipe, compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
     # No file may grow beyond 4 KB: the compiler's first object is the first to need more.
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))"
@@ -843,9 +872,12 @@ def test_left_overs_are_removed(cache: Path, recipe: Recipe) -> None:
         (cache / f"{name}.tmp-12345678").mkdir(parents=True)
         (cache / f"{name}.tmp-12345678/half.o").touch()
         (cache / f"{name}.lock").touch()
+    others = cache / "photos.tmp-12345678/2026"  # of somebody who shares the folder
+    others.mkdir(parents=True)
     with filelock.FileLock(cache / "0-fedcba9876543210.lock"):
         assert answer(_build.build(recipe)) == 42
-    assert [path.name for path in leftovers(cache)] == ["0-fedcba9876543210.tmp-12345678"]
+    assert {path.name for path in leftovers(cache)} == {"0-fedcba9876543210.tmp-12345678", others.parent.name}
+    assert others.exists()
 
 
 def test_interrupt(cache: Path, recipe: Recipe, compiler: Compiler) -> None:
@@ -953,6 +985,14 @@ def test_output(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("cache")
+def test_no_file_is_left_open(cache: Path, recipe: Recipe) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ResourceWarning)
+        assert answer(_build.build(recipe)) == 42
+        gc.collect()
+    assert not caught, caught[0].message
+
+
 def test_output_on_a_terminal(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)

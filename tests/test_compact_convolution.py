@@ -166,6 +166,17 @@ def test_a_mask_that_is_edited() -> None:
             assert_exact(masked_ops.masked_conv2d(x, w, mask), TORCHS["conv2d"](x, w * mask))
 
 
+def test_a_mask_for_different_numbers_of_groups() -> None:
+    w = integers(8, 2, 3, 3)
+    mask = torch.rand(w.shape) < 0.7
+    mask[:4] = False
+    for groups in (1, 2, 4, 1, 2):
+        x = integers(2, 2 * groups, 7, 6)
+        expected = torch.nn.functional.conv2d(x, w * mask, groups=groups)
+        with running_on("compact"):
+            assert_exact(masked_ops.masked_conv2d(x, w, mask, groups=groups), expected, groups)
+
+
 def test_what_is_kept_is_counted() -> None:
     mask = torch.ones(64, 64, 3, 3)
     mask[::2] = 0

@@ -49,6 +49,7 @@ def _samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     kernel = mask_of("half", 4, 2, 3, 2)
     forward = ([2, 1], [1, 0], [1, 2], False, [0, 0], 2)
     back = ([2, 1], [1, 0], [1, 1], True, [1, 0], 2)
+    line = ([1], [1], [1], False, [0], 1)
     samples: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "linear": (_ops.linear, (leaf(2, 3), leaf(4, 3), mask, leaf(4))),
         "linear, no bias": (_ops.linear, (leaf(2, 3), leaf(4, 3), mask, None)),
@@ -136,9 +137,33 @@ def _samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             _ops.convolution,
             (leaf(2, 4, 5, 4), leaf(4, 2, 3, 2), channels_last(kernel), None, *forward),
         ),
+        "convolution_grad_input, grad_output channels_last": (
+            _ops.convolution_grad_input,
+            (leaf(2, 4, 3, 2, like=channels_last), leaf(4, 2, 3, 2), kernel, [2, 4, 5, 4], *forward),
+        ),
+        "convolution_grad_weight, mask channels_last": (
+            _ops.convolution_grad_weight,
+            (leaf(2, 4, 3, 2), leaf(2, 4, 5, 4), channels_last(kernel), *forward),
+        ),
+        "packed_convolution_grad_input, grad_output channels_last": (
+            _ops.packed_convolution_grad_input,
+            (leaf(2, 4, 3, 2, like=channels_last), leaf(kept), kernel_bits, [4, 2, 3, 2], [2, 4, 5, 4], *forward),
+        ),
         "convolution, 1-D": (
             _ops.convolution,
-            (leaf(2, 3, 7), leaf(4, 3, 2), mask_of("half", 4, 3, 2), None, [1], [1], [1], False, [0], 1),
+            (leaf(2, 3, 7), leaf(4, 3, 2), mask_of("half", 4, 3, 2), None, *line),
+        ),
+        "convolution, 1-D, transposed weight": (
+            _ops.convolution,
+            (leaf(2, 3, 7), leaf(4, 3, 2, like=transposed), mask_of("half", 4, 3, 2), None, *line),
+        ),
+        "convolution, 1-D, transposed soft weight": (
+            _ops.convolution,
+            (leaf(2, 3, 7), leaf(4, 3, 2, like=transposed), mask_of("half", 4, 3, 2) * 0.5, None, *line),
+        ),
+        "convolution_grad_input, 1-D, transposed weight": (
+            _ops.convolution_grad_input,
+            (leaf(2, 4, 8), leaf(4, 3, 2, like=transposed), mask_of("half", 4, 3, 2), [2, 3, 7], *line),
         ),
         "apply_mask": (_ops.apply_mask, (leaf(4, 3), mask)),
         "apply_mask, cast": (_ops.apply_mask, (leaf(4, 3), mask), {"dtype": torch.bfloat16}),
@@ -254,10 +279,13 @@ def test_compile(name: str, dynamic: bool) -> None:
     check_compiled(torch.compile(ours, fullgraph=True, dynamic=dynamic, backend="aot_eager"), dense, tensors)
 
 
+@pytest.mark.parametrize("contiguous", [False, True], ids=["", "input contiguous"])
 @pytest.mark.parametrize("name", ["linear", "conv2d, channels_last"])
-def test_compile_with_inductor(name: str) -> None:
+def test_compile_with_inductor(name: str, contiguous: bool) -> None:
     """Which relies on the strides that the fakes promise. Without a bias: its gradient alone would need a compiler."""
     x, w, m, _ = PROBLEMS[name]()[2]
+    if contiguous:  # as the first layer of a model that is channels last gets it
+        x = x.contiguous()
     function = masked_ops.masked_linear if name == "linear" else masked_ops.masked_conv2d
     results = []
     for f in (torch.compile(function, fullgraph=True), function):

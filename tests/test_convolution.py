@@ -218,6 +218,23 @@ def test_memory_format_is_that_of_the_dense_operation(function: str, format_of: 
     torch.testing.assert_close(ours[1].grad, theirs[1].grad)
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_of_one_dimension_results_are_contiguous(path: str) -> None:
+    """However the weight lies, and whichever path is taken: the fakes promise it."""
+    x, w, g = integers(2, 5, 9), integers(6, 3, 5).transpose(1, 2), integers(2, 6, 7)
+    mask = mask_of("some rows", 6, 5, 3)
+    mask[0], mask[1] = False, True  # a channel is pruned, another is not
+    with running_on(path):
+        try:
+            y = masked_ops.masked_conv1d(x, w, mask)
+            grad_input = _ops.convolution_grad_input(g, w, mask, [2, 5, 9], [1], [0], [1], False, [0], 1)
+        except RuntimeError as error:
+            assert refuses(path, error)
+            return
+    assert_exact(y, F.conv1d(x, w * mask))
+    assert y.is_contiguous() and grad_input.is_contiguous()
+
+
 @every_float
 @pytest.mark.parametrize(
     "problem", [p for p in PROBLEMS if 0 not in p.input and p.options.get("padding") != "same"], ids=str

@@ -8,12 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from generators import assert_exact, integers, mask_of, run_each_in_a_process
+from generators import (
+    PATHS,
+    SANITIZED,
+    assert_exact,
+    compiled_only,
+    integers,
+    mask_of,
+    run_each_in_a_process,
+    running_on,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
 import masked_ops
 from masked_ops import _ops
+from masked_ops._packed_class import bits_of
 
 ones = torch.ones
 BAD = (RuntimeError, TypeError, ValueError)
@@ -297,6 +307,27 @@ def test_convolution(transposed: bool, name: str, grad: bool, dtype: torch.dtype
         function(**arguments)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("path", PATHS)
+def test_a_bias_that_does_not_fit_on_any_path(path: str, transposed: bool) -> None:
+    """The kernels would read behind its end."""
+    suffix = "conv_transpose2d" if transposed else "conv2d"
+    for taps, groups in ((1, 1), (3, 1), (3, 6)):
+        w = ones(6, 6 // groups, taps, taps)
+        mask = ones(*w.shape)
+        mask[0] = 0
+        bits, values = bits_of(mask), ones(int(mask.sum()))
+        for shape in ((), (0,), (1,), (5,), (7,), (6, 1), (1, 6)):
+            for packed in (False, True):
+                with running_on(path), pytest.raises(BAD):
+                    if packed:
+                        getattr(masked_ops, f"packed_{suffix}")(
+                            ones(2, 6, 5, 5), values, bits, w.shape, ones(*shape), groups=groups
+                        )
+                    else:
+                        getattr(masked_ops, f"masked_{suffix}")(ones(2, 6, 5, 5), w, mask, ones(*shape), groups=groups)
+
+
 def test_what_torch_accepts_is_accepted() -> None:
     """Odd, but no mistakes."""
     x, w, mask = integers(2, 4, 6, 6), integers(6, 4, 3, 3), mask_of("half", 6, 4, 3, 3)
@@ -304,9 +335,22 @@ def test_what_torch_accepts_is_accepted() -> None:
         assert_exact(masked_ops.masked_conv2d(x, w, mask, **options), F.conv2d(x, w * mask, **options))
     assert masked_ops.masked_conv2d(x[:0], w, mask).shape == (0, 6, 4, 4)
     assert masked_ops.masked_linear(integers(2, 0), integers(4, 0), torch.ones(4, 0)).shape == (2, 4)
+    many = torch.ones(2**40, 0)  # rows, of which not even the number of weights is to be counted
+    assert masked_ops.apply_mask(many, many).shape == many.shape
+    assert masked_ops.masked_linear(torch.ones(0, 0), many, many).shape == (0, 2**40)
     sparse = integers(2, 3).to_sparse()
     weight = integers(4, 3)
     assert_exact(masked_ops.masked_linear(sparse, weight, torch.ones(4, 3)), F.linear(sparse.to_dense(), weight))
+
+
+@compiled_only
+@pytest.mark.skipif(SANITIZED, reason="the sanitizer ends the process")
+def test_no_memory_for_what_is_known_of_a_mask() -> None:
+    bits = torch.zeros(1, 8, dtype=torch.uint8).expand(2**44, 8)
+    message = f"^masked_ops: can't allocate memory: {2**47} bytes for the bits of a mask$"
+    for function in (masked_ops.packed_linear, _ops.packed_linear):
+        with pytest.raises(RuntimeError, match=message):
+            function(torch.ones(1, 64), torch.ones(0), bits, 64)
 
 
 def test_failed_call_changes_nothing() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from generators import (
     MASK_DTYPES,
+    PACKED_LINEAR_PATHS,
     PATHS,
     SANITIZED,
     assert_exact,
@@ -210,6 +211,44 @@ def test_one_mask_seen_as_matrix_and_kernel() -> None:
         assert_exact(masked_ops.masked_conv2d(x, w, mask), F.conv2d(x, w * mask))
 
 
+def test_one_memory_seen_in_two_dtypes() -> None:
+    """Of floats of 16 bits, the one of one kind is another number, or a soft mask, of the other."""
+    mask = mask_of("half", N, K, dtype=torch.float16)
+    for _ in range(2):
+        for dtype in (torch.float16, torch.bfloat16, torch.int16):
+            check(mask.view(dtype))
+        mask.copy_(mask_of("half", N, K))
+
+
+def test_the_same_bits_of_different_numbers_of_columns() -> None:
+    mask = mask_of("half", 40, 9)
+    bits, values = bits_of(mask), integers(int(mask.sum()))
+    for cols in (9, 12, 16, 9, 12):
+        x, weight = integers(5, cols), torch.zeros(40, cols)
+        weight[:, :9][mask] = values
+        for path in (None, *PACKED_LINEAR_PATHS):
+            with running_on(path):
+                assert_exact(masked_ops.packed_linear(x, values, bits, cols), F.linear(x, weight), cols, path)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_one_kernel_in_different_convolutions(path: str) -> None:
+    mask, w = mask_of("tenth", 8, 4, 3, 3), integers(8, 4, 3, 3)
+    options = ({}, {"stride": 2}, {"stride": (2, 1)}, {"dilation": 2}, {"dilation": (1, 2)}, {"groups": 2})
+    for option in (*options, *options):
+        x, z = integers(2, 4 * option.get("groups", 1), 9, 8), integers(2, 8, 4, 5)
+        with running_on(path):
+            try:
+                forward = masked_ops.masked_conv2d(x, w, mask, **option)
+                back = masked_ops.masked_conv_transpose2d(z, w, mask, **option)
+            except RuntimeError as error:
+                if not refuses(path, error):
+                    raise
+                continue
+        assert_exact(forward, F.conv2d(x, w * mask, **option), option)
+        assert_exact(back, F.conv_transpose2d(z, w * mask, **option), option)
+
+
 def test_inference_mode_masks() -> None:
     """Inference tensors count no versions: nothing of theirs is cached, and every edit counts."""
     with torch.inference_mode():
@@ -246,6 +285,31 @@ def test_writes_that_torch_cannot_see_need_clear_cache(write: str) -> None:
     assert_exact(masked_ops.masked_linear(x, w, mask), F.linear(x, w * before))
     masked_ops.clear_cache()
     check(mask)
+
+
+@pytest.mark.parametrize("family", ["linear", "linear, of the input", "convolution"])
+def test_a_write_that_torch_cannot_see_between_forward_and_backward(family: str) -> None:
+    """Backward takes the values that forward kept, which are then too many or too few for the mask as it is."""
+    if family == "convolution":
+        x, w, mask = integers(2, 16, 9, 9), integers(32, 16, 3, 3), mask_of("tenth", 32, 16, 3, 3)
+        ours, torchs = masked_ops.masked_conv2d, F.conv2d
+    else:
+        x, w, mask = integers(40, 320), integers(512, 320), mask_of("tenth", 512, 320)
+        ours, torchs = masked_ops.masked_linear, F.linear
+    for before, after in ((mask, ~mask), (~mask, mask)):
+        m = before.clone()
+        leaves = [x.clone().requires_grad_(), w.clone().requires_grad_(family != "linear, of the input")]
+        with running_on("sparse"):
+            for _ in range(2):
+                y = ours(*leaves, m)
+            m.data.copy_(after)
+            masked_ops.clear_cache()
+            y.sum().backward()
+        dense = [x.clone().requires_grad_(), w.clone().requires_grad_()]
+        torchs(dense[0], dense[1] * after).sum().backward()
+        for leaf, expected in zip(leaves, dense, strict=True):
+            if leaf.requires_grad:
+                assert_exact(leaf.grad, expected.grad)
 
 
 # --- what is cached --------------------------------------------------------------------------------------------------
@@ -364,8 +428,30 @@ LIMITS |= {
             assert torch.equal(masked_ops.masked_linear(w, w, m), w @ (w * m).t())
         assert masked_ops.cache_info()["entries"] == 0
     """
-    for limit in ("0", "-1", "nonsense")
+    for limit in ("0", "-1")
 }
+LIMITS |= {
+    f"{variable} {limit!r}": f"""
+        import os
+        os.environ[{variable!r}] = {limit!r}
+        import torch, masked_ops
+        for _ in range(2):  # not only the first call
+            try:
+                masked_ops.masked_linear(torch.ones(1, 3), torch.ones(4, 3), torch.ones(4, 3))
+            except ValueError as error:
+                assert str(error) == "{variable} takes a number of bytes, got {limit!r}", error
+            else:
+                raise AssertionError("no error")
+    """
+    for variable in ("MASKED_OPS_CACHE_BYTES", "MASKED_OPS_RESULT_BYTES")
+    for limit in ("nonsense", "1G", "1e9")
+}
+LIMITS["no limit"] = """
+        import os
+        os.environ["MASKED_OPS_CACHE_BYTES"] = ""
+        import masked_ops
+        assert masked_ops.cache_info()["limit_bytes"] == 1 << 30
+    """
 LIMITS |= {
     f"MASKED_OPS_PATH={path}": f"""
         import os
@@ -499,6 +585,41 @@ def test_fork_after_use() -> None:
         for thread in threads:
             thread.join()
     assert_exact(masked_ops.masked_linear(x, w, mask), expected)
+
+
+@pytest.mark.skipif(SANITIZED, reason="the sanitizer's own locks do not survive a fork amid other threads")
+def test_fork_while_an_index_is_made() -> None:
+    """By another thread, which for most of its time is within one mask's pattern; the child has a mask of its own."""
+    large, x, w = mask_of("tenth", 2000, 1000), integers(3, 1000), integers(2000, 1000)
+    small, v = mask_of("half", N, K), integers(N, K)
+    stop = threading.Event()
+
+    def work() -> None:
+        torch.set_num_threads(1)
+        while not stop.is_set():
+            large[0].logical_not_()
+            masked_ops.masked_linear(x, w, large)
+
+    def child() -> None:
+        torch.set_num_threads(1)
+        assert torch.equal(masked_ops.masked_linear(v, v, small), F.linear(v, v * small))
+
+    thread = threading.Thread(target=work)
+    context = multiprocessing.get_context("fork")
+    with running_on("sparse"):
+        thread.start()
+        try:
+            for _ in range(10):
+                process = context.Process(target=child)
+                process.start()
+                process.join(20)
+                if process.is_alive():
+                    process.kill()
+                    pytest.fail("a forked child hangs")
+                assert process.exitcode == 0
+        finally:
+            stop.set()
+            thread.join()
 
 
 # --- the choice of a path --------------------------------------------------------------------------------------------
