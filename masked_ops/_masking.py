@@ -164,12 +164,14 @@ def path_of(module: nn.Module, name: str) -> str:
 # --- the transaction -------------------------------------------------------------------------------------------------
 
 
-def atomic(modules: Iterable[nn.Module]) -> contextlib.AbstractContextManager[None]:
+def atomic(
+    modules: Iterable[nn.Module], *others: Callable[[], Callable[[], None]]
+) -> contextlib.AbstractContextManager[None]:
     """Whatever is raised within, KeyboardInterrupt included, the ``modules`` are afterwards what they were before.
 
     Covers, of each module itself (not of its children): class, attributes, parameters, buffers, hooks, the parameters'
     ``.data``, ``.grad`` and ``requires_grad``, the values of the masks, and the attributes of the pruning methods among
-    the hooks.
+    the hooks. ``others`` take a snapshot each of something else, and return what brings it back.
 
     Example:
         >>> module = torch.nn.Linear(3, 2)
@@ -179,17 +181,18 @@ def atomic(modules: Iterable[nn.Module]) -> contextlib.AbstractContextManager[No
         >>> masked_names(module)
         ()
     """
-    return _Atomic(modules)
+    return _Atomic(modules, others)
 
 
 class _Atomic:
     # Not a generator: one that is interrupted between the body and its last step would restore when it is collected.
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, modules: Iterable[nn.Module], others: tuple[Callable[[], Callable[[], None]], ...]) -> None:
         self._modules = {id(module): module for module in modules}.values()
+        self._others = others
 
     def __enter__(self) -> None:
-        self._undo = [_snapshot(module) for module in self._modules]
+        self._undo = [*map(_snapshot, self._modules), *(take() for take in self._others)]
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
         if kind is None:

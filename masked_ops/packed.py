@@ -6,24 +6,39 @@ optimizer and checkpoints shrink with the density.
 
     prune.global_unstructured([(m, "weight") for m in layers], prune.L1Unstructured, amount=0.9)
     masked_ops.pack(model)
-    optimizer = torch.optim.Adam(model.parameters())  # over the new, short Parameters
+    optimizer = torch.optim.Adam(model.parameters())  # over the new, short Parameters; or pack(model, optimizer)
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.optim import Optimizer
 
 from . import functional
 from . import nn as masked_nn
+from ._carry import Replaced, carry, check_optimizer, snapshot
 from ._masked_class import Sparsity
 from ._masking import _refuse_sharded
-from ._packed_class import BITS, VALUES, Packed, can_be_packed, is_packed, packs, shape_when_packed, sparsity_of
+from ._packed_class import (
+    BITS,
+    VALUES,
+    Packed,
+    can_be_packed,
+    gather,
+    is_packed,
+    packs,
+    scatter,
+    shape_when_packed,
+    sparsity_of,
+)
 from ._packing import compress, install, is_binary, keep_all, keep_ties
 from ._pruning_methods import adopt, drop_hook, pruned_names
 
@@ -467,7 +482,7 @@ def _checked(mask: Tensor, weight: Tensor) -> Tensor:
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-def pack(model: _M) -> _M:
+def pack(model: _M, optimizer: Optimizer | None = None) -> _M:
     """Keep of the masked layers in ``model`` only what is not pruned: turn each into a packed one, in place.
 
     Packed are linear layers and convolutions, transposed ones included: ``MaskedLinear`` and its like, and pruned
@@ -475,21 +490,24 @@ def pack(model: _M) -> _M:
     stays as it is: layers that are not pruned, other pruned parameters (a bias, an embedding), layers with a
     ``forward`` of their own, complex and float8 weights. :func:`masked_ops.report` lists who is what.
 
-    A packed module is the same object with the same hooks, but its ``weight_values`` is a new Parameter: build the
-    optimizer, ``DistributedDataParallel`` and the like after it. ``requires_grad`` and the values of a gradient are
-    kept. The values beneath the mask are gone, and with them the rounds that ``prune.undo`` could take back;
-    ``prune.is_pruned`` stays True. Modules that share weight and mask share the packed weight.
+    A packed module is the same object with the same hooks, but its ``weight_values`` is a new Parameter: pass the
+    optimizer, or build it afterwards, and so ``DistributedDataParallel`` and the like. ``requires_grad`` and the values
+    of a gradient are kept. The values beneath the mask are gone, and with them the rounds that ``prune.undo`` could
+    take back; ``prune.is_pruned`` stays True. Modules that share weight and mask share the packed weight.
 
     Args:
         model: any module; what :mod:`torch.nn.utils.prune` pruned counts too.
+        optimizer: one from before, to go on: the new Parameters take the old ones' places in its groups, and its state
+            (momentum, averages) is kept for the values that are left. Not Adafactor, LBFGS or Muon.
 
     Returns:
-        ``model``. If a call fails, it is as it was: all of its layers are packed, or none.
+        ``model``. If a call fails, it and ``optimizer`` are as they were: all of its layers are packed, or none.
 
     Raises:
-        TypeError: if ``model`` is not a module.
+        TypeError: if ``model`` is not a module, or ``optimizer`` not an optimizer.
         ValueError: if there is nothing to pack, or a layer that cannot be: with a soft mask (values other than 0 and
-            1), sharded, parametrized, on the meta device, or with a weight that others share under another mask.
+            1), sharded, parametrized, on the meta device, or with a weight that others share under another mask; or if
+            ``optimizer`` has none of the weights, or state of another shape than theirs.
 
     Example:
         >>> model = torch.nn.Sequential(prune.l1_unstructured(torch.nn.Linear(8, 4), "weight", amount=0.75))
@@ -499,40 +517,55 @@ def pack(model: _M) -> _M:
         )
     """
     _require_module(model)
-    with masked_nn.atomic(_candidates(model)):
-        if not _pack(model):
+    with _atomic(_candidates(model), optimizer):
+        replaced = _pack(model)
+        if not replaced:
             packed = any(is_packed(module) for module in model.modules())
             raise ValueError(
                 f"nothing to pack in {type(model).__name__}: linear layers or convolutions with a masked weight "
                 f"expected, got {'packed ones only' if packed else 'none'}"
             )
+        if optimizer is not None:
+            carry(optimizer, replaced)
     return model
 
 
-def unpack(model: _M) -> _M:
+def unpack(model: _M, optimizer: Optimizer | None = None) -> _M:
     """Turn every packed layer in ``model`` into a masked one, in place, with zeros beneath the mask.
 
     It has a new Parameter ``weight_orig``, and a ``weight_mask`` in its dtype, and counts as pruned by
     ``prune.CustomFromMask``. ``prune.remove`` makes a packed layer dense without this step.
 
+    Args:
+        model: any module.
+        optimizer: one from before, to go on, as :func:`pack` takes it; its state is zero beneath the mask.
+
     Returns:
-        ``model``. If a call fails, it is as it was.
+        ``model``. If a call fails, it and ``optimizer`` are as they were.
 
     Raises:
-        TypeError: if ``model`` is not a module.
-        ValueError: if nothing in it is packed, or a layer was sharded or parametrized since.
+        TypeError: if ``model`` is not a module, or ``optimizer`` not an optimizer.
+        ValueError: if nothing in it is packed, or a layer was sharded or parametrized since; or if ``optimizer`` has
+            none of the weights, or state of another shape than theirs.
 
     Example:
         >>> masked_ops.unpack(masked_ops.PackedLinear(8, 4))
         MaskedLinear(in_features=8, out_features=4, bias=True, sparsity=0)
     """
     _require_module(model)
-    packed = [module for module in model.modules() if is_packed(module)]
+    packed: list[Any] = [module for module in model.modules() if is_packed(module)]
     if not packed:
         raise ValueError(f"nothing in {type(model).__name__} is packed")
-    with masked_nn.atomic(packed), keep_ties():
+    with _atomic(packed, optimizer), keep_ties():
+        replaced = {}
         for module in packed:
+            old, bits, shape = getattr(module, VALUES), getattr(module, BITS), module._packed_shape()
             adopt(module, "weight")
+            replaced[old] = Replaced(
+                old, module.weight_orig, (VALUES, "weight_orig"), partial(scatter, bits=bits, shape=shape)
+            )
+        if optimizer is not None:
+            carry(optimizer, list(replaced.values()))
     return model
 
 
@@ -569,6 +602,13 @@ def freeze(model: _M) -> _M:
     return model
 
 
+def _atomic(modules: Iterable[Any], optimizer: Optimizer | None) -> contextlib.AbstractContextManager[None]:
+    if optimizer is None:
+        return masked_nn.atomic(modules)
+    check_optimizer(optimizer)
+    return masked_nn.atomic(modules, partial(snapshot, optimizer))
+
+
 def _require_module(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: torch.nn.Module expected, got {type(model).__name__}")
@@ -582,8 +622,8 @@ def _candidates(model: nn.Module) -> list[Any]:
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def _pack(model: nn.Module) -> bool:
-    """Pack what there is; False if that is nothing. A failure leaves it half done."""
+def _pack(model: nn.Module) -> list[Replaced]:
+    """Pack what there is. A failure leaves it half done."""
     labels = {module: name or type(module).__name__ for name, module in model.named_modules()}
     layers: list[Any] = []
     for module in _candidates(model):
@@ -593,12 +633,17 @@ def _pack(model: nn.Module) -> bool:
         if masked_nn.path_of(module, "weight") == "fused" and module.weight_orig.dtype in _DTYPES:
             _require_packable(labels[module], module)
             layers.append(module)
+    replaced = []
     for group in _groups(layers, labels):
-        form = compress(group[0].weight_orig, group[0].weight_mask)
+        weight = group[0].weight_orig
+        values, bits = compress(weight, group[0].weight_mask)
         for module in group:
-            install(module, *form)
+            install(module, values, bits)
             drop_hook(module, "weight")
-    return bool(layers)
+        replaced.append(
+            Replaced(weight, values, ("weight_orig", VALUES), partial(gather, bits=bits, nnz=values.numel()))
+        )
+    return replaced
 
 
 def _require_packable(label: str, module: Any) -> None:

@@ -716,6 +716,7 @@ def test_choice_where_torch_has_matrix_units(dtype: str, torch_rate: Callable[[s
     """There its product is left alone until few weights remain; of one row it is not faster for them."""
     if "AVX512" not in _ops._module.capabilities():
         pytest.skip("those CPUs have AVX-512")
+    torch.set_num_threads(1)
     weight = torch.ones(1024, 1024, dtype=getattr(torch, dtype))
     most, few = (torch.rand(1024, 1024) < density for density in (0.9, 0.005))
     kernels = torch.ones(128, 128, 3, 3, dtype=weight.dtype)
