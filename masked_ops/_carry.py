@@ -66,8 +66,9 @@ def carry(optimizer: Optimizer, replaced: list[Replaced]) -> None:
             if change := of_old.get(param):
                 there += 1
                 group["params"][i] = change.new
-                if names := group.get("param_names"):
-                    names[i] = names[i].removesuffix(change.names[0]) + change.names[1]
+                names, (old, new) = group.get("param_names"), change.names
+                if names and names[i].endswith(old):  # or it is from before the pruning, or the user's own
+                    names[i] = names[i].removesuffix(old) + new
     if replaced and not there:
         raise ValueError(f"optimizer: {type(optimizer).__name__} has none of the weights that are replaced")
     with torch.inference_mode(False), torch.no_grad():

@@ -94,6 +94,16 @@ def test_groups_and_names_keep_their_order() -> None:
     assert optimizer.param_groups[1]["params"][3] is net[2].weight_orig is net[4].weight_orig
 
 
+def test_names_from_before_the_pruning_stay() -> None:
+    layer = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD([("fc.weight", layer.weight), ("fc.bias", layer.bias)], lr=0.1)
+    prune.l1_unstructured(layer, "weight", amount=0.5)
+    for change in (masked_ops.pack, masked_ops.unpack):
+        change(layer, optimizer)
+        assert optimizer.param_groups[0]["param_names"] == ["fc.weight", "fc.bias"]
+        assert set(optimizer.param_groups[0]["params"]) == set(layer.parameters())
+
+
 def test_state_and_gradients_are_those_of_what_is_left() -> None:
     layer = prune.custom_from_mask(nn.Linear(3, 2), "weight", torch.tensor([[1, 0, 1], [0, 1, 0]]))
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
