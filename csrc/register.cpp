@@ -318,9 +318,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_fetches_into_l2", &masked_ops::cpu::set_fetches_into_l2, py::arg("wanted"),
         "For tests: read large weights like CPUs that want it so, or like the others; returns what was.");
   m.def("torch_rate", &masked_ops::rate_of, py::arg("dtype"),
-        "What torch's products in bfloat16 or float16 are expected to use: 0, no arithmetic of the CPU's for them; 1, "
-        "dot "
-        "products; 2, matrix units.");
+        "What torch's products in bfloat16 or float16 use: 0, no arithmetic of the CPU's; 1, dot products; 2, matrix "
+        "units.");
   m.def("set_torch_rate", &masked_ops::set_rate, py::arg("dtype"), py::arg("rate"),
         "For tests: expect the same as on another CPU; returns what was.");
   m.def("peak_flops", &masked_ops::peak_flops, py::arg("seconds"), py::arg("dtype") = "float32",

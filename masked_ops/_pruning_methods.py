@@ -105,8 +105,7 @@ def adopt(module: Module, name: str) -> None:
 def refresh(module: Module, name: str) -> None:
     """Where a hook sets ``module.<name>`` before each forward, set it now: weight or mask may have changed."""
     if name in module.__dict__:
-        masked = functional.apply_mask(getattr(module, f"{name}_orig"), getattr(module, f"{name}_mask"))
-        setattr(module, name, masked)
+        setattr(module, name, _masked(module, name))
 
 
 def current_value(module: Module, name: str) -> Any:
@@ -116,6 +115,10 @@ def current_value(module: Module, name: str) -> Any:
     found = find_hook(module, name)
     if found:
         return found[1].apply_mask(module)
+    return _masked(module, name)
+
+
+def _masked(module: Module, name: str) -> Tensor:
     return functional.apply_mask(getattr(module, f"{name}_orig"), getattr(module, f"{name}_mask"))
 
 

@@ -556,34 +556,45 @@ def _in_child(mask: Tensor, x: Tensor, w: Tensor, expected: Tensor, edited: Tens
     assert masked_ops.cache_info()["entries"] >= 1
 
 
+def fork_beside(
+    work: Callable[[], object], threads: int, child: Callable[..., object], *arguments: object, times: int, seconds: int
+) -> None:
+    """Fork children while threads of the parent do ``work`` again and again; each ends in time, and well."""
+    stop = threading.Event()
+
+    def repeat() -> None:
+        while not stop.is_set():
+            work()
+
+    workers = [threading.Thread(target=repeat) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
+    context = multiprocessing.get_context("fork")
+    try:
+        for _ in range(times):
+            process = context.Process(target=child, args=arguments)
+            process.start()
+            process.join(seconds)
+            if process.is_alive():
+                process.kill()
+                pytest.fail("a forked child hangs")
+            assert process.exitcode == 0
+    finally:
+        stop.set()
+        for worker in workers:
+            worker.join()
+
+
 @pytest.mark.skipif(SANITIZED, reason="the sanitizer's own locks do not survive a fork amid other threads")
 def test_fork_after_use() -> None:
     """Data loaders and workers fork: also while other threads of the parent are inside the cache."""
     mask, x, w = mask_of("half", N, K), integers(3, K), integers(N, K)
     expected = masked_ops.masked_linear(x, w, mask)
-    stop = threading.Event()
 
     def work() -> None:
-        while not stop.is_set():
-            masked_ops.apply_mask(w, mask_of("half", N, K))
+        masked_ops.apply_mask(w, mask_of("half", N, K))
 
-    threads = [threading.Thread(target=work) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    context = multiprocessing.get_context("fork")
-    try:
-        for _ in range(5):
-            child = context.Process(target=_in_child, args=(mask, x, w, expected, mask_of("tenth", N, K)))
-            child.start()
-            child.join(60)
-            if child.is_alive():
-                child.kill()
-                pytest.fail("a forked child hangs")
-            assert child.exitcode == 0
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
+    fork_beside(work, 2, _in_child, mask, x, w, expected, mask_of("tenth", N, K), times=5, seconds=60)
     assert_exact(masked_ops.masked_linear(x, w, mask), expected)
 
 
@@ -592,34 +603,18 @@ def test_fork_while_an_index_is_made() -> None:
     """By another thread, which for most of its time is within one mask's pattern; the child has a mask of its own."""
     large, x, w = mask_of("tenth", 2000, 1000), integers(3, 1000), integers(2000, 1000)
     small, v = mask_of("half", N, K), integers(N, K)
-    stop = threading.Event()
 
     def work() -> None:
         torch.set_num_threads(1)
-        while not stop.is_set():
-            large[0].logical_not_()
-            masked_ops.masked_linear(x, w, large)
+        large[0].logical_not_()
+        masked_ops.masked_linear(x, w, large)
 
     def child() -> None:
         torch.set_num_threads(1)
         assert torch.equal(masked_ops.masked_linear(v, v, small), F.linear(v, v * small))
 
-    thread = threading.Thread(target=work)
-    context = multiprocessing.get_context("fork")
     with running_on("sparse"):
-        thread.start()
-        try:
-            for _ in range(10):
-                process = context.Process(target=child)
-                process.start()
-                process.join(20)
-                if process.is_alive():
-                    process.kill()
-                    pytest.fail("a forked child hangs")
-                assert process.exitcode == 0
-        finally:
-            stop.set()
-            thread.join()
+        fork_beside(work, 1, child, times=10, seconds=20)
 
 
 # --- the choice of a path --------------------------------------------------------------------------------------------
