@@ -2,6 +2,7 @@
 // derivatives of any order are exact.
 #include "autograd.h"
 
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/linear.h>
@@ -30,6 +31,10 @@ bool reusable(const Tensor& values, const Tensor& dy) {
   return values.defined() && records_nothing() && is_eager(dy) && is_eager(values);
 }
 
+// Whether forward may keep its values. Not where hooks take what is saved: activation checkpointing compares that with
+// what the block saves when it is run again, and by then the mask is known and another path may serve.
+bool keeps_values() { return at::SavedTensorDefaultHooks::get_tls_state().stack.empty(); }
+
 struct ApplyMask : torch::autograd::Function<ApplyMask> {
   static Tensor forward(AutogradContext* ctx, const Tensor& weight, const Tensor& mask,
                         const std::optional<at::ScalarType>& dtype) {
@@ -51,7 +56,8 @@ struct Linear : torch::autograd::Function<Linear> {
     Tensor output, values;
     if (computes_here(input, weight, mask)) {
       std::tie(output, values) = linear_with_values(input, weight, mask, bias);
-      if (values.is_cuda() && !needs_grad(input)) values = Tensor();  // only the gradient of the input reads it
+      // On CUDA only the gradient of the input reads them.
+      if (!keeps_values() || (values.is_cuda() && !needs_grad(input))) values = Tensor();
     } else {
       output = linear_op().call(input, weight, mask, bias);
     }
@@ -145,6 +151,7 @@ struct Convolution : torch::autograd::Function<Convolution> {
           input, weight, mask, bias, geometry.ints(geometry.stride), geometry.ints(geometry.padding),
           geometry.ints(geometry.dilation), geometry.transposed, geometry.ints(geometry.output_padding),
           geometry.groups.expect_int());
+      if (!keeps_values()) values = Tensor();
     } else {
       output = geometry.forward(input, weight, mask, bias);
     }
