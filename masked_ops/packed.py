@@ -488,7 +488,8 @@ def pack(model: _M, optimizer: Optimizer | None = None) -> _M:
     Packed are linear layers and convolutions, transposed ones included: ``MaskedLinear`` and its like, and pruned
     instances of torch's classes and of subclasses that keep their ``forward``, ``model`` itself included. All else
     stays as it is: layers that are not pruned, other pruned parameters (a bias, an embedding), layers with a
-    ``forward`` of their own, complex and float8 weights. :func:`masked_ops.report` lists who is what.
+    ``forward`` of their own or a weight that is also an embedding's, complex and float8 weights.
+    :func:`masked_ops.report` lists who is what.
 
     A packed module is the same object with the same hooks, but its ``weight_values`` is a new Parameter: pass the
     optimizer, or build it afterwards, and so ``DistributedDataParallel`` and the like. ``requires_grad`` and the values
@@ -506,8 +507,8 @@ def pack(model: _M, optimizer: Optimizer | None = None) -> _M:
     Raises:
         TypeError: if ``model`` is not a module, or ``optimizer`` not an optimizer.
         ValueError: if there is nothing to pack, or a layer that cannot be: with a soft mask (values other than 0 and
-            1), sharded, parametrized, on the meta device, or with a weight that others share under another mask; or if
-            ``optimizer`` has none of the weights, or state of another shape than theirs.
+            1), sharded, parametrized, on the meta device, or with a weight that another layer has under another mask;
+            or if ``optimizer`` has none of the weights, or state of another shape than theirs.
 
     Example:
         >>> model = torch.nn.Sequential(prune.l1_unstructured(torch.nn.Linear(8, 4), "weight", amount=0.75))
@@ -522,8 +523,8 @@ def pack(model: _M, optimizer: Optimizer | None = None) -> _M:
         if not replaced:
             packed = any(is_packed(module) for module in model.modules())
             raise ValueError(
-                f"nothing to pack in {type(model).__name__}: linear layers or convolutions with a masked weight "
-                f"expected, got {'packed ones only' if packed else 'none'}"
+                f"nothing to pack in {type(model).__name__}: linear layers or convolutions with a masked weight of "
+                f"their own expected, got {'packed ones only' if packed else 'none'}"
             )
         if optimizer is not None:
             carry(optimizer, replaced)
@@ -595,8 +596,8 @@ def freeze(model: _M) -> _M:
     with masked_nn.atomic(model.modules()):
         if not _pack(model) and not any(is_packed(module) for module in model.modules()):
             raise ValueError(
-                f"nothing to freeze in {type(model).__name__}: linear layers or convolutions with a packed or masked "
-                "weight expected"
+                f"nothing to freeze in {type(model).__name__}: linear layers or convolutions with a packed weight, or "
+                "a masked one of their own, expected"
             )
         model.requires_grad_(False)
     return model
@@ -673,18 +674,15 @@ def _require_packable(label: str, module: Any) -> None:
 
 
 def _groups(layers: list[Any], labels: dict[nn.Module, str]) -> Iterable[list[Any]]:
-    """The layers, those that share a weight together."""
+    """The layers, those that share a weight together; without those whose weight something else holds too."""
     groups: dict[nn.Parameter, list[Any]] = {}
     for layer in layers:
         groups.setdefault(layer.weight_orig, []).append(layer)
     chosen = set(layers)
-    for module, label in labels.items():
+    for module in labels:
         for name, parameter in module._parameters.items():
-            if parameter in groups and not (module in chosen and name == "weight_orig"):
-                raise ValueError(
-                    f"'{labels[groups[parameter][0]]}' cannot be packed: it shares its weight with '{name}' of "
-                    f"'{label}', which cannot be"
-                )
+            if not (module in chosen and name == "weight_orig"):
+                groups.pop(parameter, None)  # type: ignore[arg-type]
     for first, *others in groups.values():
         for layer in others:
             if not torch.equal(first.weight_mask != 0, layer.weight_mask != 0):

@@ -720,19 +720,31 @@ def test_tied_weights_stay_tied_in_pruning() -> None:
     assert isinstance(model[2], PackedLinear), "one alone leaves the other as it is"
 
 
-def test_ties_that_cannot_be_kept_are_refused() -> None:
-    different = tied(mask=torch.ones(4, 4))
-    embedded: Any = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))
-    embedded[1].weight = embedded[0].weight
-    prune.random_unstructured(embedded[1], "weight", amount=0.5)
-    for model, message in (
-        (different, "'0' and '2' cannot be packed: they share a weight under different masks"),
-        (embedded, "'1' cannot be packed: it shares its weight with 'weight' of '0', which cannot be"),
-    ):
-        before = fingerprint(model)
-        with pytest.raises(ValueError, match=message):
-            masked_ops.pack(model)
-        assert fingerprint(model) == before
+def test_a_tie_under_two_masks_is_refused() -> None:
+    model = tied(mask=torch.ones(4, 4))
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match="'0' and '2' cannot be packed: they share a weight under different masks"):
+        masked_ops.pack(model)
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("convert", [masked_ops.pack, masked_ops.freeze])
+def test_a_weight_that_is_an_embedding_too_stays_masked(convert: Any, pruned: bool) -> None:
+    """The head of most language models."""
+    model: Any = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 5))
+    model[2].weight = model[0].weight
+    mask = torch.rand(5, 4) < 0.5
+    for module in (model[2], model[0])[: 1 + pruned]:
+        prune.custom_from_mask(module, "weight", mask)
+    with pytest.raises(ValueError, match="nothing to"):
+        convert(model)
+    prune.random_unstructured(model[1], "weight", amount=0.5)
+    tokens = torch.arange(5)
+    expected = model(tokens)
+    assert convert(model) is model and isinstance(model[1], PackedLinear) and type(model[2]) is masked_ops.MaskedLinear
+    assert model[2].weight_orig is getattr(model[0], "weight_orig" if pruned else "weight")
+    torch.testing.assert_close(model(tokens), expected)
 
 
 # --- all or nothing --------------------------------------------------------------------------------------------------
