@@ -322,7 +322,7 @@ def _fit(module: Module, prefix: str, state: dict[str, Any]) -> None:
         loaded = state.get(f"{prefix}{name}_mask")
         if parameter is None or hasattr(module, f"{name}_mask"):
             continue
-        if f"{prefix}{name}_orig" not in state or not isinstance(loaded, Tensor):
+        if f"{prefix}{name}" in state or not isinstance(loaded, Tensor):
             continue
         if loaded.shape != parameter.shape:
             raise RuntimeError(

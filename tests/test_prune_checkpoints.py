@@ -154,6 +154,27 @@ def test_not_strict() -> None:
         prune.load_state_dict(net, [("conv.weight", torch.ones(1))])
 
 
+def test_a_shared_weight_that_the_checkpoint_has_once() -> None:
+    """As safetensors' save_model writes it: each Parameter once, and the masks of all that hold it."""
+
+    def tied() -> Any:
+        model: Any = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))
+        model[1].weight = model[0].weight
+        return model
+
+    pruned, fresh = tied(), tied()
+    prune.random_unstructured([(pruned[0], "weight"), (pruned[1], "weight")], amount=0.5)
+    state = pruned.state_dict()
+    del state["0.weight_orig"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*0\.weight_orig"):
+        prune.load_state_dict(fresh, state)
+    assert not prune.is_pruned(fresh)
+    keys = prune.load_state_dict(fresh, state, strict=False)
+    assert keys.missing_keys == ["0.weight_orig"] and not keys.unexpected_keys
+    assert fresh[0].weight_orig is fresh[1].weight_orig
+    assert torch.equal(fresh[0].weight, pruned[0].weight) and torch.equal(fresh[1].weight, pruned[1].weight)
+
+
 @pytest.mark.parametrize("before", [prune.load_state_dict, nn.Module.load_state_dict])
 def test_a_checkpoint_that_was_assigned_once_is_copied_again(before: Any) -> None:
     checkpoint: Any = prune.l1_unstructured(nn.Linear(4, 2), "weight", amount=0.5).state_dict()
