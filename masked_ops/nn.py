@@ -47,6 +47,11 @@ def _sparsity(module: Any) -> float:
     return 0.0 if mask is None else sparsity(mask)
 
 
+def as_it_is_now(module: Any, *args: Any) -> Any:
+    """Call a module by its class: its ``forward`` was bound when it had another, and kept, as accelerate's hooks do."""
+    return type(module).forward(module, *args)
+
+
 class _MaskedWeight(Masked):
     """What the layers with a fused ``weight`` have in common."""
 
@@ -186,6 +191,8 @@ class MaskedLinear(_MaskedWeight, nn.Linear):
         attach(self, "weight", torch.ones_like(self.weight) if mask is None else mask)
 
     def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(self, Masked):
+            return as_it_is_now(self, input)
         operands = self._masked_operands()
         if operands is None:
             return super().forward(input)
@@ -231,6 +238,8 @@ class _MaskedConv(_MaskedWeight):
         attach(self, "weight", torch.ones_like(self.weight) if mask is None else mask)
 
     def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(self, Masked):
+            return as_it_is_now(self, input)
         operands = self._masked_operands()
         if operands is None or not self._calls_torch_conv():
             return super().forward(input)
@@ -286,6 +295,8 @@ class _MaskedConvTranspose(_MaskedWeight):
         attach(self, "weight", torch.ones_like(self.weight) if mask is None else mask)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if not isinstance(self, Masked):
+            return as_it_is_now(self, input, output_size)
         operands = self._masked_operands()
         if operands is None or self.padding_mode != "zeros":  # torch raises for the latter
             return super().forward(input, output_size)

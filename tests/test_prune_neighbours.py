@@ -251,6 +251,27 @@ def test_the_hook_compiles_away() -> None:
     torch.compiler.reset()
 
 
+# --- hooks that keep forward -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("take_off", [prune.remove, prune.restore, prune.undo])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(nn.Linear(6, 4), (2, 6)), (nn.Conv2d(3, 4, 3), (2, 3, 5, 5)), (nn.ConvTranspose1d(3, 4, 3), (2, 3, 5))],
+    ids=["linear", "conv2d", "conv_transpose1d"],
+)
+def test_a_forward_that_was_kept_while_the_layer_was_masked(layer: Any, shape: Any, take_off: Any) -> None:
+    """As accelerate's hooks keep it, and call it in the place of the layer's own."""
+    layer, x = copy.deepcopy(layer), torch.randn(shape)
+    prune.random_unstructured(layer, "weight", amount=0.5)
+    kept = layer.forward
+    layer.forward = lambda *args: 2 * kept(*args)
+    torch.testing.assert_close(layer(x), 2 * type(layer).forward(layer, x))
+    take_off(layer)
+    torch.testing.assert_close(layer(x), 2 * type(layer).forward(layer, x))
+    assert type(layer).__module__.startswith("torch.nn")
+
+
 # --- install ---------------------------------------------------------------------------------------------------------
 
 
