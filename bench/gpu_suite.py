@@ -12,8 +12,8 @@ set: kernels that no GPU has confirmed are used. What is expected stands in benc
 before the first run.
 
 The phase decide is for what no GPU has decided yet: whether decode_sliced and decode_gathered are right and how fast,
-which plan of gemm_sm90 is best for few rows, and what a masked copy of a small weight costs. Its table says what was
-asked and what a model expects.
+which plan of gemm_sm90 is best for few rows, what a masked copy of a small weight costs, and where it pays to leave
+out what is pruned whole. Its table says what was asked and what a model expects.
 
 Contenders of the timings: hook (multiply by the mask, then dense: torch.nn.utils.prune), dense, copy (torch's own
 operations mask), mask_copy, gemm_sm90 and gemm_sm80 where they serve, and packed (decode, or unpack and multiply).
@@ -22,7 +22,9 @@ operations mask), mask_copy, gemm_sm90 and gemm_sm80 where they serve, and packe
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -259,6 +261,46 @@ def convolutions_are_right(dry: bool) -> Iterator[Row]:
             pairs = zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(plain, leaves, dy), strict=True)
             worst = max(float((a - b).detach().abs().max()) for a, b in ((y, plain), *pairs))
         yield {"check": f"convolution, channels_last {channels_last}", "ok": worst < 1e-10, "detail": f"{worst:.2g}"}
+
+
+def without(shape: Sequence[int], cut: str, dtype: torch.dtype) -> Tensor:
+    """A mask without every other row, or every other one of its second dimension; "loose" prunes more besides."""
+    mask = torch.ones(*shape, device=DEVICE, dtype=dtype)
+    if "loose" in cut:
+        mask *= uniform_mask(shape, 0.6, dtype)
+        mask[1], mask[:, 1] = 1, 1
+    if "rows" in cut:
+        mask[::2] = 0
+    if "columns" in cut:
+        mask[:, ::2] = 0
+    return mask
+
+
+def compact_is_right(dry: bool) -> Iterator[Row]:
+    """Without pruned rows, columns and channels, against float64 with poisoned outputs."""
+    for cut in ("rows", "columns", "loose rows and columns"):
+        worst = 0.0
+        for name, call in (("linear", F.linear), ("conv2d", F.conv2d), ("conv_transpose2d", F.conv_transpose2d)):
+            ours = getattr(masked_ops, f"masked_{name}")
+            for channels_last in (False, True) if name != "linear" else (False,):
+                shapes = ((70, 33), (65, 33)) if name == "linear" else ((2, 34, 9, 9), (34, 34, 3, 3))
+                x, weight = (torch.randn(*s, device=DEVICE, dtype=torch.float64) for s in shapes)
+                if channels_last:
+                    x, weight = (t.to(memory_format=torch.channels_last) for t in (x, weight))
+                bias = torch.randn(shapes[1][0], device=DEVICE, dtype=torch.float64)
+                mask, leaves = without(shapes[1], cut, torch.float64), [x, weight, bias]
+                if dry:
+                    leaves = [t.float() for t in leaves]  # for the CPU's own compact path
+                leaves = [t.requires_grad_() for t in leaves]
+                plain = call(leaves[0], leaves[1] * mask.to(leaves[1].dtype), leaves[2])
+                dy = torch.randn_like(plain)
+                with masked_ops.use_path("compact"), poisoned():
+                    y = ours(leaves[0], leaves[1], mask, leaves[2])
+                    grads = torch.autograd.grad(y, leaves, dy)
+                for a, b in zip((y, *grads), (plain, *torch.autograd.grad(plain, leaves, dy)), strict=True):
+                    error = float((a - b).detach().abs().max())
+                    worst = max(worst, error if math.isfinite(error) else math.inf)
+        yield {"check": f"compact, no {cut}", "ok": worst < (1e-3 if dry else 1e-10), "detail": f"{worst:.2g}"}
 
 
 def repeats_are_equal(path: str) -> Callable[[bool], Iterator[Row]]:
@@ -703,6 +745,76 @@ def small_copies(dry: bool) -> Iterator[Row]:
         yield from timed_rows("small masked copy", timings, 0, 0, shape=f"{c_out}x{c_in}x{kernel}x{kernel}")
 
 
+# What is expected of a step without half of the rows: of linear layers by rows of input, of a convolution.
+EXPECTED_COMPACT_US = {
+    ("linear", 2048): 243,
+    ("linear", 8192): 720,
+    ("convolution", 512): 260,
+    ("convolution", 256): 190,
+}
+
+
+def expecting(row: Row, us: float | None) -> Row:
+    return row | {"expected_us": us} if us and row["layer"] == "compact" else row
+
+
+def compact_decisions(dry: bool) -> Iterator[Row]:
+    """Half of the rows pruned: steps of linear layers and convolutions, and packed layers, bf16."""
+    dtype = torch.float32 if dry else torch.bfloat16
+    side = 64 if dry else 4096
+    for M in (16,) if dry else (2048, 8192):
+        x, dy = (torch.randn(M, side, device=DEVICE, dtype=dtype).requires_grad_() for _ in range(2))
+        weight, mask = torch.randn(side, side, device=DEVICE, dtype=dtype), without((side, side), "rows", dtype)
+        about = {"M": M, "N": side, "K": side, "density": 0.5}
+        for row in compact_steps("linear step", F.linear, masked_ops.masked_linear, x, weight, mask, dy, about, dry):
+            yield expecting(row, None if dry else EXPECTED_COMPACT_US["linear", M])
+    for channels, size in ((8, 4),) if dry else ((512, 14), (256, 28)):
+        form, batch = torch.channels_last, 1 if dry else 64
+        x = torch.randn(batch, channels, size, size, device=DEVICE, dtype=dtype).to(memory_format=form).requires_grad_()
+        weight = torch.randn(channels, channels, 3, 3, device=DEVICE, dtype=dtype).to(memory_format=form)
+        mask = without(weight.shape, "rows", dtype).to(memory_format=form)
+        about = {"shape": f"{batch}x{channels}x{size}x{size}, 3x3", "density": 0.5}
+        calls = (functools.partial(f, padding=1) for f in (F.conv2d, masked_ops.masked_conv2d))
+        for row in compact_steps("convolution step", *calls, x, weight, mask, torch.randn_like(x), about, dry):
+            yield expecting(row, None if dry else EXPECTED_COMPACT_US["convolution", channels])
+    weights = [torch.randn(side, side, device=DEVICE, dtype=dtype) for _ in range(sets_beyond_l2(side * side))]
+    stored = [packed(w, without((side, side), "rows", dtype)) for w in weights]
+    for M in (1, 16, 2048) if not dry else (1, 16):
+        x = torch.randn(M, side, device=DEVICE, dtype=dtype)
+
+        def on(path: str, s: tuple[Tensor, Tensor], x: Tensor = x) -> object:
+            with masked_ops.use_path(path):
+                return masked_ops.packed_linear(x, *s, side)
+
+        calls = {"dense": [lambda w=w, x=x: F.linear(x, w) for w in weights]}
+        for path in ("copy",) if dry else ("decode", "compact") if M <= 64 else ("copy", "compact"):
+            calls[path] = [lambda s=s, path=path: on(path, s) for s in stored]
+        with torch.no_grad():
+            timings = replayed_on_device(calls, DRY_SECONDS if dry else SECONDS)
+        yield from timed_rows("packed", timings, 0, 0, M=M, N=side, K=side, density=0.5)
+
+
+def compact_steps(
+    case: str, plain: Any, ours: Any, x: Tensor, weight: Tensor, mask: Tensor, dy: Tensor, about: Row, dry: bool
+) -> Iterator[Row]:
+    leaf = weight.requires_grad_()
+
+    def step(forward: Callable[[], Tensor]) -> object:
+        return torch.autograd.grad(forward(), (x, leaf), dy)
+
+    def on(path: str) -> object:
+        with masked_ops.use_path(path):
+            return step(lambda: ours(x, leaf, mask))
+
+    calls: dict[str, list[Callable[[], object]]] = {
+        "hook": [lambda: step(lambda: plain(x, leaf * mask))],
+        "dense": [lambda: step(lambda: plain(x, leaf))],
+        "whole": [lambda: on("copy" if dry else "mask_copy")],
+        "compact": [lambda: on("compact")],
+    }
+    yield from timed_rows(case, timed(calls, dry), 0, 0, **about)
+
+
 # --- profile ---------------------------------------------------------------------------------------------------------
 
 # One row of input and eight in turn.
@@ -827,6 +939,7 @@ def all_cases() -> list[Case]:
         cases.append(Case(f"packed-{name}", "correctness", 90, packed_is_right(DTYPES[name])))
     cases.append(Case("convolutions", "correctness", 60, convolutions_are_right))
     cases += [Case(f"repeats-{path}", "correctness", 60, repeats_are_equal(path)) for path in PATHS]
+    cases.append(Case("compact", "correctness", 60, compact_is_right))
     cases.append(Case("graphs-and-streams", "correctness", 60, graphs_and_streams))
     cases.append(Case("no-synchronisation", "correctness", 60, no_synchronisation))
     cases.append(Case("out-of-memory", "correctness", 60, out_of_memory))
@@ -845,6 +958,7 @@ def all_cases() -> list[Case]:
     decisions = [decode_decisions(8192, density) for density in EXPECTED_US["decode_gathered"]]
     cases.append(Case("decide-decode", "decide", 150, one_after_another(*decisions, decode_decisions(4096, 0.1))))
     cases.append(Case("decide-gemm", "decide", 60, gemm_plans))
+    cases.append(Case("decide-compact", "decide", 60, one_after_another(compact_is_right, compact_decisions)))
     cases.append(Case("decide-convolutions", "decide", 60, one_after_another(small_copies, convolution_steps)))
 
     cases += [Case(f"{kind}-step", "profile", 120, training_step(kind)) for kind in ("transformer", "resnet")]

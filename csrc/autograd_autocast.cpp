@@ -17,10 +17,15 @@ struct LinearAutocast : torch::autograd::Function<LinearAutocast> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight, const Tensor& mask,
                         const OptionalTensor& bias) {
     at::AutoDispatchBelowADInplaceOrView below;
+    const bool has_bias = bias && bias->defined();
+    ctx->saved_data["has_bias"] = has_bias;
+    if (const auto output = device::compact_linear(input, weight, mask, has_bias ? *bias : Tensor())) {
+      ctx->save_for_backward({input, weight, mask, Tensor()});
+      return *output;
+    }
     const Tensor masked = call_apply_mask(weight, mask, input.scalar_type());
     check_linear(input, masked, mask, bias);
     ctx->save_for_backward({input, weight, mask, needs_grad(input) ? masked : Tensor()});
-    ctx->saved_data["has_bias"] = bias && bias->defined();
     return at::linear(input, masked, bias);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -29,7 +34,12 @@ struct LinearAutocast : torch::autograd::Function<LinearAutocast> {
     variable_list result(4);
     const bool here = records_nothing() && computes_here(dy, input, weight, mask);
     if (ctx->needs_input_grad(0)) {
-      result[0] = at::matmul(dy, here ? masked : call_apply_mask(weight, mask, dy.scalar_type()));
+      if (here) {
+        at::AutoDispatchBelowADInplaceOrView below;
+        result[0] = device::linear_grad_input(dy, weight, mask, masked);
+      } else {
+        result[0] = at::matmul(dy, call_apply_mask(weight, mask, dy.scalar_type()));
+      }
     }
     if (ctx->needs_input_grad(1)) {
       if (here) {

@@ -5,6 +5,7 @@
 #include "compact_convolution.h"
 #include "convolution_plan.h"
 #include "depthwise_convolution.h"
+#include "device_convolution.h"
 #include "device_linear.h"
 #include "masking.h"
 #include "ops.h"
@@ -36,15 +37,23 @@ class Gradients {
   // Reads the shape and the layout of the input alone; values may be undefined.
   at::Tensor of_input(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
                       const at::Tensor& values) const {
+    if (const auto dx = compact_on_device(Pass::kGradInput, grad_output, input, weight)) return *dx;
     return of_input(plan_of_input(grad_output, input, weight, values), grad_output, input, weight, values);
   }
   // Reads the dtype and the layout of the weight alone.
   at::Tensor of_weight(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight) const {
+    if (const auto dw = compact_on_device(Pass::kGradWeight, grad_output, input, weight)) return *dw;
     return of_weight(plan_of_weight(input, weight), grad_output, input, weight);
   }
   // In one call of torch's where it computes both, as it does for a dense layer.
   std::tuple<at::Tensor, at::Tensor> of_both(const at::Tensor& grad_output, const at::Tensor& input,
                                              const at::Tensor& weight, const at::Tensor& values) const {
+    if (auto dx = compact_on_device(Pass::kGradInput, grad_output, input, weight)) {
+      return {*dx, of_weight(grad_output, input, weight)};
+    }
+    if (auto dw = compact_on_device(Pass::kGradWeight, grad_output, input, weight)) {
+      return {of_input(grad_output, input, weight, values), *dw};
+    }
     const ConvolutionPlan of_x = plan_of_input(grad_output, input, weight, values);
     const ConvolutionPlan of_w = plan_of_weight(input, weight);
     if (of_x.path != Path::kCopy || of_w.path != Path::kCopy) {
@@ -56,6 +65,13 @@ class Gradients {
   }
 
  private:
+  std::optional<at::Tensor> compact_on_device(Pass pass, const at::Tensor& grad_output, const at::Tensor& input,
+                                              const at::Tensor& weight) const {
+    if (!weight.is_cuda()) return {};
+    return pass == Pass::kGradInput
+               ? device::compact_convolution_grad_input(geometry_, grad_output, input, weight, mask_)
+               : device::compact_convolution_grad_weight(geometry_, grad_output, input, weight, mask_);
+  }
   ConvolutionPlan plan_of_input(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
                                 const at::Tensor& values) const {
     const bool channels_last = prefers_channels_last(grad_output, weight);
@@ -117,6 +133,9 @@ std::tuple<at::Tensor, at::Tensor> convolution_with_values(const at::Tensor& inp
   if (has_bias) check_same_kind("bias", *bias, "weight", weight);
   const Geometry geometry{weight.sizes(), stride, padding, dilation, transposed, output_padding, groups};
   geometry.check(input.sizes());
+  if (weight.is_cuda()) {
+    if (const auto y = device::compact_convolution(geometry, input, weight, mask, bias)) return {*y, at::Tensor()};
+  }
   const bool channels_last = prefers_channels_last(input, weight);
   const ConvolutionPlan plan(Pass::kForward, geometry, input.sizes(), channels_last, weight, try_pattern_of(mask));
   if (plan.path == Path::kCopy || (has_bias && !geometry.fits(*bias))) {
@@ -187,10 +206,14 @@ std::tuple<std::string, std::string> explain_convolution(const at::Tensor& weigh
                                                          at::IntArrayRef dilation, bool transposed,
                                                          at::IntArrayRef output_padding, int64_t groups) {
   check_mask(weight, mask);
-  if (weight.is_cuda()) return device::explain_copy(weight, mask, "convolution");
-  if (const PatternPtr pattern = try_pattern_of(mask)) pattern->mark_reused();  // as explain_linear
   const Geometry geometry{weight.sizes(), stride, padding, dilation, transposed, output_padding, groups};
   geometry.check(input_size);
+  if (weight.is_cuda()) {
+    const char* compact = device::explain_compact_convolution(geometry, input_size, weight, mask);
+    if (compact) return {path_name(Path::kCompact), compact};
+    return device::explain_copy(weight, mask, "convolution");
+  }
+  if (const PatternPtr pattern = try_pattern_of(mask)) pattern->mark_reused();  // as explain_linear
   const ConvolutionPlan plan(Pass::kForward, geometry, input_size, channels_last, weight, try_pattern_of(mask));
   return {path_name(plan.path), plan.reason};
 }

@@ -99,6 +99,8 @@ bool forced(Kernel kernel) {
   switch (*path) {
     case Path::kMaskCopy:
       return kernel == Kernel::kMaskCopy;
+    case Path::kCompact:
+      return kernel == Kernel::kMaskCopy || kernel == Kernel::kPacked;
     case Path::kDecode:
       return kernel == Kernel::kDecode || kernel == Kernel::kPacked;
     case Path::kDecodeSliced:
@@ -203,6 +205,8 @@ bool any_kernel() {
   if (cuda_switch() == Switch::kNone) return false;
   return any_confirmed() || cuda_switch() == Switch::kAll || forced_path().has_value();
 }
+
+bool takes_unconfirmed() { return cuda_switch() == Switch::kAll; }
 
 const char* obstacle(Kernel kernel, c10::Device device) {
   const auto index = static_cast<size_t>(kernel);

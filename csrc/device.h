@@ -71,6 +71,9 @@ const char* obstacle(Kernel kernel, c10::Device device);
 // Whether anything but torch's own operations may come into question: false at no cost where no kernel is on.
 bool any_kernel();
 
+// Whether what no GPU has confirmed may be chosen: MASKED_OPS_CUDA=1.
+bool takes_unconfirmed();
+
 struct KernelState {
   std::string name;
   bool confirmed;     // by a GPU, in this version of the project

@@ -3,9 +3,11 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/matmul.h>
 #include <ATen/ops/mm.h>
 
 #include "checks.h"
+#include "device_compact.h"
 #include "device_pattern.h"
 #include "device_tuning.h"
 #include "masking.h"
@@ -31,9 +33,11 @@ const char* misfit(Pass pass, const at::Tensor& factor, const at::Tensor& mask) 
 // (Of the fused kernels only gemm_sm90 has the gradient of the weight; else it is torch's GEMM, masked in place.)
 struct Plan {
   DevicePatternPtr pattern;
+  std::optional<CompactPlan> compact;
   Choice choice{Path::kCopy, ""};
 
-  Plan(Pass pass, int64_t M, const at::Tensor& factor, const at::Tensor& mask, bool explain) {
+  // dtype is that of the product; factor may be a weight of another one.
+  Plan(Pass pass, at::ScalarType dtype, int64_t M, const at::Tensor& factor, const at::Tensor& mask, bool explain) {
     if (!explain && !any_kernel() && !forced_path()) return;
     const c10::Device device = factor.device();
     const bool wait = explain || forced_path().has_value();
@@ -47,9 +51,16 @@ struct Plan {
     const char* sm80 = fused ? fused : obstacle(Kernel::kGemmSm80, device);
     const char* sm90 = fused ? fused : obstacle(Kernel::kGemmSm90, device);
     const char* packed = "it is for packed layers";
-    choice = choose_device("linear layer", pass, M, mask.numel(), {why, packed, sm80, sm90, packed, packed}, why);
+    CompactCase of = CompactCase::linear(pass, dtype, M, mask.size(0), mask.size(1));
+    of.masks_for_free = !sm90;
+    compact.emplace(of, why, pattern, mask, /*capture=*/false, wait);
+    choice = choose_device("linear layer", pass, M, mask.numel(), {why, packed, sm80, sm90, packed, packed}, why,
+                           compact->option());
     if (M == 0 || mask.numel() == 0) choice.path = Path::kCopy;  // nothing to compute; torch knows the shapes
   }
+
+  // The path's own operands, if that is the compact one.
+  std::optional<Compact> left() const { return choice.path == Path::kCompact ? compact->operands(-1) : std::nullopt; }
 
   bool fused() const { return choice.path == Path::kGemmSm80 || choice.path == Path::kGemmSm90; }
 
@@ -78,37 +89,69 @@ struct Plan {
   }
 };
 
+at::Tensor linear_over(const Compact& left, const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) {
+  const at::Tensor b = left.bias(bias);
+  const at::Tensor y = at::linear(left.input(input), left.weight(weight).to(input.scalar_type()),
+                                  b.defined() ? std::optional(b) : std::nullopt);
+  return left.whole_output(y, bias, at::MemoryFormat::Contiguous);
+}
+
+at::Tensor outer(const at::Tensor& grad_output, const at::Tensor& input) {
+  return at::mm(as_matrix(grad_output, grad_output.size(-1)).t(), as_matrix(input, input.size(-1)).conj());
+}
+
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor> linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask,
                                           const at::Tensor& bias) {
-  const Plan plan(Pass::kForward, rows_of(input), weight, mask, /*explain=*/false);
+  const at::ScalarType dtype = input.scalar_type();
+  const Plan plan(Pass::kForward, dtype, rows_of(input), weight, mask, /*explain=*/false);
   if (plan.fused()) {
     if (const at::Tensor output = plan.gemm(false, input, weight, bias); output.defined()) return {output, {}};
   }
-  const at::Tensor masked = masked_weight(weight, mask, weight.scalar_type());
+  if (const auto left = plan.left()) return {linear_over(*left, input, weight, bias), {}};
+  const at::Tensor masked = masked_weight(weight, mask, dtype);
   return {at::linear(input, masked, bias.defined() ? std::optional(bias) : std::nullopt), masked};
+}
+
+std::optional<at::Tensor> compact_linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask,
+                                         const at::Tensor& bias) {
+  const at::ScalarType dtype = input.scalar_type();
+  const bool fits = input.dim() > 0 && input.size(-1) == weight.size(1) &&
+                    (!bias.defined() || (bias.scalar_type() == dtype && bias.size(0) == weight.size(0)));
+  if (!fits) return {};
+  const auto left = Plan(Pass::kForward, dtype, rows_of(input), weight, mask, /*explain=*/false).left();
+  return left ? std::optional(linear_over(*left, input, weight, bias)) : std::nullopt;
 }
 
 at::Tensor linear_grad_input(const at::Tensor& grad_output, const at::Tensor& weight, const at::Tensor& mask,
                              const at::Tensor& masked) {
+  const at::ScalarType dtype = grad_output.scalar_type();
   if (!masked.defined()) {
-    const Plan plan(Pass::kGradInput, rows_of(grad_output), weight, mask, /*explain=*/false);
+    const Plan plan(Pass::kGradInput, dtype, rows_of(grad_output), weight, mask, /*explain=*/false);
     if (plan.fused()) {
       if (const at::Tensor dx = plan.gemm(true, grad_output, weight, at::Tensor()); dx.defined()) return dx;
+    }
+    if (const auto left = plan.left()) {
+      const at::Tensor dx = at::matmul(left->output(grad_output), left->weight(weight).to(dtype).conj());
+      return left->whole_input(dx, at::MemoryFormat::Contiguous);
     }
   }
   at::Tensor grad_input = empty_with_last_dim(grad_output, weight.size(1));
   at::Tensor rows = grad_input.view({rows_of(grad_output), weight.size(1)});
-  const at::Tensor factor = masked.defined() ? masked : masked_weight(weight, mask, weight.scalar_type());
+  const at::Tensor factor = masked.defined() ? masked : masked_weight(weight, mask, dtype);
   at::mm_out(rows, as_matrix(grad_output, weight.size(0)), factor.conj());
   return grad_input;
 }
 
 at::Tensor linear_grad_weight(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mask,
                               at::Tensor grad_weight) {
-  const Plan plan(Pass::kGradWeight, rows_of(grad_output), grad_output, mask, /*explain=*/false);
+  const Plan plan(Pass::kGradWeight, grad_output.scalar_type(), rows_of(grad_output), grad_output, mask, false);
   if (plan.grad_weight(grad_output, input, grad_weight)) return grad_weight;
+  if (const auto left = plan.left()) {
+    left->whole_weight(outer(left->output(grad_output), left->input(input)), grad_weight);
+    return grad_weight;
+  }
   at::mm_out(grad_weight, as_matrix(grad_output, mask.size(0)).t(), as_matrix(input, mask.size(1)).conj());
   mask_in_place(grad_weight, mask);
   return grad_weight;
@@ -116,16 +159,21 @@ at::Tensor linear_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
 
 at::Tensor linear_grad_weight_as(at::ScalarType dtype, const at::Tensor& grad_output, const at::Tensor& input,
                                  const at::Tensor& mask) {
-  const Plan plan(Pass::kGradWeight, rows_of(grad_output), grad_output, mask, /*explain=*/false);
+  const Plan plan(Pass::kGradWeight, grad_output.scalar_type(), rows_of(grad_output), grad_output, mask, false);
   if (plan.choice.path == Path::kGemmSm90) {
     const at::Tensor grad_weight = at::empty(mask.sizes(), grad_output.options().dtype(dtype));
     if (plan.grad_weight(grad_output, input, grad_weight)) return grad_weight;
   }
-  return masked_weight(at::mm(as_matrix(grad_output, mask.size(0)).t(), as_matrix(input, mask.size(1))), mask, dtype);
+  if (const auto left = plan.left()) {
+    const at::Tensor grad_weight = at::empty(mask.sizes(), grad_output.options().dtype(dtype));
+    left->whole_weight(outer(left->output(grad_output), left->input(input)).to(dtype), grad_weight);
+    return grad_weight;
+  }
+  return masked_weight(outer(grad_output, input), mask, dtype);
 }
 
 std::tuple<std::string, std::string> explain_linear(const at::Tensor& weight, const at::Tensor& mask, int64_t batch) {
-  const Plan plan(Pass::kForward, batch, weight, mask, /*explain=*/true);
+  const Plan plan(Pass::kForward, weight.scalar_type(), batch, weight, mask, /*explain=*/true);
   return {path_name(plan.choice.path), plan.choice.reason};
 }
 

@@ -5,6 +5,7 @@
 
 #include "device_linear.h"
 #include "device_pattern.h"
+#include "device_tuning.h"
 #include "masking.h"
 
 namespace masked_ops::device {
@@ -93,6 +94,12 @@ bool casts_while_masking(const at::Tensor& weight, const at::Tensor& mask) {
   return !obstacle(Kernel::kMaskCopy, weight.device()) && !capturing(weight.device());
 }
 
+bool leaves_channels_out(const at::Tensor& weight, const at::Tensor& mask) {
+  if (!takes_unconfirmed() || !weight.is_non_overlapping_and_dense()) return false;
+  const DevicePatternPtr pattern = device_pattern_of(in_memory_order(weight, mask).second);
+  return pattern && pattern->known() && pattern->share_left() < cuda::kMostShareLeft;
+}
+
 std::tuple<std::string, std::string> explain_copy(const at::Tensor& weight, const at::Tensor& mask,
                                                   const char* operation) {
   const c10::Device device = weight.device();
@@ -106,8 +113,8 @@ std::tuple<std::string, std::string> explain_copy(const at::Tensor& weight, cons
     }
   }
   const char* not_fused = "it has no kernel of its own";
-  const Choice choice =
-      choose_device(operation, Pass::kForward, 0, 0, {why, not_fused, not_fused, not_fused, not_fused, not_fused}, why);
+  const Choice choice = choose_device(operation, Pass::kForward, 0, 0,
+                                      {why, not_fused, not_fused, not_fused, not_fused, not_fused}, why, {not_fused});
   return {path_name(choice.path), choice.reason};
 }
 

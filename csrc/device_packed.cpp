@@ -2,11 +2,13 @@
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/matmul.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 
 #include "checks.h"
+#include "device_compact.h"
 #include "device_linear.h"
 #include "device_pattern.h"
 #include "device_tuning.h"
@@ -14,6 +16,8 @@
 namespace masked_ops::device {
 namespace {
 
+constexpr const char* kOperation = "packed linear layer";
+constexpr int64_t kFeatures = -1;  // their dimension
 constexpr const char* kNoRoom = "MASKED_OPS_CACHE_BYTES leaves no room for it";
 
 // The bits of a call: known, checked against the number of values, and in the form that the kernels or torch want. New
@@ -33,12 +37,24 @@ class Bits {
       TORCH_CHECK(pattern_->stray() == 0, "weight_bits must have zero bits beyond the ", cols, " columns");
       TORCH_CHECK(pattern_->nnz() == nnz, "weight_values must hold one value for each of the ", pattern_->nnz(),
                   " bits set in weight_bits, got ", nnz);
-    } else if (const auto known = device_pattern_of_bits(bits, cols); known && known->ready_for_capture()) {
+    } else if (const auto known = device_pattern_of_bits(bits, cols); known && known->known()) {
       pattern_ = known;
     }
   }
 
   int64_t rows() const { return bits_.size(0); }
+
+  CompactPlan compact(const CompactCase& of, const char* why = nullptr) const {
+    if (!why && why_) why = *why_ ? why_ : "MASKED_OPS_CUDA=0 turns the CUDA kernels off";
+    if (!why && !pattern_) why = "the layer was not used before the graph that is being captured";
+    return {of, why, pattern_, bits_, capture_, /*wait=*/true};
+  }
+  CompactPlan compact(Pass pass, at::ScalarType dtype, int64_t M) const {
+    CompactCase of = CompactCase::linear(pass, dtype, M, rows(), cols_);
+    of.packed = true;
+    of.few_rows = pass == Pass::kForward && M <= cuda::kMostDecodeRows && dtype != at::kDouble;
+    return compact(of);
+  }
 
   at::Tensor expand(const at::Tensor& values) const {
     if (const auto [words, offsets] = words_and_offsets(); offsets.defined()) {
@@ -146,14 +162,15 @@ class Bits {
   DevicePatternPtr pattern_;   // null in a capture that meets bits for the first time
 };
 
-Choice choose(const Bits& bits, const at::Tensor& values, int64_t rows) {
+Choice choose(const Bits& bits, const CompactPlan& compact, const at::Tensor& values, int64_t rows) {
   const char* dense = "a packed layer has no dense weight";
   const char* decode = bits.decode_obstacle(values, rows);
-  return choose_device("packed linear layer", Pass::kForward, rows, values.numel(),
+  return choose_device(kOperation, Pass::kForward, rows, values.numel(),
                        {dense, decode, dense, dense, bits.form_obstacle(Form::kSlices, values, rows),
                         bits.form_obstacle(Form::kGathered, values, rows)},
                        decode == kNoRoom ? "torch's GEMM over the unpacked weight: MASKED_OPS_CACHE_BYTES is reached"
-                                         : "torch's GEMM over the unpacked weight");
+                                         : "torch's GEMM over the unpacked weight",
+                       compact.option());
 }
 
 }  // namespace
@@ -162,7 +179,16 @@ at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& values, cons
                          const at::Tensor& bias) {
   const Bits known(bits, in_features, values.numel());
   const int64_t M = rows_of(input);
-  const Choice choice = choose(known, values, M);
+  const CompactPlan compact = known.compact(Pass::kForward, values.scalar_type(), M);
+  const Choice choice = choose(known, compact, values, M);
+  if (choice.path == Path::kCompact) {
+    if (const auto left = compact.operands(kFeatures)) {
+      const at::Tensor b = left->bias(bias);
+      const at::Tensor y = at::linear(left->input(input), left->weight_of_values(values, {}),
+                                      b.defined() ? std::optional(b) : std::nullopt);
+      return left->whole_output(y, bias, at::MemoryFormat::Contiguous);
+    }
+  }
   const bool laid_out = choice.path == Path::kDecodeSliced || choice.path == Path::kDecodeGathered;
   if ((laid_out || choice.path == Path::kDecode) && M > 0 && known.rows() > 0 && in_features > 0) {
     const Form form = choice.path == Path::kDecodeGathered ? Form::kGathered : Form::kSlices;
@@ -177,6 +203,37 @@ at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& values, cons
   return at::linear(input, known.expand(values), bias.defined() ? std::optional(bias) : std::nullopt);
 }
 
+at::Tensor packed_linear_grad_input(const at::Tensor& grad_output, const at::Tensor& values, const at::Tensor& bits,
+                                    int64_t in_features) {
+  const Bits known(bits, in_features, values.numel());
+  const int64_t M = rows_of(grad_output);
+  if (const auto left = known.compact(Pass::kGradInput, values.scalar_type(), M).chosen(kOperation, kFeatures)) {
+    const at::Tensor dx = at::matmul(left->output(grad_output), left->weight_of_values(values, {}));
+    return left->whole_input(dx, at::MemoryFormat::Contiguous);
+  }
+  at::Tensor grad_input = empty_with_last_dim(grad_output, in_features);
+  at::Tensor rows = grad_input.view({M, in_features});
+  at::mm_out(rows, as_matrix(grad_output, known.rows()), known.expand(values));
+  return grad_input;
+}
+
+at::Tensor packed_linear_grad_values(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& bits,
+                                     int64_t nnz) {
+  const Bits known(bits, input.size(-1), nnz);
+  const auto outer = [](const at::Tensor& dy, const at::Tensor& x) {
+    return at::mm(as_matrix(dy, dy.size(-1)).t(), as_matrix(x, x.size(-1)));
+  };
+  const CompactPlan compact = known.compact(Pass::kGradWeight, input.scalar_type(), rows_of(input));
+  if (const auto left = compact.chosen(kOperation, kFeatures)) {
+    return outer(left->output(grad_output), left->input(input)).view({-1});
+  }
+  return known.compress(outer(grad_output, input));
+}
+
+CompactPlan plan_of_bits(const CompactCase& of, const char* why, const at::Tensor& bits, int64_t nnz) {
+  return Bits(bits, of.order.others * of.order.taps, nnz).compact(of, why);
+}
+
 at::Tensor unpack_values(const at::Tensor& values, const at::Tensor& bits, int64_t in_features) {
   return Bits(bits, in_features, values.numel()).expand(values);
 }
@@ -187,7 +244,8 @@ at::Tensor pack_values(const at::Tensor& weight, const at::Tensor& bits, int64_t
 
 std::tuple<std::string, std::string> explain_packed_linear(const at::Tensor& values, const at::Tensor& bits,
                                                            int64_t in_features, int64_t batch) {
-  const Choice choice = choose(Bits(bits, in_features, values.numel()), values, batch);
+  const Bits known(bits, in_features, values.numel());
+  const Choice choice = choose(known, known.compact(Pass::kForward, values.scalar_type(), batch), values, batch);
   return {path_name(choice.path), choice.reason};
 }
 

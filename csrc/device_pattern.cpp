@@ -63,6 +63,7 @@ bool DevicePattern::ready(const at::Tensor& mask, bool kernels, bool wait) const
         *buffer = SharedBuffer();
       }
       for (FormBuffers& form : forms_) form = FormBuffers();
+      channels_.reset();
     }
     if (!started_) {
       if (++uses_ < patience_ && !wait) return false;
@@ -81,7 +82,7 @@ bool DevicePattern::ready(const at::Tensor& mask, bool kernels, bool wait) const
   return true;
 }
 
-bool DevicePattern::ready_for_capture() const {
+bool DevicePattern::known() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   return ready_;
 }
@@ -120,6 +121,8 @@ bool DevicePattern::finish(bool wait) const {
   nnz_ = facts.nnz;
   binary_ = facts.soft == 0;
   stray_ = facts.stray;
+  live_rows_ = facts.live_rows;
+  live_cols_ = facts.live_cols;
   (with_words_ ? words_ : keep_).ask_settled();  // they were written before the facts
   host_facts_.reset();
   ready_ = true;
@@ -134,6 +137,26 @@ at::Tensor DevicePattern::keep(const c10::Stream& stream) const {
 at::Tensor DevicePattern::words(const c10::Stream& stream) const {
   const std::lock_guard<std::mutex> lock(mutex_);
   return with_words_ ? words_.on(stream) : at::Tensor();
+}
+
+double DevicePattern::share_left() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return with_words_ && nnz_ > 0 ? double(live_rows_ * live_cols_) / double(rows_ * cols_) : 1;
+}
+
+std::shared_ptr<DeviceChannels> DevicePattern::channels(const RowOrder& order) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (!with_words_ || nnz_ == 0 || (live_rows_ == rows_ && live_cols_ == cols_)) return nullptr;
+  if (channels_ && channels_->order() == order) return channels_;
+  if (channels_ && captured()) return nullptr;  // a graph reads what is there
+  const int64_t others = order.taps == 1 ? live_cols_ : live_cols_ == cols_ ? order.others : -1;
+  channels_ = std::make_shared<DeviceChannels>(order, live_rows_, others, nnz_);
+  return channels_;
+}
+
+at::Tensor DevicePattern::keep_of(const at::Tensor& mask) const {
+  if (bits_) return all_bits(mask).narrow(1, 0, cols_).contiguous();
+  return mask.ne(0).contiguous().view({rows_, cols_});
 }
 
 at::Tensor DevicePattern::derived(SharedBuffer& slot, const c10::Stream& stream, bool capture,
@@ -263,7 +286,8 @@ at::Tensor DevicePattern::places(const c10::Stream& stream, bool capture) const 
 size_t DevicePattern::bytes() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   return sizeof(*this) + facts_.bytes() + keep_.bytes() + words_.bytes() + offsets_.bytes() + index_.bytes() +
-         fragments_[0].bytes() + fragments_[1].bytes() + places_.bytes() + forms_[0].bytes() + forms_[1].bytes();
+         fragments_[0].bytes() + fragments_[1].bytes() + places_.bytes() + forms_[0].bytes() + forms_[1].bytes() +
+         (channels_ ? channels_->bytes() : 0);
 }
 
 namespace {

@@ -7,6 +7,7 @@
 #include <mutex>
 #include <optional>
 
+#include "device_channels.h"
 #include "device_ops.h"
 #include "pattern.h"
 
@@ -25,13 +26,19 @@ class DevicePattern final : public Cached {
   // One more use of this version of the mask, which is passed again. Whether the facts below are known; wait makes
   // them. kernels says whether the words are wanted, or torch's own operations do with keep().
   bool ready(const at::Tensor& mask, bool kernels, bool wait) const;
-  // The same while a graph is captured: nothing is asked of the device.
-  bool ready_for_capture() const;
+  // The same without a use: nothing is asked of the device.
+  bool known() const;
 
   // Once ready:
   bool binary() const { return binary_; }
   int64_t nnz() const { return nnz_; }
   int64_t stray() const { return stray_; }
+  // The share of the mask that is left without its empty rows and columns; 1 if that was not counted.
+  double share_left() const;
+  // Which rows and channels are left; null if all are, or none is, or the words were not wanted.
+  std::shared_ptr<DeviceChannels> channels(const RowOrder& order) const;
+  // Where the mask, which is passed again, is not 0: a bool matrix.
+  at::Tensor keep_of(const at::Tensor& mask) const;
 
   // Where the mask is not 0: a bool tensor of the mask's shape, contiguous; undefined if the words were wanted.
   at::Tensor keep(const c10::Stream& stream) const;
@@ -93,8 +100,9 @@ class DevicePattern final : public Cached {
     size_t bytes() const { return order.bytes() + pieces.bytes() + data.bytes(); }
   };
   mutable FormBuffers forms_[kForms];
+  mutable std::shared_ptr<DeviceChannels> channels_;
   mutable bool binary_ = false;
-  mutable int64_t nnz_ = 0, stray_ = 0;
+  mutable int64_t nnz_ = 0, stray_ = 0, live_rows_ = 0, live_cols_ = 0;
 };
 
 using DevicePatternPtr = std::shared_ptr<const DevicePattern>;

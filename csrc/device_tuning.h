@@ -35,4 +35,16 @@ inline constexpr double kMostSlicedDensity = 0.2;
 inline constexpr int64_t kLeastLaidOutWeights = 1 << 20;
 inline constexpr double kMostSlicedBytes = 5, kMostGatheredBytes = 8;
 
+// The compact path, by arithmetic and not measured (bench/results/gpu-predictions.md): per nanosecond, the operations
+// of a fast product (so that saving some of them is not overrated), the bytes that one reads of a weight, and those
+// that gathering and scattering read and write; nanoseconds of one more call of torch's; and of decode, for one row,
+// besides its values, and how many of them in a nanosecond. Other GPUs compute and read in much the same proportion.
+inline constexpr double kFlops = 700e3, kDoubleFlops = 60e3;
+inline constexpr double kReadBytes = 4000, kMoveBytes = 3000, kCall = 3000;
+inline constexpr double kDecode = 5700, kDecodeValues = 800;
+inline constexpr double kCompactMargin = 0.9;
+// Under autocast a weight is masked and rounded in one pass, unless so little is left that this path comes into
+// question, which takes the rounded weight.
+inline constexpr double kMostShareLeft = 0.75;
+
 }  // namespace masked_ops::cuda

@@ -111,13 +111,9 @@ at::Tensor packed_linear_grad_input(const at::Tensor& grad_output, const at::Ten
   check_weight(values, bits, in_features);
   check_same_kind("grad_output", grad_output, "weight_values", values);
   check_last_dim("grad_output", grad_output, "weight_bits", bits.size(0));
+  if (values.is_cuda()) return device::packed_linear_grad_input(grad_output, values, bits, in_features);
   const int64_t M = rows_of(grad_output);
   at::Tensor grad_input = empty_with_last_dim(grad_output, in_features);
-  if (values.is_cuda()) {
-    at::Tensor rows = grad_input.view({M, in_features});
-    at::mm_out(rows, as_matrix(grad_output, bits.size(0)), device::unpack_values(values, bits, in_features));
-    return grad_input;
-  }
   const PatternPtr pattern = checked_pattern(bits, in_features, values.numel());
   const Path path = path_for(Pass::kGradInput, M, values, *pattern);
   if (path == Path::kCopy) {
@@ -143,11 +139,8 @@ at::Tensor packed_linear_grad_values(const at::Tensor& grad_output, const at::Te
   check_same_kind("input", input, "grad_output", grad_output);
   check_last_dim("grad_output", grad_output, "weight_bits", bits.size(0));
   check_same_rows(grad_output, input);
+  if (input.is_cuda()) return device::packed_linear_grad_values(grad_output, input, bits, nnz);
   const int64_t M = rows_of(input);
-  if (input.is_cuda()) {
-    const at::Tensor dy = as_matrix(grad_output, bits.size(0));
-    return device::pack_values(dy.t().mm(as_matrix(input, input.size(-1))), bits, nnz);
-  }
   const PatternPtr pattern = checked_pattern(bits, input.size(-1), nnz);
   at::Tensor values = empty_result({nnz}, grad_output.options());
   const Path path = path_for(Pass::kGradWeight, M, values, *pattern);

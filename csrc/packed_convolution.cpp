@@ -4,6 +4,7 @@
 #include "checks.h"
 #include "compact_convolution.h"
 #include "convolution_plan.h"
+#include "device_convolution.h"
 #include "device_linear.h"
 #include "masking.h"
 #include "ops.h"
@@ -64,6 +65,9 @@ at::Tensor packed_convolution(const at::Tensor& input, const at::Tensor& values,
   if (bias && bias->defined()) check_same_kind("bias", *bias, "weight_values", values);
   const Geometry geometry{weight_size, stride, padding, dilation, transposed, output_padding, groups};
   geometry.check(input.sizes());
+  if (input.is_cuda()) {
+    if (const auto y = device::compact_packed_convolution(geometry, input, values, bits, bias)) return *y;
+  }
   const bool channels_last = suggests_channels_last(input), has_bias = bias && bias->defined();
   const ConvolutionPlan plan = weight.plan(Pass::kForward, geometry, input.sizes(), channels_last, values);
   if (plan.path == Path::kCopy || (has_bias && !geometry.fits(*bias))) {
@@ -87,10 +91,14 @@ at::Tensor packed_convolution_grad_input(const at::Tensor& grad_output, const at
   check_same_kind("grad_output", grad_output, "weight_values", values);
   const Geometry geometry{weight_size, stride, padding, dilation, transposed, output_padding, groups};
   geometry.check(input_size, grad_output.sizes());
+  const at::Tensor input = Geometry::placeholder(input_size, grad_output);
+  if (values.is_cuda()) {
+    const auto dx = device::compact_packed_convolution_grad_input(geometry, grad_output, input, values, bits);
+    if (dx) return *dx;
+  }
   const bool channels_last = suggests_channels_last(grad_output);
   const ConvolutionPlan plan = weight.plan(Pass::kGradInput, geometry, input_size, channels_last, values);
-  if (plan.path == Path::kCopy) return geometry.grad_input(grad_output, weight.dense(values), input_size);
-  const at::Tensor input = Geometry::placeholder(input_size, grad_output);
+  if (plan.path == Path::kCopy) return geometry.grad_input(grad_output, weight.dense(values), input);
   const at::MemoryFormat format = weight.result_format(input, std::nullopt, geometry);
   if (plan.path == Path::kCompact) {
     const CompactConvolution compact = weight.compact(geometry);
@@ -107,6 +115,10 @@ at::Tensor packed_convolution_grad_values(const at::Tensor& grad_output, const a
   check_same_kind("input", input, "grad_output", grad_output);
   const Geometry geometry{weight_size, stride, padding, dilation, transposed, output_padding, groups};
   geometry.check(input.sizes(), grad_output.sizes());
+  if (input.is_cuda()) {
+    const auto dv = device::compact_packed_convolution_grad_values(geometry, grad_output, input, bits, nnz);
+    if (dv) return *dv;
+  }
   const ConvolutionPlan plan =
       weight.plan(Pass::kGradWeight, geometry, input.sizes(), suggests_channels_last(input), grad_output);
   if (plan.path == Path::kSparse) return plan.grad_values(grad_output, input);
@@ -130,6 +142,10 @@ std::tuple<std::string, std::string> explain_packed_convolution(const at::Tensor
   if (weight.pattern) weight.pattern->mark_reused();  // as explain_linear
   const Geometry geometry{weight_size, stride, padding, dilation, transposed, output_padding, groups};
   geometry.check(input_size);
+  if (values.is_cuda()) {
+    const char* compact = device::explain_compact_packed_convolution(geometry, input_size, values, bits);
+    if (compact) return {path_name(Path::kCompact), compact};
+  }
   const ConvolutionPlan plan = weight.plan(Pass::kForward, geometry, input_size, channels_last, values);
   return {path_name(plan.path), plan.reason};
 }

@@ -107,15 +107,18 @@ Choice choose_packed_linear(Pass pass, int64_t rows, const at::Tensor& values, c
 }
 
 Choice choose_device(const char* operation, Pass pass, int64_t rows, int64_t weights, const DeviceObstacles& obstacles,
-                     const char* copy_reason) {
+                     const char* copy_reason, const DeviceCompact& compact) {
   const auto obstacle = [&](Path path) { return obstacles[static_cast<size_t>(path) - kCpuPaths]; };
   if (const std::optional<Path> path = forced_path()) {
     if (*path == Path::kCopy) return {*path, "forced by use_path"};
     const bool on_device = static_cast<int>(*path) >= kCpuPaths;
-    const char* why = on_device ? obstacle(*path) : "the weight is not in CPU memory";
+    const char* why = on_device                 ? obstacle(*path)
+                      : *path == Path::kCompact ? compact.obstacle
+                                                : "the weight is not in CPU memory";
     TORCH_CHECK(!why, "path '", path_name(*path), "' cannot serve this ", operation, ": ", why);
     return {*path, "forced by use_path"};
   }
+  if (!compact.obstacle && compact.pays) return {Path::kCompact, compact.reason};
   for (const Path path : {Path::kDecodeSliced, Path::kDecodeGathered}) {
     if (!obstacle(path)) return {path, "few rows: the frozen weights, laid out for it"};
   }

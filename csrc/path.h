@@ -56,10 +56,16 @@ Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool chan
                           const Pattern* pattern, bool have_values = false, bool packed = false);
 
 // The same on a device, for so many rows of input and weights. obstacles says of each path of a device (in the order of
-// Path) why it cannot serve, null if it can; copy_reason is that of the copy path.
+// Path) why it cannot serve, null if it can; copy_reason is that of the copy path. The compact path serves there too,
+// and is taken where it pays.
 inline constexpr int kDevicePaths = 6;
 using DeviceObstacles = std::array<const char*, kDevicePaths>;
+struct DeviceCompact {
+  const char* obstacle;
+  bool pays = false;
+  const char* reason = "";
+};
 Choice choose_device(const char* operation, Pass pass, int64_t rows, int64_t weights, const DeviceObstacles& obstacles,
-                     const char* copy_reason);
+                     const char* copy_reason, const DeviceCompact& compact);
 
 }  // namespace masked_ops

@@ -191,7 +191,7 @@ Choice choose_convolution(Pass pass, const cpu::Convolution* geometry, bool chan
                           const Pattern* pattern, bool have_values, bool packed) {
   if (weight.is_cuda()) {  // whose weight is masked first; how, is decided there
     const char* unfused = "it has no convolution kernel";
-    choose_device("convolution", pass, 0, 0, {nullptr, unfused, unfused, unfused, unfused}, unfused);
+    choose_device("convolution", pass, 0, 0, {nullptr, unfused, unfused, unfused, unfused}, unfused, {unfused});
     return {Path::kCopy, "torch's convolution over the masked weight"};
   }
   const char* const obstacle = kernel_obstacle(geometry, weight, pattern);

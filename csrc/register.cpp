@@ -76,7 +76,7 @@ struct Autocast {
                                 c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, bool transposed,
                                 c10::SymIntArrayRef output_padding, c10::SymInt groups) {
     c10::impl::ExcludeDispatchKeyGuard below(kKey);
-    if (casts_while_masking(weight, mask)) {
+    if (casts_while_masking(weight, mask) && !device::leaves_channels_out(weight, mask)) {
       return at::convolution_symint(cast(input), masked_and_cast(weight, mask), cast(bias), stride, padding, dilation,
                                     transposed, output_padding, groups);
     }

@@ -59,8 +59,8 @@ def run(device: Path, *tests: Path | str, **variables: str) -> None:
 
 @pytest.mark.parametrize(
     ("tests", "switch"),
-    [("test_kernels.py", "1"), ("test_default.py", ""), ("test_off.py", "0")],
-    ids=["on", "default", "off"],
+    [("test_kernels.py", "1"), ("test_compact.py", "1"), ("test_default.py", ""), ("test_off.py", "0")],
+    ids=["on", "compact", "default", "off"],
 )
 def test_on_a_fake_device(device: Path, tests: str, switch: str) -> None:
     run(device, HERE / tests, MASKED_OPS_CUDA=switch)

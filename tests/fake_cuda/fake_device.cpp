@@ -9,6 +9,7 @@
 #include <ATen/native/Resize.h>
 #include <ATen/ops/_reshape_alias_native.h>
 #include <ATen/ops/as_strided_native.h>
+#include <ATen/ops/conj_physical.h>
 #include <ATen/ops/set_native.h>
 #include <ATen/ops/view_native.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -28,7 +29,7 @@ thread_local c10::DeviceIndex current_device = 0;
 thread_local c10::StreamId current_streams[kDevices];
 
 std::atomic<int64_t> synchronisations, waits_of_streams, recorded_on_streams, allocated, freed;
-std::atomic<int64_t> allocation_limit{-1};
+std::atomic<int64_t> allocation_limit{-1}, until_failure{0};
 std::atomic<int64_t> captured_stream{-1};  // of device 0
 std::atomic<bool> events_are_late;
 
@@ -103,6 +104,7 @@ struct Allocator final : c10::Allocator {
                      "fake CUDA out of memory: ", bytes, " bytes");
     const c10::Device device(c10::kCUDA, current_device);
     if (bytes == 0) return {nullptr, device};
+    TORCH_CHECK_WITH(OutOfMemoryError, until_failure <= 0 || --until_failure > 0, "fake CUDA out of memory, once");
     void* memory = std::aligned_alloc(512, (bytes + 511) / 512 * 512);
     std::memset(memory, 0xff, bytes);
     ++allocated;
@@ -151,7 +153,8 @@ void take_memory(const at::Tensor& t, const at::Tensor& from) {
 c10::IValue to_cpu(const c10::IValue& value, std::optional<c10::Device>& device) {
   const auto convert = [&](const at::Tensor& t) {
     if (t.defined() && t.is_cuda()) device = t.device();
-    return on_cpu(t);
+    const at::Tensor there = on_cpu(t);
+    return t.defined() && t.is_conj() ? at::conj_physical(there) : there;  // the memory does not say so
   };
   if (value.isTensor()) return convert(value.toTensor());
   if (value.isTensorList()) {
@@ -327,6 +330,7 @@ int64_t fake_recorded_on_streams() { return recorded_on_streams; }
 int64_t fake_allocated() { return allocated; }
 int64_t fake_freed() { return freed; }
 void fake_limit_allocations(int64_t bytes) { allocation_limit = bytes; }
+void fake_fail_allocation(int64_t number) { until_failure = number; }
 void fake_capture(int64_t stream) { captured_stream = stream; }
 void fake_late_events(int late) { events_are_late = late; }
 void fake_set_stream(int device, int64_t stream) { current_streams[device] = stream; }

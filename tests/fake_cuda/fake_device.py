@@ -92,6 +92,15 @@ class FakeCuda:
             self._device.fake_limit_allocations(ctypes.c_int64(-1))
 
     @contextlib.contextmanager
+    def no_memory_once(self, number: int) -> Iterator[None]:
+        """The allocation of this number from here on fails, and no other."""
+        self._device.fake_fail_allocation(ctypes.c_int64(number))
+        try:
+            yield
+        finally:
+            self._device.fake_fail_allocation(ctypes.c_int64(0))
+
+    @contextlib.contextmanager
     def failing(self, function: str, error: int) -> Iterator[None]:
         """The kernels' C function of this name returns ``error``; 0: it computes, but wrongly."""
         self._kernels.fake_fail(function.encode(), error)

@@ -42,3 +42,13 @@ def test_an_unconfirmed_kernel(cuda: FakeCuda, path: str) -> None:
     with masked_ops.use_path(path):
         y = masked_ops.packed_linear(x, values, bits, 1024, bias)
     assert cuda.calls(path) > before and same([y], expected_step(x, weight, mask, bias, dy)[:1])
+
+
+def test_the_compact_path_is_unmeasured(cuda: FakeCuda) -> None:
+    weight, mask = torch.ones(2048, 4096, dtype=torch.bfloat16, device="cuda"), torch.ones(2048, 4096, device="cuda")
+    mask[::2] = 0
+    assert _ops.explain_linear(weight, mask, 8192)[0] == "mask_copy"
+    x, small, pruned, bias, dy = case(4, 64, 64, torch.bfloat16)
+    pruned[::2] = 0
+    with masked_ops.use_path("compact"):
+        assert same(step(x, small, pruned, bias, dy), expected_step(x, small, pruned, bias, dy))

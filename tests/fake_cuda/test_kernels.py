@@ -288,7 +288,7 @@ def test_what_is_not_worth_laying_out(cuda: FakeCuda, path: str, M: int, K: int,
     x, _, mask, _, _ = frozen_case(M, 0.1, torch.bfloat16)
     odd = mask.repeat(2, 1)[:, :K].contiguous()
     mask.zero_()
-    mask[:, ::32] = 1  # all in one lane's columns
+    mask[:, ::32] = binary(1024, 32)  # all in one lane's columns, and no block of them
     of_pieces = FORMS[path][0]
     for m, k in ((mask, 1024), (mask[:, :32].contiguous(), 32), (odd, K)):
         values, bits = packed(whole(*m.shape).bfloat16(), m)

@@ -94,7 +94,8 @@ def test_no_path_can_be_forced(cuda: FakeCuda) -> None:
         with masked_ops.use_path(path):
             for _ in range(3):
                 assert same(step(x, weight, mask, bias, dy), expected_step(x, weight, mask, bias, dy))
-    for path in ("mask_copy", "gemm_sm90"):
+    mask[::2] = 0
+    for path in ("mask_copy", "gemm_sm90", "compact"):
         with (
             masked_ops.use_path(path),
             pytest.raises(RuntimeError, match="MASKED_OPS_CUDA=0 turns the CUDA kernels off"),
