@@ -19,7 +19,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-MAKEFLAGS += --no-builtin-rules
+# Two jobs: the kernels are compiled while what is not needed for that is installed, and while the linters run.
+MAKEFLAGS += --no-builtin-rules --jobs=2
 
 PYTHON ?= python3
 ARGS ?=
@@ -36,19 +37,22 @@ CPP := $(shell find csrc tests/cuda tests/fake_cuda -name '*.cpp' -o -name '*.h'
 CUDA_TOOLS := .cache/cuda-tools/.ready
 
 export MASKED_OPS_CACHE_DIR ?= $(CURDIR)/.cache/masked_ops
+# pip's bytecode of everything takes longer than Python's of what is imported.
+export PIP_COMPILE := 0
+export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: test demo bench lint format sanitize fence ahead cuda-check clean
+.PHONY: test demo bench kernels lint format sanitize fence ahead cuda-check clean
 
 test: export MASKED_OPS_BUILD_CAPABILITIES := all
 test: export MASKED_OPS_REQUIRE_BUILD := 1
 # Several processes, each with torch's threads, which spin for work where they should make room: that takes 2.7 times
 # as long.
 test: export OMP_WAIT_POLICY := PASSIVE
-test: lint $(if $(shell command -v nvcc),$(CUDA_TOOLS))
+test: kernels lint $(if $(shell command -v nvcc),$(CUDA_TOOLS))
 	@cd .venv && bin/python -m masked_ops
 	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-demo: .venv/.demo
+demo: kernels .venv/.demo
 	@cd .venv && bin/python -m masked_ops
 	$(BIN)/python examples/prune_digits.py
 
@@ -64,6 +68,11 @@ bench: .venv/.bench
 	$(BIN)/python bench/plot.py bench/results/model.json --readme
 	$(BIN)/python bench/memory.py --json bench/results/memory.json
 	$(BIN)/python bench/overhead.py --json bench/results/overhead.json
+
+# From the source tree, which has what the installed package will have: that then finds the library in the cache. NumPy
+# may not be there yet, and is not needed.
+kernels: .venv/.torch
+	@PYTHONPATH=. $(BIN)/python -W "ignore:Failed to initialize NumPy" -c "import masked_ops; masked_ops.is_available()"
 
 lint: .venv/.test
 	$(BIN)/ruff check .
@@ -122,11 +131,11 @@ clean:
 
 # --- set-up ---------------------------------------------------------------------------------------------------------
 
-# torch first and by itself, so that nothing else decides on its version.
+# torch first, so that nothing else decides on its version, with what compiles the kernels.
 .venv/.torch: requirements/torch.txt
 	@requirements/system.sh $(PYTHON)
 	$(PYTHON) -m venv .venv
-	$(PIP) install --requirement requirements/torch.txt
+	$(PIP) install --requirement requirements/torch.txt ninja pybind11 filelock
 	@touch $@
 
 .venv/.%: .venv/.torch $(SOURCES)
