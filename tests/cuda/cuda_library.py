@@ -59,7 +59,7 @@ def emulated() -> Path:
 
 
 def _build_emulated(folder: Path) -> None:
-    flags = ["-std=c++20", "-g", "-fPIC", "-DMASKED_OPS_EMULATE", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+    flags = ["-std=c++20", "-fPIC", "-DMASKED_OPS_EMULATE", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
     flags += ["-Wno-maybe-uninitialized", f"-I{HERE}", f"-I{SOURCES}", "-x", "c++"]
     # The model is not what is tested; most of the time goes into its products.
     sources = {HERE / "emulator.cpp": ["-O3"]}
