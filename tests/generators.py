@@ -224,7 +224,7 @@ def mask_of(pattern: str, *shape: int, dtype: torch.dtype = torch.bool) -> Tenso
 
 def integers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """-1, 0 and 1: sums of thousands of their products are exact in every floating dtype but for a vanishing chance."""
-    return torch.randint(-1, 2, shape).to(dtype)
+    return torch.randint(-1, 2, shape, dtype=dtype)
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -234,7 +234,8 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def spoiled(weight: Tensor, mask: Tensor) -> Tensor:
     """``weight`` with NaN and infinities below the zeros of ``mask``: a pruned weight counts as absent."""
     bad = torch.tensor([float("nan"), float("inf"), -float("inf")], dtype=weight.dtype)
-    return torch.where(mask != 0, weight, bad[torch.randint(3, weight.shape)])
+    in_turn = bad.repeat(weight.numel() // 3 + 1)[: weight.numel()].view(weight.shape)
+    return torch.where(mask != 0, weight, in_turn)
 
 
 def masked(weight: Tensor, mask: Tensor) -> Tensor:
@@ -383,7 +384,9 @@ def assert_accurate(actual: Tensor, torchs: Tensor, exact: Tensor, *context: obj
 
 _FORK = """
 import json, os, sys, textwrap, time, traceback
-import torch, torch._dynamo, torch.export, masked_ops
+import torch, masked_ops
+if len(sys.argv) > 3:
+    import torch._dynamo, torch.export
 snippets, results = json.load(open(sys.argv[1])), {}
 for name, snippet in snippets.items():
     assert masked_ops._ops._loaded is None
@@ -414,16 +417,17 @@ json.dump(results, sys.stdout)
 
 
 def run_each_in_a_process(
-    snippets: dict[str, str], run_python: Any, folder: Path, **environment: object
+    snippets: dict[str, str], run_python: Any, folder: Path, *, compiling: bool = False, **environment: object
 ) -> dict[str, tuple[int, str]]:
     """Each snippet's exit status (negative: the signal that ended it) and output.
 
-    Each has a process of its own, in which torch and masked_ops are imported and nothing was built, loaded or run:
-    forked from one such process, since importing torch is most of a small test's time. GPUs are hidden from them: a
-    forked process can have none that the process before it may have asked for.
+    Each has a process of its own, in which torch and masked_ops are imported (and, with ``compiling``, what
+    torch.compile needs, which takes longer) and nothing was built, loaded or run: forked from one such process, since
+    importing torch is most of a small test's time. GPUs are hidden from them: a forked process can have none that the
+    process before it may have asked for.
     """
     (folder / "snippets.json").write_text(json.dumps(snippets))
-    arguments = folder / "snippets.json", folder / "output"
+    arguments = folder / "snippets.json", folder / "output", *(["compiling"] if compiling else [])
     variables = {"OMP_NUM_THREADS": 1, "CUDA_VISIBLE_DEVICES": "", **environment}
     done = run_python(_FORK, *arguments, timeout=600, **variables)
     assert done.returncode == 0, done.stderr

@@ -27,6 +27,7 @@ from pathlib import Path
 import filelock
 import pytest
 import torch
+from generators import run_each_in_a_process
 from paths import ROOT, RunPython
 
 import masked_ops
@@ -1028,28 +1029,30 @@ print(len(ours), ours[0])
 """
 
 
-@pytest.mark.parametrize(
-    ("fault", "advice"),
-    [
-        ({"CXX": "/nowhere/g++"}, "install one (apt-get install g++)"),
-        ({"CXX": "false"}, "install g++ 11 or newer"),
-        ({"MASKED_OPS_CACHE_DIR": "/proc/masked_ops"}, "set MASKED_OPS_CACHE_DIR to one that can be written to"),
-        ({"MASKED_OPS_NO_BUILD": "1"}, "unset it"),
-    ],
-    ids=["no compiler", "broken compiler", "no cache", "no build"],
-)
+# What is set, and what the warning then advises.
+FAULTS = {
+    "no compiler": ({"CXX": "/nowhere/g++"}, "install one (apt-get install g++)"),
+    "broken compiler": ({"CXX": "false"}, "install g++ 11 or newer"),
+    "no cache": (
+        {"MASKED_OPS_CACHE_DIR": "/proc/masked_ops"},
+        "set MASKED_OPS_CACHE_DIR to one that can be written to",
+    ),
+    "no build": ({"MASKED_OPS_NO_BUILD": "1"}, "unset it"),
+}
+
+
 def test_without_a_library_plain_torch_serves_with_one_warning(
-    cache: Path, run_python: RunPython, fault: dict[str, str], advice: str
+    cache: Path, run_python: RunPython, tmp_path: Path
 ) -> None:
-    done = run_python(FIRST_USE, **{"MASKED_OPS_CACHE_DIR": cache, **fault})
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("1 masked_ops runs on plain torch") and advice in done.stdout
-
-
-def test_require_build(cache: Path, run_python: RunPython) -> None:
-    done = run_python(FIRST_USE, MASKED_OPS_CACHE_DIR=cache, CXX="/nowhere/g++", MASKED_OPS_REQUIRE_BUILD="1")
-    assert done.returncode == 1
-    assert "BuildError: CXX is '/nowhere/g++', which is no program here" in done.stderr
+    code = {name: f"import os; os.environ.update({fault})\n{FIRST_USE}" for name, (fault, _) in FAULTS.items()}
+    needed = {"CXX": "/nowhere/g++", "MASKED_OPS_REQUIRE_BUILD": "1"}
+    code["needed"] = f"import os; os.environ.update({needed})\n{FIRST_USE}"
+    results = run_each_in_a_process(code, run_python, tmp_path, MASKED_OPS_CACHE_DIR=cache)
+    status, output = results.pop("needed")
+    assert status == 1 and "BuildError: CXX is '/nowhere/g++', which is no program here" in output
+    for name, (status, output) in results.items():
+        assert status == 0, (name, output)
+        assert "1 masked_ops runs on plain torch" in output and FAULTS[name][1] in output, (name, output)
 
 
 def test_import_builds_nothing_and_loads_little(cache: Path, run_python: RunPython, compiler: Compiler) -> None:

@@ -626,8 +626,10 @@ def first_things(request: pytest.FixtureRequest, tmp_path_factory: Any) -> dict[
     nothing = {"MASKED_OPS_NO_BUILD": 1, "MASKED_OPS_REQUIRE_BUILD": None}
     folder = tmp_path_factory.mktemp("first")
     return {
-        "library": run_each_in_a_process(snippets, run_python, folder),
-        "fallback": run_each_in_a_process(fallback, run_python, folder, MASKED_OPS_CACHE_DIR=folder / "c", **nothing),
+        "library": run_each_in_a_process(snippets, run_python, folder, compiling=True),
+        "fallback": run_each_in_a_process(
+            fallback, run_python, folder, compiling=True, MASKED_OPS_CACHE_DIR=folder / "c", **nothing
+        ),
     }
 
 

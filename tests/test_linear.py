@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import math
 import os
 from collections.abc import Collection
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -37,12 +39,14 @@ from generators import (
     poison_scratch,
     poisoned,
     refuses,
+    run_each_in_a_process,
     running_on,
     serves_linear,
     spoiled,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import RunPython
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -192,12 +196,18 @@ def test_few_rows_against_a_weight_from_caches(dtype: torch.dtype, capability: s
         check_few_rows(517, columns, range(1, 27), dtype, capability)
 
 
-def check_few_rows(N: int, K: int, rows: Collection[int], dtype: torch.dtype, capability: str) -> None:
+@functools.lru_cache(maxsize=2)  # what follows each other is of one dtype
+def few_rows_problem(N: int, K: int, rows: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Mask, weight, input, grad_output, and what both give."""
     mask = mask_of("half", N, K)
     weight = spoiled(integers(N, K, dtype=dtype), mask)
-    x, g = integers(max(rows), K, dtype=dtype), integers(max(rows), N, dtype=dtype)
+    x, g = integers(rows, K, dtype=dtype), integers(rows, N, dtype=dtype)
     dense = torch.where(mask, weight, 0).float()  # sums of small integers are exact
-    y, dx = x.float() @ dense.t(), g.float() @ dense
+    return mask, weight, x, g, x.float() @ dense.t(), g.float() @ dense
+
+
+def check_few_rows(N: int, K: int, rows: Collection[int], dtype: torch.dtype, capability: str) -> None:
+    mask, weight, x, g, y, dx = few_rows_problem(N, K, max(rows), dtype)
     with running_on("fused", capability), poisoned():
         for M in rows:
             assert_exact(_ops.linear(x[:M], weight, mask), y[:M].to(dtype), "linear", M)
@@ -527,27 +537,26 @@ def test_any_number_of_threads(threads: int, path: str) -> None:
 
 
 COUNT_THREADS = """
-import os, sys, torch, masked_ops
+import os, torch, masked_ops
 masked_ops.is_available()
 torch.set_num_threads(1)
 x, w, m = torch.randn(256, 512), torch.randn(512, 512), torch.rand(512, 512) < 0.5
 before = len(os.listdir("/proc/self/task"))
-torch.set_num_threads(int(sys.argv[1]))
+torch.set_num_threads({threads})
 with masked_ops.use_path("fused"):
     y = masked_ops.masked_linear(x, w, m)
     torch.ops.masked_ops.linear_grad_input(y, w, m), torch.ops.masked_ops.linear_grad_weight(y, x, m)
-print(len(os.listdir("/proc/self/task")) - before)
+assert len(os.listdir("/proc/self/task")) - before == {threads} - 1
 """
 
 
 @compiled_only
 @pytest.mark.cpu_only("about the CPU's threads")
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_number_of_threads_is_respected(threads: int, run_python) -> None:
+def test_number_of_threads_is_respected(run_python: RunPython, tmp_path: Path) -> None:
     """The calling thread works too: n threads are n - 1 more than there were."""
-    done = run_python(COUNT_THREADS, threads, OMP_NUM_THREADS=None)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) == threads - 1
+    code = {f"{threads} threads": COUNT_THREADS.format(threads=threads) for threads in (1, 2, 3)}
+    for name, (status, output) in run_each_in_a_process(code, run_python, tmp_path, OMP_NUM_THREADS=None).items():
+        assert status == 0, (name, output)
 
 
 @compiled_only

@@ -58,6 +58,7 @@ class Case(NamedTuple):
     input: Tensor
     bias: Tensor | None
     grad_output: Tensor
+    dense: Tensor  # what is packed
 
     def calls(self) -> dict[str, tuple]:
         K = self.mask.shape[1]
@@ -66,11 +67,10 @@ class Case(NamedTuple):
             "packed_linear_grad_input": (self.grad_output, self.values, self.bits, K),
             "packed_linear_grad_values": (self.grad_output, self.input, self.bits, len(self.values)),
             "unpack_values": (self.values, self.bits, K),
-            "pack_values": (integers(*self.mask.shape, dtype=self.values.dtype), self.bits, len(self.values)),
+            "pack_values": (self.dense, self.bits, len(self.values)),
         }
 
-    def exact(self, calls: dict[str, tuple]) -> dict[str, Tensor]:
-        """Of calls, since what is packed there is drawn anew."""
+    def exact(self) -> dict[str, Tensor]:
         weight = torch.zeros(self.mask.shape, dtype=torch.float64)
         weight[self.mask] = self.values.double()
         x, g = self.input.double(), self.grad_output.double()
@@ -80,12 +80,12 @@ class Case(NamedTuple):
             "packed_linear_grad_input": g @ weight,
             "packed_linear_grad_values": (g.t() @ x)[self.mask],
             "unpack_values": weight,
-            "pack_values": calls["pack_values"][0].double()[self.mask],
+            "pack_values": self.dense.double()[self.mask],
         }
 
 
 @on_each_device
-def cases(dtype: torch.dtype) -> list[Case]:
+def cases(dtype: torch.dtype) -> list[tuple[Case, dict[str, Tensor]]]:
     torch.manual_seed(4)
     result = []
     for n, (M, N, K) in enumerate([*SHAPES[::5], *LARGE_SHAPES, (0, 4, 9), (3, 0, 9), (3, 4, 0)]):
@@ -101,9 +101,10 @@ def cases(dtype: torch.dtype) -> list[Case]:
                 LAYOUTS[layouts[1]](integers(M, K, dtype=dtype)),
                 integers(N, dtype=dtype) if n % 3 else None,
                 LAYOUTS[layouts[2]](integers(M, N, dtype=dtype)),
+                integers(N, K, dtype=dtype),
             )
         )
-    return result
+    return [(case, case.exact()) for case in result]
 
 
 @every_capability
@@ -112,9 +113,9 @@ def cases(dtype: torch.dtype) -> list[Case]:
 def test_family_is_exact_on_integers(path: str | None, dtype: torch.dtype, capability: str) -> None:
     served = 0
     with running_on(path, capability), poisoned():
-        for case in cases(dtype):
+        for case, exact in cases(dtype):
             calls = case.calls()
-            for op, expected in case.exact(calls).items():
+            for op, expected in exact.items():
                 try:
                     result = getattr(_ops, op)(*calls[op])
                 except RuntimeError as error:
@@ -192,9 +193,10 @@ def test_masked_gemm_takes_a_large_weight_in_pieces(
         integers(M, K, dtype=dtype),
         integers(N, dtype=dtype),
         integers(M, N, dtype=dtype),
+        integers(N, K, dtype=dtype),
     )
     calls = case.calls()
-    exact = case.exact(calls)
+    exact = case.exact()
     with running_on("fused", capability), poisoned():
         for op in ("packed_linear", "packed_linear_grad_input", "packed_linear_grad_values"):
             assert_exact(getattr(_ops, op)(*calls[op]), exact[op], op, str(shape))
@@ -228,33 +230,47 @@ def between_nans(values: Tensor) -> Tensor:
     return torch.cat([nans, values, nans])[100 : 100 + len(values)]
 
 
-@pytest.mark.cpu_only("about a path of the CPU's")
-@every_capability
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=name_of)
-@pytest.mark.parametrize("threads", [1, 3])
-def test_few_rows_against_many_weights(threads: int, dtype: torch.dtype, capability: str) -> None:
+@on_each_device
+def few_rows_cases(dtype: torch.dtype) -> list[tuple[Case, dict[str, Tensor]]]:
     torch.manual_seed(6)
-    torch.set_num_threads(threads)
     patterns = ("half", "most", "all", "some rows", "none", "tenth", "diagonal", "one row", "two of four", "single")
     shapes = [(M, *sides) for M in (*range(1, 18), 24, 25) for sides in FEW_ROWS]
     shapes += [(M, *sides) for M in (1, 2, 5, 12, 16) for sides in LONG_ROWS]
     # Compressed in registers, of 16 bits, if a row has many values.
     shapes += [(M, *sides) for M in (31, 32, 33, 63, 64, 65) for sides in ((33, 130), (21, 193), (50, 1100))]
+    result = []
+    for i, (M, N, K) in enumerate(shapes):
+        pattern = patterns[(i + i // len(FEW_ROWS)) % len(patterns)]
+        mask = mask_of(pattern, N, K)
+        case = Case(
+            f"{M}x{N}x{K} {pattern}",
+            mask,
+            bits_of(mask),
+            between_nans(integers(int(mask.sum()), dtype=dtype)),
+            integers(M, K, dtype=dtype),
+            integers(N, dtype=dtype),
+            integers(M, N, dtype=dtype),
+            integers(N, K, dtype=dtype),
+        )
+        result.append((case, case.exact()))
+    return result
+
+
+@pytest.mark.cpu_only("about a path of the CPU's")
+@every_capability
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=name_of)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_few_rows_against_many_weights(threads: int, dtype: torch.dtype, capability: str) -> None:
+    torch.set_num_threads(threads)
     with running_on("fused", capability), poisoned():
         poison_scratch()
-        for i, (M, N, K) in enumerate(shapes):
-            pattern = patterns[(i + i // len(FEW_ROWS)) % len(patterns)]
-            mask = mask_of(pattern, N, K)
-            values, x = between_nans(integers(int(mask.sum()), dtype=dtype)), integers(M, K, dtype=dtype)
-            bias, g = integers(N, dtype=dtype), integers(M, N, dtype=dtype)
-            weight = torch.zeros(N, K, dtype=torch.float64).masked_scatter(mask, values.double())
-            bits, exact = bits_of(mask), x.double() @ weight.t()
-            case = f"{M}x{N}x{K} {pattern}"
-            assert_exact(_ops.packed_linear(x, values, bits, K, bias), exact + bias.double(), case)
-            assert_exact(_ops.packed_linear(x, values, bits, K), exact, case)
-            assert_exact(_ops.packed_linear_grad_input(g, values, bits, K), g.double() @ weight, case)
-            exact_values = (g.t().double() @ x.double())[mask]
-            assert_exact(_ops.packed_linear_grad_values(g, x, bits, len(values)), exact_values, case)
+        for case, exact in few_rows_cases(dtype):
+            calls = case.calls()
+            x, values, bits, K, bias = calls["packed_linear"]
+            for op in ("packed_linear", "packed_linear_grad_input", "packed_linear_grad_values"):
+                assert_exact(getattr(_ops, op)(*calls[op]), exact[op], op, case.name)
+            unbiased = exact["packed_linear"] - bias.double()
+            assert_exact(_ops.packed_linear(x, values, bits, K), unbiased, case.name)
 
 
 @pytest.mark.cpu_only("about a path of the CPU's")
@@ -326,7 +342,7 @@ def test_nothing_is_read_behind_the_values(dtype: torch.dtype, capability: str) 
 
 
 def test_paths_that_read_a_dense_weight_are_refused(device: str) -> None:
-    case = next(case for case in cases(torch.float32) if case.mask.any())
+    case = next(case for case, _ in cases(torch.float32) if case.mask.any())
     of_cuda = {path for path in CUDA_PATHS if not path.startswith("decode")}
     for path in set(PATHS) - set(PACKED_LINEAR_PATHS) if device == "cpu" else of_cuda:
         with masked_ops.use_path(path), pytest.raises(RuntimeError, match="a packed layer has no dense weight"):
@@ -335,9 +351,9 @@ def test_paths_that_read_a_dense_weight_are_refused(device: str) -> None:
 
 @every_float
 def test_reference_is_exact(dtype: torch.dtype) -> None:
-    for case in cases(dtype)[::3]:
+    for case, exact in cases(dtype)[::3]:
         calls = case.calls()
-        for op, expected in case.exact(calls).items():
+        for op, expected in exact.items():
             assert_exact(getattr(reference, op)(*calls[op]), expected, op, case.name)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from generators import FENCED, SANITIZED
+from generators import FENCED, SANITIZED, run_each_in_a_process
 from paths import RunPython
 from torch import Tensor
 
@@ -101,10 +101,9 @@ def test_at_most_the_limit_is_kept(weight: Tensor, mask: Tensor) -> None:
     assert kept() == (256 << 20) // BYTES * BYTES
 
 
-def test_larger_than_the_limit_is_not_kept(succeeds: Callable[[str], None]) -> None:
-    for limit in (BYTES - 1, "0", "-1"):
-        succeeds(
-            f"""
+def test_larger_than_the_limit_is_not_kept(run_python: RunPython, tmp_path: Path) -> None:
+    code = {
+        str(limit): f"""
             import os
             os.environ["MASKED_OPS_RESULT_BYTES"] = "{limit}"
             import torch, masked_ops
@@ -112,8 +111,11 @@ def test_larger_than_the_limit_is_not_kept(succeeds: Callable[[str], None]) -> N
             for _ in range(2):
                 assert torch.equal(masked_ops.apply_mask(w, w), w)
                 assert masked_ops.cache_info()["kept_result_bytes"] == 0
-            """
-        )
+        """
+        for limit in (BYTES - 1, 0, -1)
+    }
+    for limit, (status, output) in run_each_in_a_process(code, run_python, tmp_path).items():
+        assert status == 0, (limit, output)
 
 
 def test_results_are_tensors_like_others(weight: Tensor, mask: Tensor) -> None:
