@@ -3,8 +3,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/convolution.h>
-#include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -76,31 +74,22 @@ struct Geometry {
     return c;
   }
 
-  // Torch's own operations over a dense weight.
-  at::Tensor forward(const at::Tensor& input, const at::Tensor& dense, const std::optional<at::Tensor>& bias) const {
-    return at::convolution(input, in_format(dense), bias, stride, padding, dilation, transposed, output_padding,
-                           groups);
-  }
+  // Torch's own operations over a dense weight, with operands over which torch is right (geometry.cpp).
+  at::Tensor forward(const at::Tensor& input, const at::Tensor& dense, const std::optional<at::Tensor>& bias) const;
   at::Tensor grad_input(const at::Tensor& grad_output, const at::Tensor& dense, at::IntArrayRef input_size) const {
     return grad_input(grad_output, dense, placeholder(input_size, grad_output));
   }
   at::Tensor grad_input(const at::Tensor& grad_output, const at::Tensor& dense, const at::Tensor& input) const {
-    return std::get<0>(at::convolution_backward(grad_output, input, in_format(dense), std::nullopt, stride, padding,
-                                                dilation, transposed, output_padding, groups, {true, false, false}));
+    return std::get<0>(backward(grad_output, input, in_format(dense), true, false));
   }
   // In the memory format of `like`, a weight whose values are not read.
   at::Tensor grad_weight(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& like) const {
-    return std::get<1>(at::convolution_backward(grad_output, input, like, std::nullopt, stride, padding, dilation,
-                                                transposed, output_padding, groups, {false, true, false}));
+    return std::get<1>(backward(grad_output, input, like, false, true));
   }
-
   // Those with respect to the input and to the weight.
   std::tuple<at::Tensor, at::Tensor> gradients(const at::Tensor& grad_output, const at::Tensor& input,
                                                const at::Tensor& dense) const {
-    auto [grad_input, grad_weight, grad_bias] =
-        at::convolution_backward(grad_output, input, in_format(dense), std::nullopt, stride, padding, dilation,
-                                 transposed, output_padding, groups, {true, true, false});
-    return {std::move(grad_input), std::move(grad_weight)};
+    return backward(grad_output, input, in_format(dense), true, true);
   }
 
   // Of one dimension, results are contiguous on every path: torch's would lie as a weight that is permuted does.
@@ -113,6 +102,11 @@ struct Geometry {
 
  private:
   __extension__ typedef __int128 Wide;
+
+  std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad_output, const at::Tensor& input,
+                                              const at::Tensor& like, bool of_input, bool of_weight) const;
+  bool wants_floats(at::IntArrayRef input, at::TensorList operands, bool of_weight) const;
+  bool wants_unit_stride(at::TensorList operands) const;
 
   void check_numbers(const char* name, at::IntArrayRef numbers, int64_t least) const {
     constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
