@@ -32,14 +32,14 @@ std::optional<DeviceChannels::Left> DeviceChannels::left(const MakeKeep& keep, c
     others_ = *host_others_.const_data_ptr<int64_t>();
     host_others_.reset();
   }
-  return Left{rows_, others_, nnz_ == rows_ * others_ * order_.taps};
+  return Left{rows_, others_, full()};
 }
 
-void DeviceChannels::place(const at::Tensor& keep, int64_t all_rows, const c10::Stream& stream) {
+void DeviceChannels::place(const at::Tensor& keep, const c10::Stream& stream) {
   at::Tensor left = by_channel(keep), rows, others;
-  if (rows_ < all_rows) rows = at::nonzero_static(left.any(2).any(1), rows_).squeeze(1);
+  if (rows_ < all_rows_) rows = at::nonzero_static(left.any(2).any(1), rows_).squeeze(1);
   if (others_ < order_.others) others = at::nonzero_static(left.any(2).any(0), others_).squeeze(1);
-  if (nnz_ < rows_ * others_ * order_.taps) {
+  if (!full()) {
     if (rows.defined()) left = left.index_select(0, rows);
     if (others.defined()) left = left.index_select(1, others);
     drop_.fill(left.logical_not().contiguous(), stream);
@@ -49,15 +49,15 @@ void DeviceChannels::place(const at::Tensor& keep, int64_t all_rows, const c10::
   placed_ = true;
 }
 
-std::optional<DeviceChannels::Places> DeviceChannels::places(const MakeKeep& keep, int64_t all_rows,
-                                                             const c10::Stream& stream, bool capture) {
+std::optional<DeviceChannels::Places> DeviceChannels::places(const MakeKeep& keep, const c10::Stream& stream,
+                                                             bool capture) {
   Places result;
   bool grown = false;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (!placed_) {
       if (capture) return {};
-      place(keep(), all_rows, stream);
+      place(keep(), stream);
       grown = true;
     }
     const auto read = [&](SharedBuffer& buffer, at::Tensor& to) {

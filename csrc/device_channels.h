@@ -20,9 +20,9 @@ struct RowOrder {
 
 class DeviceChannels {
  public:
-  // others is their number if it is known, else negative.
-  DeviceChannels(RowOrder order, int64_t rows, int64_t others, int64_t nnz)
-      : order_(order), rows_(rows), nnz_(nnz), others_(others) {}
+  // rows hold a remaining weight, of all_rows; others is the number of those that do if it is known, else negative.
+  DeviceChannels(RowOrder order, int64_t all_rows, int64_t rows, int64_t others, int64_t nnz)
+      : order_(order), all_rows_(all_rows), rows_(rows), nnz_(nnz), others_(others) {}
 
   const RowOrder& order() const { return order_; }
 
@@ -41,17 +41,18 @@ class DeviceChannels {
     at::Tensor drop;          // bool, the mask of what is left without them, inverted; undefined if it is full
   };
   // Once it is known how many are left. Nothing in a capture, if they were not made and settled before.
-  std::optional<Places> places(const MakeKeep& keep, int64_t all_rows, const c10::Stream& stream, bool capture);
+  std::optional<Places> places(const MakeKeep& keep, const c10::Stream& stream, bool capture);
 
   size_t bytes() const;
 
  private:
   at::Tensor by_channel(const at::Tensor& keep) const;  // [rows][others][taps]
   void start(const at::Tensor& keep, const c10::Stream& stream);
-  void place(const at::Tensor& keep, int64_t all_rows, const c10::Stream& stream);
+  void place(const at::Tensor& keep, const c10::Stream& stream);
+  bool full() const { return nnz_ == rows_ * others_ * order_.taps; }
 
   const RowOrder order_;
-  const int64_t rows_, nnz_;
+  const int64_t all_rows_, rows_, nnz_;
 
   mutable std::mutex mutex_;  // of what follows
   int64_t others_;

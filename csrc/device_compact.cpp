@@ -1,6 +1,7 @@
 #include "device_compact.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -10,22 +11,11 @@
 namespace masked_ops::device {
 namespace {
 
-bool by_last(const at::Tensor& t, int64_t dim) { return dim == 1 && suggests_channels_last(t); }
-
 // The slices at these places of a dimension; all if they are undefined.
 at::Tensor take(const at::Tensor& t, int64_t dim, const at::Tensor& places) {
   if (!places.defined()) return t;
-  if (by_last(t, dim)) return t.movedim(1, -1).index_select(-1, places).movedim(-1, 1);
+  if (dim == 1 && suggests_channels_last(t)) return t.movedim(1, -1).index_select(-1, places).movedim(-1, 1);
   return t.index_select(dim, places);
-}
-
-// to at these places is t, and elsewhere what `to` holds.
-void put(const at::Tensor& t, int64_t dim, const at::Tensor& places, at::Tensor to) {
-  if (places.defined()) {
-    to.index_copy_(dim, places, t);
-  } else {
-    to.copy_(t);
-  }
 }
 
 // t with `size` slices in the dimension, at other places than these the fill, or zero.
@@ -43,8 +33,7 @@ at::Tensor spread(const at::Tensor& t, int64_t dim, const at::Tensor& places, in
   } else {
     whole.zero_();
   }
-  put(t, dim, places, whole);
-  return whole;
+  return whole.index_copy_(dim, places, t);
 }
 
 // What is left of something, and all of it.
@@ -137,6 +126,13 @@ at::Tensor Compact::weight_of_values(const at::Tensor& values, at::IntArrayRef k
   return values.view(sizes);
 }
 
+at::Tensor Compact::linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) const {
+  const at::Tensor left_bias = this->bias(bias);
+  const at::Tensor output =
+      at::linear(this->input(input), weight, bias.defined() ? std::optional(left_bias) : std::nullopt);
+  return whole_output(output, bias, at::MemoryFormat::Contiguous);
+}
+
 at::Tensor Compact::whole_output(const at::Tensor& output, const at::Tensor& bias, at::MemoryFormat format) const {
   return spread(output, dim_, output_places(), all_outputs(), bias, format);
 }
@@ -151,21 +147,25 @@ void Compact::whole_weight(const at::Tensor& grad_weight, at::Tensor to) const {
   if (places_.rows.defined() && places_.others.defined()) {
     at::DimVector sizes(to.sizes());
     sizes[0] = left_.rows;
-    const at::Tensor rows = at::zeros(sizes, left.options());
-    put(left, 1, places_.others, rows);
-    left = rows;
+    left = at::zeros(sizes, left.options()).index_copy_(1, places_.others, left);
   }
   to.zero_();
-  put(left, places_.rows.defined() ? 0 : 1, places_.rows.defined() ? places_.rows : places_.others, to);
+  if (places_.rows.defined()) {
+    to.index_copy_(0, places_.rows, left);
+  } else {
+    to.index_copy_(1, places_.others, left);
+  }
+}
+
+const char* compact_is_off() {
+  if (forced_path()) return forced_path() == Path::kCompact ? nullptr : "another path is forced";
+  return takes_unconfirmed() ? nullptr : "no GPU has measured it yet; MASKED_OPS_CUDA=1 turns it on";
 }
 
 CompactPlan::CompactPlan(const CompactCase& of, const char* why, DevicePatternPtr pattern, const at::Tensor& mask,
                          bool capture, bool wait)
     : case_(of), pattern_(std::move(pattern)), mask_(mask), capture_(capture) {
-  if (!why && !takes_unconfirmed() && forced_path() != Path::kCompact) {
-    why = "no GPU has measured it yet; MASKED_OPS_CUDA=1 turns it on";
-  }
-  if (!why && forced_path() && forced_path() != Path::kCompact) why = "another path is forced";
+  if (!why) why = compact_is_off();
   if (!why) {
     channels_ = pattern_->channels(case_.order);
     if (!channels_) why = "the mask has no empty row or column, or nothing else";
@@ -201,7 +201,7 @@ std::optional<Compact> CompactPlan::operands(int64_t dim) const {
   const auto keep = [this] { return pattern_->keep_of(mask_); };
   std::optional<DeviceChannels::Places> places;
   try {
-    places = channels_->places(keep, case_.rows, stream, capture_);
+    places = channels_->places(keep, stream, capture_);
   } catch (const c10::OutOfMemoryError&) {
     if (forced_path()) throw;  // else other paths serve
   }

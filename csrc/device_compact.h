@@ -43,6 +43,9 @@ class Compact {
   // Out of the values of a packed weight, all of which are left; the result has this kernel.
   at::Tensor weight_of_values(const at::Tensor& values, at::IntArrayRef kernel) const;
 
+  // The output of a linear layer, whole, over what is left of its weight.
+  at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) const;
+
   // An output of the operation over what is left, as the whole one has it: where nothing is left the bias, if defined.
   at::Tensor whole_output(const at::Tensor& output, const at::Tensor& bias, at::MemoryFormat format) const;
   at::Tensor whole_input(const at::Tensor& grad_input, at::MemoryFormat format) const;
@@ -60,6 +63,9 @@ class Compact {
   DeviceChannels::Places places_;
   int64_t dim_;
 };
+
+// Why the path is not to be taken whatever the mask is; null if it may be. To be asked before anything else is done.
+const char* compact_is_off();
 
 // Whether and why the path can serve, and what it needs. `why` is an obstacle that is known already. The pattern is
 // ready, of a mask that is passed in the order of the weight's memory, or of packed bits; wait makes known what is not.

@@ -45,7 +45,7 @@ CompactPlan plan_of(Pass pass, const Geometry& geometry, at::IntArrayRef input, 
 
 std::optional<Compact> left_of(Pass pass, const Geometry& geometry, at::IntArrayRef input, const at::Tensor& weight,
                                const at::Tensor& mask) {
-  if (trivial(geometry, input)) return {};
+  if (compact_is_off() || trivial(geometry, input)) return {};
   return plan_of(pass, geometry, input, weight, mask, forced_path().has_value()).chosen("convolution", kChannels);
 }
 
@@ -58,7 +58,7 @@ CompactPlan packed_plan_of(Pass pass, const Geometry& geometry, at::IntArrayRef 
 
 std::optional<Compact> packed_left_of(Pass pass, const Geometry& geometry, at::IntArrayRef input, at::ScalarType dtype,
                                       const at::Tensor& bits, int64_t nnz) {
-  if (trivial(geometry, input)) return {};
+  if (compact_is_off() || trivial(geometry, input)) return {};
   return packed_plan_of(pass, geometry, input, dtype, bits, nnz).chosen("packed convolution", kChannels);
 }
 

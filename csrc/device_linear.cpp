@@ -89,18 +89,11 @@ struct Plan {
   }
 };
 
-at::Tensor linear_over(const Compact& left, const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) {
-  const at::Tensor b = left.bias(bias);
-  const at::Tensor y = at::linear(left.input(input), left.weight(weight).to(input.scalar_type()),
-                                  b.defined() ? std::optional(b) : std::nullopt);
-  return left.whole_output(y, bias, at::MemoryFormat::Contiguous);
-}
+}  // namespace
 
 at::Tensor outer(const at::Tensor& grad_output, const at::Tensor& input) {
   return at::mm(as_matrix(grad_output, grad_output.size(-1)).t(), as_matrix(input, input.size(-1)).conj());
 }
-
-}  // namespace
 
 std::tuple<at::Tensor, at::Tensor> linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask,
                                           const at::Tensor& bias) {
@@ -109,19 +102,20 @@ std::tuple<at::Tensor, at::Tensor> linear(const at::Tensor& input, const at::Ten
   if (plan.fused()) {
     if (const at::Tensor output = plan.gemm(false, input, weight, bias); output.defined()) return {output, {}};
   }
-  if (const auto left = plan.left()) return {linear_over(*left, input, weight, bias), {}};
+  if (const auto left = plan.left()) return {left->linear(input, left->weight(weight).to(dtype), bias), {}};
   const at::Tensor masked = masked_weight(weight, mask, dtype);
   return {at::linear(input, masked, bias.defined() ? std::optional(bias) : std::nullopt), masked};
 }
 
 std::optional<at::Tensor> compact_linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask,
                                          const at::Tensor& bias) {
+  if (compact_is_off()) return {};
   const at::ScalarType dtype = input.scalar_type();
   const bool fits = input.dim() > 0 && input.size(-1) == weight.size(1) &&
                     (!bias.defined() || (bias.scalar_type() == dtype && bias.size(0) == weight.size(0)));
   if (!fits) return {};
   const auto left = Plan(Pass::kForward, dtype, rows_of(input), weight, mask, /*explain=*/false).left();
-  return left ? std::optional(linear_over(*left, input, weight, bias)) : std::nullopt;
+  return left ? std::optional(left->linear(input, left->weight(weight).to(dtype), bias)) : std::nullopt;
 }
 
 at::Tensor linear_grad_input(const at::Tensor& grad_output, const at::Tensor& weight, const at::Tensor& mask,

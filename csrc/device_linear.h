@@ -30,6 +30,8 @@ std::optional<at::Tensor> compact_linear(const at::Tensor& input, const at::Tens
 // The weight may have another dtype than grad_output, here and below.
 at::Tensor linear_grad_input(const at::Tensor& grad_output, const at::Tensor& weight, const at::Tensor& mask,
                              const at::Tensor& masked);
+// The rows of grad_output, transposed, times those of the input, conjugated.
+at::Tensor outer(const at::Tensor& grad_output, const at::Tensor& input);
 // Into grad_weight, which is the result.
 at::Tensor linear_grad_weight(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mask,
                               at::Tensor grad_weight);

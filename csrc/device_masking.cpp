@@ -3,6 +3,7 @@
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 
+#include "device_compact.h"
 #include "device_linear.h"
 #include "device_pattern.h"
 #include "device_tuning.h"
@@ -95,7 +96,7 @@ bool casts_while_masking(const at::Tensor& weight, const at::Tensor& mask) {
 }
 
 bool leaves_channels_out(const at::Tensor& weight, const at::Tensor& mask) {
-  if (!takes_unconfirmed() || !weight.is_non_overlapping_and_dense()) return false;
+  if (compact_is_off() || !weight.is_non_overlapping_and_dense()) return false;
   const DevicePatternPtr pattern = device_pattern_of(in_memory_order(weight, mask).second);
   return pattern && pattern->known() && pattern->share_left() < cuda::kMostShareLeft;
 }

@@ -183,10 +183,7 @@ at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& values, cons
   const Choice choice = choose(known, compact, values, M);
   if (choice.path == Path::kCompact) {
     if (const auto left = compact.operands(kFeatures)) {
-      const at::Tensor b = left->bias(bias);
-      const at::Tensor y = at::linear(left->input(input), left->weight_of_values(values, {}),
-                                      b.defined() ? std::optional(b) : std::nullopt);
-      return left->whole_output(y, bias, at::MemoryFormat::Contiguous);
+      return left->linear(input, left->weight_of_values(values, {}), bias);
     }
   }
   const bool laid_out = choice.path == Path::kDecodeSliced || choice.path == Path::kDecodeGathered;
@@ -220,9 +217,6 @@ at::Tensor packed_linear_grad_input(const at::Tensor& grad_output, const at::Ten
 at::Tensor packed_linear_grad_values(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& bits,
                                      int64_t nnz) {
   const Bits known(bits, input.size(-1), nnz);
-  const auto outer = [](const at::Tensor& dy, const at::Tensor& x) {
-    return at::mm(as_matrix(dy, dy.size(-1)).t(), as_matrix(x, x.size(-1)));
-  };
   const CompactPlan compact = known.compact(Pass::kGradWeight, input.scalar_type(), rows_of(input));
   if (const auto left = compact.chosen(kOperation, kFeatures)) {
     return outer(left->output(grad_output), left->input(input)).view({-1});

@@ -150,7 +150,7 @@ std::shared_ptr<DeviceChannels> DevicePattern::channels(const RowOrder& order) c
   if (channels_ && channels_->order() == order) return channels_;
   if (channels_ && captured()) return nullptr;  // a graph reads what is there
   const int64_t others = order.taps == 1 ? live_cols_ : live_cols_ == cols_ ? order.others : -1;
-  channels_ = std::make_shared<DeviceChannels>(order, live_rows_, others, nnz_);
+  channels_ = std::make_shared<DeviceChannels>(order, rows_, live_rows_, others, nnz_);
   return channels_;
 }
 
