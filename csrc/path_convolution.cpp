@@ -176,8 +176,10 @@ bool prefers_depthwise(Pass pass, const cpu::Convolution& c, bool channels_last)
   const bool several = c.out_channels != c.in_channels;  // results of a channel
   if (portable() || (several && channels_last)) return false;
   const bool large_kernel = taps(c) > cpu::kSmallKernel;
-  if (pass == Pass::kGradWeight && (large_kernel || channels_last)) return large_kernel || c.batch == 1;
-  if (channels_last || several) return true;
+  if (pass == Pass::kGradWeight && (channels_last || large_kernel)) return true;
+  // A vector of few channels: 3 channels of 64 x 64, batch 128, take 1.1 (AVX2 2.0) times as long as torch.
+  if (channels_last) return 2 * c.in_channels >= cpu::kernels().lanes;
+  if (several) return true;
   const bool keeps_size =
       c.kernel[1] == 3 && c.kernel[2] == 3 && c.input[1] == c.output[1] && c.input[2] == c.output[2];
   if (keeps_size) return c.output[2] > 1;

@@ -65,6 +65,8 @@ def problems() -> list[Problem]:
         Problem("conv2d", (1, 2, 260, 61), (2, 1, 3, 3), {"padding": 1, "groups": 2}),
         Problem("conv2d", (1, 2, 515, 130), (2, 1, 5, 5), {"padding": 2, "stride": 2, "groups": 2}),
         Problem("conv2d", (1, 2, 3, 3000), (2, 1, 3, 3), {"padding": 1, "groups": 2}),
+        # So many numbers that they are prefetched.
+        Problem("conv2d", (2, 152, 59, 60), (152, 1, 3, 3), {"padding": 1, "stride": (2, 1), "groups": 152}),
         Problem("conv1d", (2, 4, 70), (4, 1, 3), {"padding": 1, "groups": 4}),
         Problem("conv1d", (4, 70), (12, 1, 9), {"padding": 20, "stride": 3, "dilation": 2, "groups": 4}),
         Problem("conv_transpose2d", (2, 5, 6, 7), (5, 1, 3, 3), {"stride": 2, "output_padding": 1, "groups": 5}),
@@ -212,14 +214,16 @@ def test_choice() -> None:
     def chosen(shape: tuple[int, ...], groups: int, channels_last: bool = False, size: int = 28, batch: int = 8) -> str:
         w = torch.ones(shape)
         numbers = ([1, 1], [1, 1], [1, 1], False, [0, 0], groups)
-        return _ops.explain_convolution(w, w, [batch, 32, size, size], channels_last, *numbers)[0]
+        channels = groups * shape[1]
+        return _ops.explain_convolution(w, w, [batch, channels, size, size], channels_last, *numbers)[0]
 
     usual = "copy" if _ops._module.capability() == "DEFAULT" else "fused"
     assert chosen((32, 1, 3, 3), 32) == chosen((32, 1, 3, 3), 32, True) == chosen((64, 1, 3, 3), 32) == usual
     assert chosen((32, 1, 5, 5), 32, True, 112) == chosen((64, 1, 3, 3), 32, False, 7) == usual
     assert chosen((32, 32, 3, 3), 1) == chosen((64, 1, 3, 3), 32, True) == "copy"
     assert chosen((32, 1, 3, 3), 32, False, 7) == chosen((32, 1, 3, 3), 32, True, 112) == usual
-    assert chosen((32, 1, 5, 5), 32, False, 7) == usual
+    assert chosen((32, 1, 5, 5), 32, False, 7) == chosen((3, 1, 3, 3), 3) == usual
+    assert chosen((3, 1, 3, 3), 3, True) == "copy"  # a vector of few channels
     assert chosen((32, 1, 5, 5), 32, False, 7, 64) == "copy"  # never sparse
 
 

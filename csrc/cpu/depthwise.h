@@ -12,39 +12,41 @@ constexpr int kRunTaps = 3;
 // The first n bits.
 constexpr uint32_t first_bits(int n) { return (1u << n) - 1; }
 
-// Neighbouring results are taken in tiles: whole ones, then one of half the size, and so on. Few sizes: each is a
-// kernel.
+// Neighbouring results are taken in tiles: whole ones while two remain or none would be left over, then those of half
+// the size or less, as equal as can be. Each size is a kernel.
 MASKED_OPS_INLINE int64_t tile_of(int64_t left) {
-  int64_t size = tuning::kDepthwiseTile;
-  while (size > left) size /= 2;
-  return size;
+  constexpr int64_t kWhole = tuning::kDepthwiseTile, kHalf = kWhole / 2;
+  if (left >= kWhole + kHalf || left == kWhole) return kWhole;
+  return left > kWhole ? kHalf : ceil_div(left, ceil_div(left, kHalf));
 }
 // body(Int<size>()) for the size of a tile.
-template <int N = tuning::kDepthwiseTile, typename Body>
+template <typename Body>
 MASKED_OPS_INLINE void with_tile(int64_t size, const Body& body) {
-  if constexpr (N > 1) {
-    if (size < N) return with_tile<N / 2>(size, body);
-  }
-  body(Int<N>());
+  constexpr int kWhole = tuning::kDepthwiseTile;
+  if (size == kWhole) return body(Int<kWhole>());
+  with_int<kWhole / 2>(size, body);
 }
 
 // add(i, t, the vector i + t steps from `from`) for i < R and t < T, where bit i + t says that there is one.
 template <int R, int T, typename Load, typename Add>
 MASKED_OPS_INLINE void for_run(const float* from, int64_t step, uint32_t inside, const Load& load, const Add& add) {
-  const auto rows = [&](uint32_t bits) __attribute__((always_inline)) {
+  constexpr int kVectors = R + T - 1, kEdge = 2;
+  constexpr uint32_t kMiddle = kVectors > 2 * kEdge ? first_bits(kVectors - 2 * kEdge) << kEdge : 0;
+  const auto rows = [&](auto middle_is_inside) __attribute__((always_inline)) {
     const float* p = from;
     const int64_t floats = opaque(step);
     MASKED_OPS_UNROLL
-    for (int r = 0; r < R + T - 1; ++r, p += floats) {
-      if (!(bits >> r & 1)) continue;
-      const Vec v = load(p);
+    for (int r = 0; r < kVectors; ++r, p += floats) {
+      const bool is_middle = kMiddle >> r & 1;
+      if (!(decltype(middle_is_inside)::value && is_middle) && !(inside >> r & 1)) continue;
+      const Vec v = in_register(load(p));
       MASKED_OPS_UNROLL
       for (int t = 0; t < T; ++t) {
         if (r - t >= 0 && r - t < R) add(r - t, t, v);
       }
     }
   };
-  (~inside & first_bits(R + T - 1)) == 0 ? rows(~0u) : rows(inside);
+  (~inside & kMiddle) == 0 ? rows(Int<1>()) : rows(Int<0>());
 }
 
 // sums[i] += weights[t] * the vector that it reads

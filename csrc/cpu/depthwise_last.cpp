@@ -30,19 +30,34 @@ struct Tile {
   const float *table, *bias;
   float* to;
   int64_t to_step;
+  const float* ahead;  // in the source, what the next row of results reads first; null if all is small
+  int64_t rows_ahead, row_floats, lines;
 };
+
+// Prefetches of what the next row of results is the first to read: as many lines for each vector of channels as it
+// reads anew, in the order of memory.
+template <int R>
+MASKED_OPS_INLINE void prefetch_ahead(const Tile& tile, int64_t c) {
+  if (!tile.ahead) return;
+  for (int64_t row = 0; row < tile.rows_ahead; ++row) {
+    const float* const from = tile.ahead + row * tile.row_floats + c * R * tile.lines;
+    for (int64_t i = 0; i < R * tile.lines; ++i) prefetch_l2(from + i * L);
+  }
+}
 
 // Results that read the source alike lie on grids: all of a forward pass on one; of a gradient, those that agree in
 // their remainders by the stride (see conv_geometry.h).
 struct Grids {
   int64_t channels, kernel_width;
   int64_t pitch;          // of the table
+  bool is_large;          // do images and results leave the caches before they are read again?
   int64_t remainders[2];  // of rows and columns
   Axis rows[kMaxStride], columns[kMaxStride];
   const uint32_t* inside[kMaxStride];  // [tile][tap]
 
   Grids(const Convolution& c, bool transposed) : channels(c.in_channels), kernel_width(c.kernel[2]) {
     pitch = ceil_div(channels, L) * L;
+    is_large = c.batch * channels * c.input[1] * c.input[2] >= tuning::kManyFloats;
     int64_t bits = 0;
     for (int d = 0; d < 2; ++d) {
       remainders[d] = transposed ? min(c.stride[d + 1], c.input[d + 1]) : 1;
@@ -66,18 +81,25 @@ struct Grids {
   template <typename Body>
   void for_tiles(int64_t y, int64_t column, const float* source, Run* runs, const Body& body) const {
     const Axis& x = columns[column];
+    const Axis& of_rows = rows[y % remainders[0]];
     Tile tile = {};
     tile.runs = runs;
-    tile.end = runs + list_runs(rows[y % remainders[0]], y / remainders[0], x, runs);
+    tile.end = runs + list_runs(of_rows, y / remainders[0], x, runs);
     tile.inside = inside[column];
     tile.source = source;
     tile.step = x.step * channels;
-    tile.weight_step = (x.shift_step < 0 ? -x.tap_period : x.tap_period) * pitch;
+    tile.rows_ahead = of_rows.step;
+    tile.row_floats = x.size * channels;
+    tile.lines = x.step;
+    const int64_t last_row = y / remainders[0] * of_rows.step + max(of_rows.at(0), of_rows.at(of_rows.taps - 1));
+    if (is_large) tile.ahead = source + (last_row + 1) * tile.row_floats;
+    tile.weight_step = (x.shift_step < 0 ? -1 : 1) * max<int64_t>(taps_apart(x), 1) * x.tap_period * pitch;
     for (int64_t position = 0; position < x.count;) {
       const int64_t positions = tile_of(x.count - position);
       with_tile(positions, [&](auto R) { body(tile, R, position); });
       tile.inside += x.taps;
       tile.source += positions * tile.step;
+      if (is_large) tile.ahead += positions * tile.step;
       position += positions;
     }
   }
@@ -85,21 +107,27 @@ struct Grids {
  private:
   int64_t list_runs(const Axis& y, int64_t row, const Axis& x, Run* runs) const {
     const bool descending = x.shift_step < 0;
-    const int64_t longest = follow(x) ? kRunTaps : 1;
+    const int64_t apart = taps_apart(x), longest = apart ? kRunTaps * apart : x.taps;
     Run* run = runs;
     for (int64_t ty = 0; ty < y.taps; ++ty) {
       const int64_t source_row = row * y.step + y.at(ty), table_row = y.first_tap + ty * y.tap_period;
       if (source_row < 0 || source_row >= y.size) continue;
-      for (int64_t i = 0; i < x.taps; i += longest, ++run) {
-        const int64_t tx = descending ? x.taps - 1 - i : i;
-        *run = {(source_row * x.size + x.at(tx)) * channels,
-                (table_row * kernel_width + x.first_tap + tx * x.tap_period) * pitch, int32_t(tx),
-                int32_t(min(longest, x.taps - i))};
+      for (int64_t k = 0; k < min(apart ? apart : x.taps, x.taps); ++k) {
+        for (int64_t i = k; i < x.taps; i += longest, ++run) {
+          const int64_t tx = descending ? x.taps - 1 - i : i;
+          *run = {(source_row * x.size + x.at(tx)) * channels,
+                  (table_row * kernel_width + x.first_tap + tx * x.tap_period) * pitch, int32_t(tx),
+                  apart ? int32_t(min<int64_t>(kRunTaps, ceil_div(x.taps - i, apart))) : 1};
+        }
       }
     }
     return run - runs;
   }
-  static bool follow(const Axis& x) { return x.step == 1 && (x.shift_step == 1 || x.shift_step == -1); }
+  // Taps so far apart read a position further on than the first for the same result; 0 if none do.
+  static int64_t taps_apart(const Axis& x) {
+    const int64_t distance = x.shift_step < 0 ? -x.shift_step : x.shift_step;
+    return distance > 0 && x.step % distance == 0 ? x.step / distance : 0;
+  }
   static uint32_t inside_of(const Axis& x, int64_t position, int64_t tap) {
     uint32_t bits = 0;
     for (int i = 0; i < kDepthwiseTile + kRunTaps - 1; ++i) {
@@ -131,7 +159,10 @@ MASKED_OPS_INLINE void multiply_vector(const Tile& tile, int64_t c, const Load& 
 template <int R>
 __attribute__((noinline)) void multiply_tile(const Tile& tile, int64_t channels) {
   int64_t c = 0;
-  for (; c + L <= channels; c += L) multiply_vector<R>(tile, c, LoadAll(), L);
+  for (; c + L <= channels; c += L) {
+    prefetch_ahead<R>(tile, c);
+    multiply_vector<R>(tile, c, LoadAll(), L);
+  }
   if (c < channels) multiply_vector<R>(tile, c, LoadSome{Vec::first(channels - c)}, channels - c);
 }
 
@@ -182,25 +213,32 @@ void multiply(const Team& team, const Convolution& c, bool transposed, const flo
 // sums[tap][channel] += products of R positions of grad_output and what the taps read for them.
 template <int R, typename Load>
 MASKED_OPS_INLINE void correlate_vector(const Tile& tile, int64_t c, const Load& load, const float* grad_output,
-                                        int64_t channels, float* sums, int64_t pitch) {
+                                        int64_t channels, float* sums) {
   Vec results[R];
   load_rows(grad_output + c, channels, load, results);
   for (const Run* run = tile.runs; run < tile.end; ++run) {
     const auto correlate = [&](auto T) __attribute__((always_inline)) {
       correlate_run<R, decltype(T)::value>(tile.source + c + run->from, tile.step, tile.inside[run->tap], load, results,
-                                           sums + c + run->weights, pitch);
+                                           sums + c + run->weights, tile.weight_step);
     };
     with_int<kRunTaps>(run->taps, correlate);
   }
 }
 
 template <int R>
-__attribute__((noinline)) void correlate_tile(const Tile& tile, const float* grad_output, int64_t channels, float* sums,
-                                              int64_t pitch) {
+__attribute__((noinline)) void correlate_tile(const Tile& tile, const float* grad_output, int64_t channels,
+                                              int64_t row_floats, float* sums) {
+  const float* const ahead = grad_output + row_floats;
   int64_t c = 0;
-  for (; c + L <= channels; c += L) correlate_vector<R>(tile, c, LoadAll(), grad_output, channels, sums, pitch);
+  for (; c + L <= channels; c += L) {
+    prefetch_ahead<R>(tile, c);
+    if (tile.ahead) {
+      for (int r = 0; r < R; ++r) prefetch_l2(ahead + c * R + r * L);
+    }
+    correlate_vector<R>(tile, c, LoadAll(), grad_output, channels, sums);
+  }
   if (c < channels) {
-    correlate_vector<R>(tile, c, LoadSome{Vec::first(channels - c)}, grad_output, channels, sums, pitch);
+    correlate_vector<R>(tile, c, LoadSome{Vec::first(channels - c)}, grad_output, channels, sums);
   }
 }
 
@@ -232,7 +270,7 @@ void depthwise_last_grad_weight(const Team& team, const Convolution& c, Bits bit
     for (int64_t i = rows * task / tasks; i < rows * (task + 1) / tasks; ++i) {
       const float* const g = grad_output + i * row_floats;
       const auto body = [&](const Tile& tile, auto R, int64_t position) {
-        correlate_tile<decltype(R)::value>(tile, g + position * channels, channels, of_task, grids.pitch);
+        correlate_tile<decltype(R)::value>(tile, g + position * channels, channels, row_floats, of_task);
       };
       grids.for_tiles(i % c.output[1], 0, input + i / c.output[1] * image_floats, runs, body);
     }

@@ -379,9 +379,9 @@ constexpr int64_t kDepthwiseTasks = 4;
 // Of 3 x 3: vectors of a row that is read once. Wider planes go by tiles: of 112 x 112, one takes 1.6 us, and 2.7 in
 // strips of four vectors from top to bottom.
 constexpr int kRowVectors = 4;
-// Floats of contiguous images from which on they are prefetched: 144 channels of 56 x 56, batch 8, forward 1.7 ms
+// Floats of images from which on they are prefetched. Contiguous: 144 channels of 56 x 56, batch 8, forward 1.7 ms
 // without and 0.9 with it; 256 of 28 x 28 2.1 times as fast as torch with it and 1.9 without; 512 of 14 x 14 105 us
-// without and 115.
+// without and 115. Channels last: 144 channels of 56 x 56, batch 32, grad_weight 19.2 ms without and 9.1 with it.
 constexpr int64_t kManyFloats = int64_t{1} << 20;
 // Floats of a plane, source and result, from which on it is read in the order of memory.
 constexpr int64_t kLargePlane = 2048;
