@@ -166,8 +166,9 @@ at::Tensor linear_grad_weight_as(at::ScalarType dtype, const at::Tensor& grad_ou
   return masked_weight(outer(grad_output, input), mask, dtype);
 }
 
-std::tuple<std::string, std::string> explain_linear(const at::Tensor& weight, const at::Tensor& mask, int64_t batch) {
-  const Plan plan(Pass::kForward, weight.scalar_type(), batch, weight, mask, /*explain=*/true);
+std::tuple<std::string, std::string> explain_linear(Pass pass, const at::Tensor& weight, const at::Tensor& mask,
+                                                    int64_t batch) {
+  const Plan plan(pass, weight.scalar_type(), batch, weight, mask, /*explain=*/true);
   return {path_name(plan.choice.path), plan.choice.reason};
 }
 

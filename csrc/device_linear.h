@@ -7,6 +7,8 @@
 #include <string>
 #include <tuple>
 
+#include "path.h"
+
 namespace masked_ops::device {
 
 // As masked_cast; and in place, for a gradient that is the caller's own.
@@ -38,7 +40,8 @@ at::Tensor linear_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
 // The same in another dtype, as a weight has it that autocast has cast.
 at::Tensor linear_grad_weight_as(at::ScalarType dtype, const at::Tensor& grad_output, const at::Tensor& input,
                                  const at::Tensor& mask);
-std::tuple<std::string, std::string> explain_linear(const at::Tensor& weight, const at::Tensor& mask, int64_t batch);
+std::tuple<std::string, std::string> explain_linear(Pass pass, const at::Tensor& weight, const at::Tensor& mask,
+                                                    int64_t batch);
 // Of a convolution, and of whatever else masks the weight first.
 std::tuple<std::string, std::string> explain_copy(const at::Tensor& weight, const at::Tensor& mask,
                                                   const char* operation);
@@ -51,7 +54,7 @@ at::Tensor packed_linear_grad_values(const at::Tensor& grad_output, const at::Te
                                      int64_t nnz);
 at::Tensor unpack_values(const at::Tensor& values, const at::Tensor& bits, int64_t in_features);
 at::Tensor pack_values(const at::Tensor& weight, const at::Tensor& bits, int64_t nnz);
-std::tuple<std::string, std::string> explain_packed_linear(const at::Tensor& values, const at::Tensor& bits,
+std::tuple<std::string, std::string> explain_packed_linear(Pass pass, const at::Tensor& values, const at::Tensor& bits,
                                                            int64_t in_features, int64_t batch);
 
 }  // namespace masked_ops::device

@@ -162,15 +162,17 @@ class Bits {
   DevicePatternPtr pattern_;   // null in a capture that meets bits for the first time
 };
 
-Choice choose(const Bits& bits, const CompactPlan& compact, const at::Tensor& values, int64_t rows) {
+Choice choose(Pass pass, const Bits& bits, const CompactPlan& compact, const at::Tensor& values, int64_t rows) {
   const char* dense = "a packed layer has no dense weight";
-  const char* decode = bits.decode_obstacle(values, rows);
-  return choose_device(kOperation, Pass::kForward, rows, values.numel(),
-                       {dense, decode, dense, dense, bits.form_obstacle(Form::kSlices, values, rows),
-                        bits.form_obstacle(Form::kGathered, values, rows)},
-                       decode == kNoRoom ? "torch's GEMM over the unpacked weight: MASKED_OPS_CACHE_BYTES is reached"
-                                         : "torch's GEMM over the unpacked weight",
-                       compact.option());
+  const char* backward = pass == Pass::kForward ? nullptr : "its kernel serves forward only";
+  const char* decode = backward ? backward : bits.decode_obstacle(values, rows);
+  return choose_device(
+      kOperation, pass, rows, values.numel(),
+      {dense, decode, dense, dense, backward ? backward : bits.form_obstacle(Form::kSlices, values, rows),
+       backward ? backward : bits.form_obstacle(Form::kGathered, values, rows)},
+      decode == kNoRoom ? "torch's GEMM over the unpacked weight: MASKED_OPS_CACHE_BYTES is reached"
+                        : "torch's GEMM over the unpacked weight",
+      compact.option());
 }
 
 }  // namespace
@@ -180,7 +182,7 @@ at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& values, cons
   const Bits known(bits, in_features, values.numel());
   const int64_t M = rows_of(input);
   const CompactPlan compact = known.compact(Pass::kForward, values.scalar_type(), M);
-  const Choice choice = choose(known, compact, values, M);
+  const Choice choice = choose(Pass::kForward, known, compact, values, M);
   if (choice.path == Path::kCompact) {
     if (const auto left = compact.operands(kFeatures)) {
       return left->linear(input, left->weight_of_values(values, {}), bias);
@@ -236,10 +238,11 @@ at::Tensor pack_values(const at::Tensor& weight, const at::Tensor& bits, int64_t
   return Bits(bits, weight.size(1), nnz).compress(weight);
 }
 
-std::tuple<std::string, std::string> explain_packed_linear(const at::Tensor& values, const at::Tensor& bits,
+std::tuple<std::string, std::string> explain_packed_linear(Pass pass, const at::Tensor& values, const at::Tensor& bits,
                                                            int64_t in_features, int64_t batch) {
   const Bits known(bits, in_features, values.numel());
-  const Choice choice = choose(known, known.compact(Pass::kForward, values.scalar_type(), batch), values, batch);
+  const CompactPlan compact = known.compact(pass, values.scalar_type(), batch);
+  const Choice choice = choose(pass, known, compact, values, batch);
   return {path_name(choice.path), choice.reason};
 }
 

@@ -227,12 +227,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_gradients(const at::Tensor
   return {grad_input, grad_weight, grad_bias};
 }
 
-std::tuple<std::string, std::string> explain_linear(const at::Tensor& weight, const at::Tensor& mask, int64_t batch) {
+std::tuple<std::string, std::string> explain_linear(const at::Tensor& weight, const at::Tensor& mask, int64_t batch,
+                                                    bool by_input) {
   check_mask(weight, mask);
-  if (weight.is_cuda()) return device::explain_linear(weight, mask, batch);
+  const Pass pass = by_input ? Pass::kGradInput : Pass::kForward;
+  if (weight.is_cuda()) return device::explain_linear(pass, weight, mask, batch);
   const PatternPtr pattern = try_pattern_of(mask);
   if (pattern) pattern->mark_reused();  // the answer is about a layer that is called again and again
-  const Choice choice = choose_linear(Pass::kForward, batch, weight, pattern.get());
+  const Choice choice = choose_linear(pass, batch, weight, pattern.get());
   return {path_name(choice.path), choice.reason};
 }
 

@@ -14,7 +14,9 @@ at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::T
                   const std::optional<at::Tensor>& bias);
 at::Tensor linear_grad_input(const at::Tensor& grad_output, const at::Tensor& weight, const at::Tensor& mask);
 at::Tensor linear_grad_weight(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mask);
-std::tuple<std::string, std::string> explain_linear(const at::Tensor& weight, const at::Tensor& mask, int64_t batch);
+// by_input: of a weight [K, N], whose product is another one's gradient of the input.
+std::tuple<std::string, std::string> explain_linear(const at::Tensor& weight, const at::Tensor& mask, int64_t batch,
+                                                    bool by_input);
 
 // The same three for the autograd node of an eager call: what forward compressed (undefined unless the sparse path was
 // taken) serves both gradients.
@@ -44,7 +46,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> packed_linear_gradients(const at:
 at::Tensor unpack_values(const at::Tensor& values, const at::Tensor& bits, int64_t in_features);
 at::Tensor pack_values(const at::Tensor& weight, const at::Tensor& bits, int64_t nnz);
 std::tuple<std::string, std::string> explain_packed_linear(const at::Tensor& values, const at::Tensor& bits,
-                                                           int64_t in_features, int64_t batch);
+                                                           int64_t in_features, int64_t batch, bool by_input);
 
 at::Tensor convolution(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask,
                        const std::optional<at::Tensor>& bias, at::IntArrayRef stride, at::IntArrayRef padding,

@@ -191,11 +191,12 @@ at::Tensor pack_values(const at::Tensor& weight, const at::Tensor& bits, int64_t
 }
 
 std::tuple<std::string, std::string> explain_packed_linear(const at::Tensor& values, const at::Tensor& bits,
-                                                           int64_t in_features, int64_t batch) {
+                                                           int64_t in_features, int64_t batch, bool by_input) {
   check_weight(values, bits, in_features);
-  if (values.is_cuda()) return device::explain_packed_linear(values, bits, in_features, batch);
+  const Pass pass = by_input ? Pass::kGradInput : Pass::kForward;
+  if (values.is_cuda()) return device::explain_packed_linear(pass, values, bits, in_features, batch);
   const PatternPtr pattern = checked_pattern(bits, in_features, values.numel());
-  const Choice choice = choose_packed_linear(Pass::kForward, batch, values, *pattern);
+  const Choice choice = choose_packed_linear(pass, batch, values, *pattern);
   return {path_name(choice.path), choice.reason};
 }
 

@@ -13,6 +13,7 @@ from .functional import (
     masked_conv_transpose2d,
     masked_conv_transpose3d,
     masked_linear,
+    masked_matmul,
     packed_conv1d,
     packed_conv2d,
     packed_conv3d,
@@ -20,6 +21,7 @@ from .functional import (
     packed_conv_transpose2d,
     packed_conv_transpose3d,
     packed_linear,
+    packed_matmul,
 )
 from .nn import (
     MaskedConv1d,
@@ -71,6 +73,7 @@ __all__ = [
     "masked_conv_transpose2d",
     "masked_conv_transpose3d",
     "masked_linear",
+    "masked_matmul",
     "pack",
     "packed_conv1d",
     "packed_conv2d",
@@ -79,6 +82,7 @@ __all__ = [
     "packed_conv_transpose2d",
     "packed_conv_transpose3d",
     "packed_linear",
+    "packed_matmul",
     "prune",
     "report",
     "unpack",

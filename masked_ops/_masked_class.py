@@ -131,6 +131,7 @@ class Masked(nn.Module):
 
     _masked_dense: ClassVar[type[nn.Module]] = nn.Module  # what the class becomes when its masks are gone
     _masked_names: ClassVar[tuple[str, ...]] = ()  # the parameters that have a property, in the order of attaching
+    _masked_on_demand: ClassVar[bool] = False  # made by _meet: no module has it under its name
 
     def _masked_fuses(self) -> bool:
         """Whether a call runs the fused kernels on ``weight``."""
@@ -176,13 +177,51 @@ def stands_in_for(torch_class: type[nn.Module], *names: str) -> Callable[[_M], _
     return decorate
 
 
+_named: dict[tuple[str, str], tuple[type[Masked], tuple[str, ...]]] = {}
+
+
+def stands_in_for_named(module: str, name: str, *names: str) -> Callable[[_M], _M]:
+    """The same for a class of another library, which is not imported: the stand-in is made when it is met."""
+
+    def decorate(cls: _M) -> _M:
+        _named[module, name] = (cls, names)
+        return cls
+
+    return decorate
+
+
+def stands_in_as(dense: type[nn.Module], base: type[Masked]) -> bool:
+    """Whether the named class ``dense``, or one that it derives from, has ``base`` in its stand-in."""
+    return any(_named.get((cls.__module__, cls.__qualname__), (None,))[0] is base for cls in dense.__mro__)
+
+
+def _meet(dense: type[nn.Module]) -> None:
+    for cls in dense.__mro__:
+        base, names = _named.get((cls.__module__, cls.__qualname__), (None, ()))
+        if base is None or cls in _stand_ins:
+            continue
+        namespace = {
+            **_overrides(cls, names),
+            "__module__": cls.__module__,
+            "_masked_dense": cls,
+            "_masked_names": names,
+            "_masked_on_demand": True,
+        }
+        _stand_ins.setdefault(cls, (new_class(f"Masked{cls.__name__}", (base, cls), namespace), names))
+
+
+def new_class(name: str, bases: tuple[type[nn.Module], ...], namespace: dict[str, Any]) -> Any:
+    return types.new_class(name, bases, {}, lambda space: space.update(namespace))
+
+
 def masked_class(dense: type[nn.Module], names: tuple[str, ...]) -> type[Masked]:
     """The class of a ``dense`` module whose parameters ``names`` are masked; the same one for the same arguments."""
+    _meet(dense)
     base: type[Masked] = Masked
-    for torch_class, (stand_in, needed) in _stand_ins.items():
+    for torch_class, (stand_in, needed) in list(_stand_ins.items()):
         if issubclass(dense, torch_class) and set(needed) <= set(names):
             base = stand_in
-            if dense is torch_class and names == needed:
+            if dense is torch_class and names == needed and not stand_in._masked_on_demand:
                 return stand_in
     if issubclass(base, dense):
         bases: tuple[type[nn.Module], ...] = (base,)
@@ -211,7 +250,7 @@ def masked_class(dense: type[nn.Module], names: tuple[str, ...]) -> type[Masked]
         "_masked_names": names,
         "_made_by": (masked_class, dense, names),
     }
-    made = types.new_class(f"Masked{dense.__name__}", bases, {}, lambda space: space.update(namespace))
+    made: type[Masked] = new_class(f"Masked{dense.__name__}", bases, namespace)
     return existing() or made
 
 

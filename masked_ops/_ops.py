@@ -35,7 +35,7 @@ _SCHEMAS = (
     f"linear(Tensor input, {_MASKED}, Tensor? bias=None) -> Tensor",
     f"linear_grad_input(Tensor grad_output, {_MASKED}) -> Tensor",
     "linear_grad_weight(Tensor grad_output, Tensor input, Tensor mask) -> Tensor",
-    f"explain_linear({_MASKED}, int batch) -> (str, str)",
+    f"explain_linear({_MASKED}, int batch, bool by_input=False) -> (str, str)",
     f"convolution(Tensor input, {_MASKED}, Tensor? bias, {_GEOMETRY}) -> Tensor",
     f"convolution_grad_input(Tensor grad_output, {_MASKED}, SymInt[] input_size, {_GEOMETRY}) -> Tensor",
     f"convolution_grad_weight(Tensor grad_output, Tensor input, Tensor mask, {_GEOMETRY}) -> Tensor",
@@ -49,7 +49,8 @@ _SCHEMAS = (
     f"(Tensor grad_output, Tensor input, Tensor weight_bits, SymInt[] weight_size, SymInt nnz, {_GEOMETRY}) -> Tensor",
     f"unpack_values({_PACKED}) -> Tensor",
     "pack_values(Tensor weight, Tensor weight_bits, SymInt nnz) -> Tensor",
-    "explain_packed_linear(Tensor weight_values, Tensor weight_bits, int in_features, int batch) -> (str, str)",
+    "explain_packed_linear(Tensor weight_values, Tensor weight_bits, int in_features, int batch, bool by_input=False)"
+    " -> (str, str)",
     f"explain_packed_convolution({_PACKED_CONV}, SymInt[] input_size, bool channels_last, {_GEOMETRY}) -> (str, str)",
 )
 
@@ -263,18 +264,21 @@ def clear_cache() -> None:
         module.clear_cache()
 
 
-def explain_linear(weight: Tensor, mask: Tensor, batch: int) -> tuple[str, str]:
-    """The path that ``linear`` takes for ``batch`` rows of input, and why."""
+def explain_linear(weight: Tensor, mask: Tensor, batch: int, by_input: bool = False) -> tuple[str, str]:
+    """The path that ``linear`` takes for ``batch`` rows of input, and why; or, of a weight ``[K, N]`` that is stored by
+    its inputs, the one that ``masked_matmul`` takes."""
     module = _compiled()
     if module is None:
         return "reference", _fallback_reason or "no compiled kernels"
-    path, reason = torch.ops.masked_ops.explain_linear(weight.detach(), mask, batch)
+    path, reason = torch.ops.masked_ops.explain_linear(weight.detach(), mask, batch, by_input)
     return path, reason
 
 
-def explain_packed_linear(weight_values: Tensor, weight_bits: Tensor, in_features: int, batch: int) -> tuple[str, str]:
-    """The path that ``packed_linear`` takes for ``batch`` rows of input, and why."""
-    return _explain_packed("linear", weight_values, weight_bits, in_features, batch)
+def explain_packed_linear(
+    weight_values: Tensor, weight_bits: Tensor, in_features: int, batch: int, by_input: bool = False
+) -> tuple[str, str]:
+    """As ``explain_linear``, for ``packed_linear`` and ``packed_matmul``."""
+    return _explain_packed("linear", weight_values, weight_bits, in_features, batch, by_input)
 
 
 def explain_packed_convolution(

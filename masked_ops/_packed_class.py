@@ -11,7 +11,6 @@ The class of a packed ``X`` is made on demand, as that of a masked one is (``_ma
 from __future__ import annotations
 
 import math
-import types
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -21,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.parameter import Parameter
 
 from . import _ops
-from ._masked_class import _dense_view, _reduce_ex, is_sharded
+from ._masked_class import _dense_view, _reduce_ex, is_sharded, new_class
 
 _P = TypeVar("_P", bound="type[Packed]")
 
@@ -96,6 +95,7 @@ class Packed(nn.Module):
     """Base of every class with a packed weight."""
 
     _packed_dense: ClassVar[type[nn.Module]] = nn.Module  # what the class becomes when it is unpacked
+    _packed_on_demand: ClassVar[bool] = False  # made by _meet: no module has it under its name
 
     def _packed_shape(self) -> tuple[int, ...]:
         """The shape of the weight."""
@@ -218,13 +218,41 @@ def packs(torch_class: type[nn.Module]) -> Callable[[_P], _P]:
     return decorate
 
 
+_named: dict[tuple[str, str], type[Packed]] = {}
+
+
+def packs_named(module: str, name: str) -> Callable[[_P], _P]:
+    """The same for a class of another library, which is not imported: its packed class is made when it is met."""
+
+    def decorate(cls: _P) -> _P:
+        _named[module, name] = cls
+        return cls
+
+    return decorate
+
+
+def _meet(dense: type[nn.Module]) -> None:
+    for cls in dense.__mro__:
+        base = _named.get((cls.__module__, cls.__qualname__))
+        if base is not None and cls not in _packed_classes:
+            namespace = {
+                **_overrides(cls),
+                "__module__": cls.__module__,
+                "_packed_dense": cls,
+                "_packed_on_demand": True,
+            }
+            _packed_classes.setdefault(cls, new_class(f"Packed{cls.__name__}", (base, cls), namespace))
+
+
 def can_be_packed(module: nn.Module) -> bool:
     """Whether there are kernels for a packed ``module``."""
+    _meet(type(module))
     return isinstance(module, tuple(_packed_classes))
 
 
 def _base_of(dense: type[nn.Module]) -> type[Packed]:
-    return next(cls for torch_class, cls in _packed_classes.items() if issubclass(dense, torch_class))
+    _meet(dense)
+    return next(cls for torch_class, cls in list(_packed_classes.items()) if issubclass(dense, torch_class))
 
 
 def shape_when_packed(module: nn.Module) -> tuple[int, ...]:
@@ -235,10 +263,12 @@ def shape_when_packed(module: nn.Module) -> tuple[int, ...]:
 def packed_class(dense: type[nn.Module]) -> type[Packed]:
     """The class of a ``dense`` module that is packed; the same one for the same argument."""
     base = _base_of(dense)
-    if dense is base._packed_dense:
+    if dense is base._packed_dense and not base._packed_on_demand:
         return base
     # Right before torch's class, for whoever calls super(); but before all that a subclass of a masked layer inherits.
-    bases = (base, dense) if hasattr(dense, "_masked_dense") else (dense, base)
+    bases: tuple[type[nn.Module], ...] = (base, dense) if hasattr(dense, "_masked_dense") else (dense, base)
+    if dense is base._packed_dense:
+        bases = (base,)
 
     # A weak cache on which threads agree: see masked_class.
     def existing() -> Any:
@@ -257,7 +287,7 @@ def packed_class(dense: type[nn.Module]) -> type[Packed]:
         "_packed_dense": dense,
         "_made_by": (packed_class, dense),
     }
-    made = types.new_class(f"Packed{dense.__name__}", bases, {}, lambda space: space.update(namespace))
+    made: type[Packed] = new_class(f"Packed{dense.__name__}", bases, namespace)
     return existing() or made
 
 

@@ -177,7 +177,7 @@ def report(model: Module, batch: int | Tensor | tuple[Any, ...] | Mapping[str, A
         raise ValueError(f"batch must be 1 or more, got {batch}")
     else:
         # The positions of a convolution depend on the size of its input.
-        calls = {m: _Call(batch, batch if isinstance(m, Linear) else None) for m in model.modules()}
+        calls = {m: _Call(batch, batch if _is_linear(m) else None) for m in model.modules()}
 
     layers = []
     seen: set[int] = set()
@@ -238,7 +238,7 @@ def _describe(
     density = nnz / entries if entries else 1.0
     positions = call.positions if call else None
     path, reason = _path(module, name, parameter, mask, call)
-    multiplies = isinstance(module, (Linear, _ConvNd)) and name == "weight"
+    multiplies = name == "weight" and (_is_linear(module) or isinstance(module, _ConvNd))
     return LayerReport(
         name=label,
         kind=_kind(module),
@@ -252,6 +252,10 @@ def _describe(
         dense_flops=2 * entries * positions if multiplies and positions is not None else None,
         remaining_flops=None if not multiplies or call is None else 1.0 if mask is None else density,
     )
+
+
+def _is_linear(module: Module) -> bool:
+    return isinstance(module, Linear) or nn.is_matmul(module)
 
 
 def _kind(module: Module) -> str:
@@ -268,8 +272,8 @@ def _describe_packed(label: str, module: Any, call: _Call | None, seen: set[int]
     path, reason = "packed", "not called by the example input"
     if is_sharded(values):
         reason = "sharded: chosen within forward, where the values are whole"
-    elif call is not None and isinstance(module, Linear):
-        path, reason = _ops.explain_packed_linear(values, bits, shape[1], call.batch)
+    elif call is not None and _is_linear(module):
+        path, reason = _ops.explain_packed_linear(values, bits, shape[1], call.batch, nn.is_matmul(module))
     elif call is not None:
         path, reason = _explain_convolution(_ops.explain_packed_convolution, module, (values, bits, shape), call)
     report = LayerReport(
@@ -302,10 +306,10 @@ def _path(module: Module, name: str, parameter: Tensor, mask: Tensor | None, cal
             return path, "not called by the example input"
         if isinstance(module, _ConvNd):
             return _explain_convolution(_ops.explain_convolution, module, (parameter, mask), call)
-        return _ops.explain_linear(parameter, mask, call.batch)
+        return _ops.explain_linear(parameter, mask, call.batch, nn.is_matmul(module))
     if path == "hook":
         return path, "the class cannot be swapped: masked in Python before each forward"
-    if name == "weight" and isinstance(module, (Linear, _ConvNd)):
+    if name == "weight" and (_is_linear(module) or isinstance(module, _ConvNd)):
         return path, "the module has its own forward: masked in one pass when the weight is read"
     return path, "no fused kernel for this parameter: masked in one pass when it is read"
 
@@ -342,8 +346,8 @@ def _measure(model: Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         if input is None or not isinstance(output, Tensor):
             return  # a forward of the user's own
         size, channels_last = None, False
-        if isinstance(module, Linear):
-            batch = positions = input.numel() // max(module.in_features, 1)
+        if _is_linear(module):
+            batch = positions = math.prod(input.shape[:-1])
         else:
             spatial = len(module.kernel_size)  # type: ignore[arg-type]
             batch = math.prod(input.shape[: -spatial - 1])
@@ -355,7 +359,7 @@ def _measure(model: Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         measured[module] = _Call(batch, before + positions, size, channels_last)
 
     modes = [(module, module.training) for module in model.modules()]
-    layers = [module for module, _ in modes if isinstance(module, (Linear, _ConvNd))]
+    layers = [module for module, _ in modes if _is_linear(module) or isinstance(module, _ConvNd)]
     handles = [module.register_forward_hook(hook, with_kwargs=True) for module in layers]
     try:
         model.eval()

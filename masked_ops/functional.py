@@ -28,6 +28,7 @@ __all__ = [
     "masked_conv_transpose2d",
     "masked_conv_transpose3d",
     "masked_linear",
+    "masked_matmul",
     "packed_conv1d",
     "packed_conv2d",
     "packed_conv3d",
@@ -35,6 +36,7 @@ __all__ = [
     "packed_conv_transpose2d",
     "packed_conv_transpose3d",
     "packed_linear",
+    "packed_matmul",
 ]
 
 _IntOrInts = int | Sequence[int]
@@ -89,6 +91,99 @@ def masked_linear(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | No
     if torch.compiler.is_dynamo_compiling():
         return _ops.linear(input, weight, mask, bias)
     return _ops.direct.linear(input, weight, mask, bias)
+
+
+def masked_matmul(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Linear layer whose masked weight is stored as ``[K, N]``: ``input @ (weight under mask) + bias``.
+
+    That is how ``transformers.pytorch_utils.Conv1D`` (GPT-2) stores its weight. Nothing is transposed: the product is
+    the one that gives a linear layer's gradient of its input, and runs on the same kernels.
+
+    Args:
+        input: ``[..., K]``, floating point.
+        weight: ``[K, N]``, of the input's dtype.
+        mask: the shape of ``weight``, any dtype.
+        bias: ``[N]`` or None.
+
+    Returns:
+        ``[..., N]``, of the input's dtype.
+
+    Raises:
+        RuntimeError: for arguments that do not fit; naming ``mask`` if its shape or device differs.
+
+    Example:
+        >>> x, w = torch.ones(2, 3), torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+        >>> masked_ops.masked_matmul(x, w, torch.tensor([[1, 0], [0, 1], [1, 1]]))
+        tensor([[ 6., 10.],
+                [ 6., 10.]])
+    """
+    _ops.load()
+    dtype = _autocast_dtype(weight)
+    if dtype is not None:
+        input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
+        if not weight.is_cpu:  # masked and cast in one pass
+            return _plus(torch.matmul(input, _ops.apply_mask(weight, mask, dtype=dtype)), bias)
+        weight = weight.to(dtype)
+    if weight.is_complex():  # whose gradient takes the conjugate
+        return _plus(torch.matmul(input, _ops.apply_mask(weight, mask)), bias)
+    return _plus(_by_input(_ops.linear_grad_input, input, weight, mask), bias)
+
+
+def packed_matmul(
+    input: Tensor,
+    weight_values: Tensor,
+    weight_bits: Tensor,
+    out_features: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """:func:`masked_matmul` of a weight ``[K, N]`` that is stored as its remaining values and one bit a weight.
+
+    Args:
+        input: ``[..., K]``, floating point.
+        weight_values: ``[nnz]``, the weights whose bit is set, in row-major order, of the input's dtype.
+        weight_bits: uint8 ``[K, ceil(out_features / 8)]``, little bit order; bits beyond ``out_features`` are 0.
+        out_features: N, the columns of the weight.
+        bias: ``[N]`` or None.
+
+    Returns:
+        ``[..., N]``, of the input's dtype; differentiable in ``input``, ``weight_values`` and ``bias``.
+
+    Raises:
+        RuntimeError: naming the argument that does not fit.
+
+    Example:
+        >>> bits = torch.tensor([[0b101], [0b010]], dtype=torch.uint8)
+        >>> values = torch.tensor([10.0, 20.0, 30.0])
+        >>> masked_ops.packed_matmul(torch.tensor([[1.0, 2.0]]), values, bits, 3)
+        tensor([[10., 60., 20.]])
+    """
+    _ops.load()
+    dtype = _autocast_dtype(weight_values)
+    if dtype is not None:
+        input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
+        weight_values = weight_values.to(dtype)
+    return _plus(_by_input(_ops.packed_linear_grad_input, input, weight_values, weight_bits, out_features), bias)
+
+
+def _autocast_dtype(weight: Tensor) -> torch.dtype | None:
+    """What autocast has a product with ``weight`` computed in. Not that of the input, which torch.fx may trace."""
+    kind = weight.device.type
+    casts = weight.is_floating_point() and weight.dtype is not torch.float64 and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if casts else None
+
+
+def _by_input(gradient: Callable[..., Tensor], input: Tensor, *weight: Any) -> Tensor:
+    """A product that is the gradient of a linear layer's input."""
+    try:
+        return gradient(input, *weight)
+    except RuntimeError as error:
+        if type(error) is not RuntimeError or "grad_output" not in str(error):
+            raise
+        raise RuntimeError(str(error).replace("grad_output", "input")) from None
+
+
+def _plus(output: Tensor, bias: Tensor | None) -> Tensor:
+    return output if bias is None else output + bias
 
 
 def packed_linear(

@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.prune import BasePruningMethod
 
 from . import functional
-from ._masked_class import Masked, Sparsity, is_sharded, sparsity, stands_in_for
+from ._masked_class import Masked, Sparsity, is_sharded, sparsity, stands_in_as, stands_in_for, stands_in_for_named
 from ._masking import atomic, attach, detach, masked_names, path_of, set_mask
 
 __all__ = [
@@ -77,8 +77,8 @@ class _MaskedWeight(Masked):
             return None if mask is None else (self.weight_orig, mask, self.bias)
 
     def _masked_fuses(self) -> bool:
-        fused: tuple[Any, ...] = (MaskedLinear.forward, _MaskedConv.forward, _MaskedConvTranspose.forward)
-        return type(self).forward in fused and "forward" not in vars(self)
+        fused: tuple[Any, ...] = (MaskedLinear, _MaskedConv, _MaskedConvTranspose, _MaskedMatmul)
+        return type(self).forward in [layer.forward for layer in fused] and "forward" not in vars(self)
 
     def set_mask(self, mask: Tensor) -> None:
         """Replace the mask.
@@ -198,6 +198,25 @@ class MaskedLinear(_MaskedWeight, nn.Linear):
             return super().forward(input)
         weight, mask, bias = operands
         return functional.masked_linear(input, weight, mask, bias)
+
+
+@stands_in_for_named("transformers.pytorch_utils", "Conv1D", "weight")
+class _MaskedMatmul(_MaskedWeight):
+    """Layers that keep their weight as ``[in, out]``: ``x @ weight + bias``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(self, Masked):
+            return as_it_is_now(self, x)
+        operands = self._masked_operands()
+        if operands is None:
+            return super().forward(x)
+        weight, mask, bias = operands
+        return functional.masked_matmul(x, weight, mask, bias)
+
+
+def is_matmul(module: nn.Module) -> bool:
+    """Whether it is a layer, masked or not, that multiplies by a weight ``[in, out]``."""
+    return stands_in_as(type(module), _MaskedMatmul)
 
 
 @torch.fx.wrap  # a node of its own in a symbolic trace, as a torch.nn module is: it asks for the input's rank

@@ -35,6 +35,7 @@ from ._packed_class import (
     gather,
     is_packed,
     packs,
+    packs_named,
     scatter,
     shape_when_packed,
     sparsity_of,
@@ -174,6 +175,21 @@ class PackedLinear(_PackedWeight, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         values, bits, bias = self._packed_operands()
         return functional.packed_linear(input, values, bits, self.in_features, bias)
+
+
+@packs_named("transformers.pytorch_utils", "Conv1D")
+class _PackedMatmul(_PackedWeight):
+    """Layers that keep their weight as ``[in, out]``: ``x @ weight + bias``."""
+
+    nx: int
+    nf: int
+
+    def _packed_shape(self) -> tuple[int, ...]:
+        return self.nx, self.nf
+
+    def forward(self, x: Tensor) -> Tensor:
+        values, bits, bias = self._packed_operands()
+        return functional.packed_matmul(x, values, bits, self.nf, bias)
 
 
 class _PackedConv(_PackedWeight):
@@ -486,7 +502,8 @@ def pack(model: _M, optimizer: Optimizer | None = None) -> _M:
     """Keep of the masked layers in ``model`` only what is not pruned: turn each into a packed one, in place.
 
     Packed are linear layers and convolutions, transposed ones included: ``MaskedLinear`` and its like, and pruned
-    instances of torch's classes and of subclasses that keep their ``forward``, ``model`` itself included. All else
+    instances of torch's classes, of the ``Conv1D`` of transformers (a linear layer whose weight is ``[in, out]``), and
+    of subclasses that keep their ``forward``, ``model`` itself included. All else
     stays as it is: layers that are not pruned, other pruned parameters (a bias, an embedding), layers with a
     ``forward`` of their own or a weight that is also an embedding's, complex and float8 weights.
     :func:`masked_ops.report` lists who is what.
