@@ -20,6 +20,8 @@ from masked_ops import _ops, prune
 from masked_ops._packed_class import bits_of
 from masked_ops.nn import masked_names, path_of
 
+pytestmark = pytest.mark.usefixtures("device")
+
 SIZES = ((), (1,), (3,), (17,), (200,), (2, 3), (0,))
 
 
@@ -68,17 +70,17 @@ def test_gradients_of_any_order(dtype: torch.dtype, soft: bool) -> None:
 def test_under_autocast_compile_and_vmap() -> None:
     x, w, bias = normal(6, 40), normal(40, 24).requires_grad_(), normal(24)
     mask = mask_of("few", 40, 24)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(x.device.type, torch.bfloat16):
         y = masked_ops.masked_matmul(x, w, mask, bias)
     assert y.dtype is torch.bfloat16
     torch.testing.assert_close(y.float(), x @ masked(w, mask) + bias, rtol=0.03, atol=0.1)
     y.float().sum().backward()
     assert w.grad is not None and w.grad.dtype is torch.float32 and not w.grad[~mask].any()
-    with torch.autocast("cpu", torch.bfloat16):  # double is left alone
+    with torch.autocast(x.device.type, torch.bfloat16):  # double is left alone
         assert masked_ops.masked_matmul(x.double(), w.double(), mask).dtype is torch.float64
 
     bits, values = bits_of(mask), w.detach()[mask].requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(x.device.type, torch.bfloat16):
         packed = masked_ops.packed_matmul(x, values, bits, 24, bias)
     torch.testing.assert_close(packed, y.detach())
     packed.float().sum().backward()
@@ -193,6 +195,7 @@ def test_conv1d_of_transformers_is_fused(Conv1D: Any) -> None:
     torch.testing.assert_close(forward(x), dense[0](x))  # kept by a hook of accelerate's, say
 
 
+@pytest.mark.cpu_only("about paths of the CPU's")
 @compiled_only
 def test_report_asks_for_the_product_by_input(Conv1D: Any) -> None:
     """Not for a linear layer's: of some shapes that takes another path."""
