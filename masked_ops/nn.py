@@ -19,7 +19,16 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.prune import BasePruningMethod
 
 from . import functional
-from ._masked_class import Masked, Sparsity, is_sharded, sparsity, stands_in_as, stands_in_for, stands_in_for_named
+from ._masked_class import (
+    Masked,
+    Sparsity,
+    as_it_is_now,
+    is_sharded,
+    sparsity,
+    stands_in_as,
+    stands_in_for,
+    stands_in_for_named,
+)
 from ._masking import atomic, attach, detach, masked_names, path_of, set_mask
 
 __all__ = [
@@ -45,11 +54,6 @@ _W = TypeVar("_W", bound="_MaskedWeight")
 def _sparsity(module: Any) -> float:
     mask = getattr(module, "weight_mask", None)
     return 0.0 if mask is None else sparsity(mask)
-
-
-def as_it_is_now(module: Any, *args: Any) -> Any:
-    """Call a module by its class: its ``forward`` was bound when it had another, and kept, as accelerate's hooks do."""
-    return type(module).forward(module, *args)
 
 
 class _MaskedWeight(Masked):

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from . import functional
 from . import nn as masked_nn
 from ._carry import Replaced, carry, check_optimizer, snapshot
-from ._masked_class import Sparsity
+from ._masked_class import Sparsity, as_it_is_now
 from ._masking import _refuse_sharded
 from ._packed_class import (
     BITS,
@@ -173,6 +173,8 @@ class PackedLinear(_PackedWeight, nn.Linear):
         return self.out_features, self.in_features
 
     def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(self, Packed):
+            return as_it_is_now(self, input)
         values, bits, bias = self._packed_operands()
         return functional.packed_linear(input, values, bits, self.in_features, bias)
 
@@ -188,6 +190,8 @@ class _PackedMatmul(_PackedWeight):
         return self.nx, self.nf
 
     def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(self, Packed):
+            return as_it_is_now(self, x)
         values, bits, bias = self._packed_operands()
         return functional.packed_matmul(x, values, bits, self.nf, bias)
 
@@ -225,6 +229,8 @@ class _PackedConv(_PackedWeight):
         return self.out_channels, self.in_channels // self.groups, *self.kernel_size
 
     def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(self, Packed):
+            return as_it_is_now(self, input)
         values, bits, bias = self._packed_operands()
         input, padding = masked_nn.pad(self, input)
         return masked_nn.convolve(
@@ -287,6 +293,8 @@ class _PackedConvTranspose(_PackedWeight):
         return self.in_channels, self.out_channels // self.groups, *self.kernel_size
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if not isinstance(self, Packed):
+            return as_it_is_now(self, input, output_size)
         values, bits, bias = self._packed_operands()
         output_padding = self._output_padding(
             input, output_size, self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation

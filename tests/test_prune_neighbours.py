@@ -272,6 +272,32 @@ def test_a_forward_that_was_kept_while_the_layer_was_masked(layer: Any, shape: A
     assert type(layer).__module__.startswith("torch.nn")
 
 
+@pytest.mark.parametrize("take_off", [prune.remove, masked_ops.unpack])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(nn.Linear(6, 4), (2, 6)), (nn.Conv2d(3, 4, 3), (2, 3, 5, 5)), (nn.ConvTranspose1d(3, 4, 3), (2, 3, 5))],
+    ids=["linear", "conv2d", "conv_transpose1d"],
+)
+def test_a_forward_that_was_kept_while_the_layer_was_packed(layer: Any, shape: Any, take_off: Any) -> None:
+    layer, x = copy.deepcopy(layer), torch.randn(shape)
+    masked_ops.pack(prune.random_unstructured(layer, "weight", amount=0.5))
+    kept, expected = layer.forward, layer(x)
+    take_off(layer)
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(kept(x), expected)
+
+
+@pytest.mark.parametrize("kind", ["attention", "gru"])
+def test_a_forward_that_was_kept_of_a_module_with_several_weights(kind: str) -> None:
+    layer: Any = nn.GRU(4, 8) if kind == "gru" else nn.MultiheadAttention(8, 2)
+    x = (torch.randn(3, 2, 4),) if kind == "gru" else (torch.randn(3, 2, 8),) * 3
+    name = "weight_hh_l0" if kind == "gru" else "in_proj_weight"
+    prune.random_unstructured(layer, name, amount=0.5)
+    kept, expected = layer.forward, layer(*x)[0]
+    prune.remove(layer, name)
+    torch.testing.assert_close(kept(*x)[0], expected)
+
+
 # --- install ---------------------------------------------------------------------------------------------------------
 
 
