@@ -340,6 +340,10 @@ Tensor call_linear(const Tensor& input, const Tensor& weight, const Tensor& mask
   return linear_op().call(input, weight, mask, bias);
 }
 
+Tensor call_linear_grad_input(const Tensor& grad_output, const Tensor& weight, const Tensor& mask) {
+  return linear_grad_input_op().call(grad_output, weight, mask);
+}
+
 Tensor call_convolution(const Tensor& input, const Tensor& weight, const Tensor& mask, const OptionalTensor& bias,
                         c10::SymIntArrayRef stride, c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
                         bool transposed, c10::SymIntArrayRef output_padding, c10::SymInt groups) {

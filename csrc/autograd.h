@@ -63,8 +63,11 @@ at::Tensor linear_autocast(const at::Tensor& input, const at::Tensor& weight, co
 at::Tensor call_apply_mask(const at::Tensor& weight, const at::Tensor& mask, std::optional<at::ScalarType> dtype);
 at::Tensor call_linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask,
                        const std::optional<at::Tensor>& bias);
+at::Tensor call_linear_grad_input(const at::Tensor& grad_output, const at::Tensor& weight, const at::Tensor& mask);
 at::Tensor call_packed_linear(const at::Tensor& input, const at::Tensor& values, const at::Tensor& bits,
                               c10::SymInt in_features, const std::optional<at::Tensor>& bias);
+at::Tensor call_packed_linear_grad_input(const at::Tensor& grad_output, const at::Tensor& values,
+                                         const at::Tensor& bits, c10::SymInt in_features);
 at::Tensor call_convolution(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& mask,
                             const std::optional<at::Tensor>& bias, c10::SymIntArrayRef stride,
                             c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, bool transposed,

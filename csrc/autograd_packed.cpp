@@ -344,6 +344,11 @@ Tensor call_packed_linear(const Tensor& input, const Tensor& values, const Tenso
   return packed_linear_op().call(input, values, bits, in_features, bias);
 }
 
+Tensor call_packed_linear_grad_input(const Tensor& grad_output, const Tensor& values, const Tensor& bits,
+                                     c10::SymInt in_features) {
+  return packed_linear_grad_input_op().call(grad_output, values, bits, in_features);
+}
+
 Tensor call_packed_convolution(const Tensor& input, const Tensor& values, const Tensor& bits,
                                c10::SymIntArrayRef weight_size, const OptionalTensor& bias, c10::SymIntArrayRef stride,
                                c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, bool transposed,

@@ -4,6 +4,8 @@
 #include "register_direct.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/ops/add.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -12,6 +14,7 @@
 #include <optional>
 
 #include "autograd.h"
+#include "autograd_common.h"
 
 namespace py = pybind11;
 
@@ -72,6 +75,44 @@ PyObject* packed_linear_direct(PyObject*, PyObject* const* args, Py_ssize_t n) {
                    bits = THPVariable_Unpack(args[2]);
   const auto bias = optional_tensor(args[4]);
   return without_gil([&] { return call_packed_linear(input, values, bits, in_features, bias); });
+  END_HANDLE_TH_ERRORS
+}
+
+// Whether a product by input is done as it stands: autocast would cast, and the conjugate is not this family's.
+bool multiplies_as_it_is(const at::Tensor& weight) {
+  return !weight.is_complex() && !at::autocast::is_autocast_enabled(weight.device().type());
+}
+
+at::Tensor plus(const at::Tensor& y, const std::optional<at::Tensor>& bias) {
+  if (!bias) return y;
+  const bool in_place = computes_here(y, *bias) && !takes_composite(y, *bias) && bias->dim() == 1 && y.dim() > 0 &&
+                        bias->size(0) == y.size(-1) && bias->scalar_type() == y.scalar_type();
+  return in_place ? y.add_(*bias) : y.add(*bias);
+}
+
+// (input, weight, mask, bias); None, and nothing is done, unless it is a plain call.
+PyObject* matmul_direct(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  HANDLE_TH_ERRORS
+  if (n != 4 || !are_plain(args, 3, args[3])) Py_RETURN_NONE;
+  const at::Tensor input = THPVariable_Unpack(args[0]), weight = THPVariable_Unpack(args[1]),
+                   mask = THPVariable_Unpack(args[2]);
+  if (!multiplies_as_it_is(weight)) Py_RETURN_NONE;
+  const auto bias = optional_tensor(args[3]);
+  return without_gil([&] { return plus(call_linear_grad_input(input, weight, mask), bias); });
+  END_HANDLE_TH_ERRORS
+}
+
+// (input, values, bits, out_features, bias); as above.
+PyObject* packed_matmul_direct(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  HANDLE_TH_ERRORS
+  if (n != 5 || !are_plain(args, 3, args[4]) || !PyLong_CheckExact(args[3])) Py_RETURN_NONE;
+  int overflow = 0;
+  const int64_t out_features = PyLong_AsLongLongAndOverflow(args[3], &overflow);
+  const at::Tensor input = THPVariable_Unpack(args[0]), values = THPVariable_Unpack(args[1]),
+                   bits = THPVariable_Unpack(args[2]);
+  if (overflow || !multiplies_as_it_is(values)) Py_RETURN_NONE;
+  const auto bias = optional_tensor(args[4]);
+  return without_gil([&] { return plus(call_packed_linear_grad_input(input, values, bits, out_features), bias); });
   END_HANDLE_TH_ERRORS
 }
 
@@ -174,6 +215,9 @@ PyMethodDef methods[] = {
     {"linear", as_method<linear_direct>(), METH_FASTCALL, "masked_ops::linear(input, weight, mask, bias)"},
     {"packed_linear", as_method<packed_linear_direct>(), METH_FASTCALL,
      "masked_ops::packed_linear(input, values, bits, in_features, bias)"},
+    {"matmul", as_method<matmul_direct>(), METH_FASTCALL, "matmul(input, weight, mask, bias)"},
+    {"packed_matmul", as_method<packed_matmul_direct>(), METH_FASTCALL,
+     "packed_matmul(input, values, bits, out_features, bias)"},
     {"convolution", as_method<convolution_direct>(), METH_FASTCALL,
      "convolution(n, input, weight, mask, bias, stride, padding, dilation, groups, transposed, output_padding)"},
     {"packed_convolution", as_method<packed_convolution_direct>(), METH_FASTCALL,

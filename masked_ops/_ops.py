@@ -79,13 +79,16 @@ class _Direct(NamedTuple):
     """How Python's functions call the operations: by torch.ops, or past it where the compiled kernels serve.
 
     All arguments are positional. Dynamo, which knows no functions of libraries, is to be shown the operations. The
-    convolutions take the numbers as their callers gave them, and return None for what they leave to torch.ops.
+    convolutions take the numbers as their callers gave them; they and the products by input return None for what they
+    leave to torch.ops.
     """
 
     linear: Callable[..., Tensor] = linear
     packed_linear: Callable[..., Tensor] = packed_linear
     convolution: Callable[..., Tensor | None] = lambda *_: None
     packed_convolution: Callable[..., Tensor | None] = lambda *_: None
+    matmul: Callable[..., Tensor | None] = lambda *_: None
+    packed_matmul: Callable[..., Tensor | None] = lambda *_: None
 
 
 direct = _Direct()
@@ -166,7 +169,7 @@ def _load() -> bool:
                         raise ValueError(f"{name} takes a number of bytes, got {limit!r}")
                 module.set_cuda_loader(_cuda.load, _cuda.warn)
                 module.set_boxed(linear, packed_linear)
-                direct = _Direct(module.linear, module.packed_linear, module.convolution, module.packed_convolution)
+                direct = _Direct(**{name: getattr(module, name) for name in _Direct._fields})
                 _module, _loaded = module, True
                 for op in OPERATIONS:  # the Python dispatcher, which is on while torch traces, remembers kernels
                     op._dispatch_cache.clear()

@@ -118,6 +118,10 @@ def masked_matmul(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | No
                 [ 6., 10.]])
     """
     _ops.load()
+    if not torch.compiler.is_dynamo_compiling():
+        out = _by_input(_ops.direct.matmul, input, weight, mask, bias)
+        if out is not None:
+            return out
     dtype = _autocast_dtype(weight)
     if dtype is not None:
         input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
@@ -158,6 +162,10 @@ def packed_matmul(
         tensor([[10., 60., 20.]])
     """
     _ops.load()
+    if not torch.compiler.is_dynamo_compiling():
+        out = _by_input(_ops.direct.packed_matmul, input, weight_values, weight_bits, out_features, bias)
+        if out is not None:
+            return out
     dtype = _autocast_dtype(weight_values)
     if dtype is not None:
         input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
@@ -172,7 +180,7 @@ def _autocast_dtype(weight: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if casts else None
 
 
-def _by_input(gradient: Callable[..., Tensor], input: Tensor, *weight: Any) -> Tensor:
+def _by_input(gradient: Callable[..., Any], input: Tensor, *weight: Any) -> Any:
     """A product that is the gradient of a linear layer's input."""
     try:
         return gradient(input, *weight)
