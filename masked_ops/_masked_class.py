@@ -201,6 +201,7 @@ def stands_in_as(dense: type[nn.Module], base: type[Masked]) -> bool:
 
 
 def _meet(dense: type[nn.Module]) -> None:
+    """Make the stand-ins of the named classes that ``dense`` is or derives from."""
     for cls in dense.__mro__:
         base, names = _named.get((cls.__module__, cls.__qualname__), (None, ()))
         if base is None or cls in _stand_ins:

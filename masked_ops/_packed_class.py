@@ -232,6 +232,7 @@ def packs_named(module: str, name: str) -> Callable[[_P], _P]:
 
 
 def _meet(dense: type[nn.Module]) -> None:
+    """Make the packed classes of the named ones that ``dense`` is or derives from."""
     for cls in dense.__mro__:
         base = _named.get((cls.__module__, cls.__qualname__))
         if base is not None and cls not in _packed_classes:

@@ -118,19 +118,13 @@ def masked_matmul(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | No
                 [ 6., 10.]])
     """
     _ops.load()
-    if not torch.compiler.is_dynamo_compiling():
-        out = _by_input(_ops.direct.matmul, input, weight, mask, bias)
-        if out is not None:
-            return out
-    dtype = _autocast_dtype(weight)
-    if dtype is not None:
-        input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
-        if not weight.is_cpu:  # masked and cast in one pass
-            return _plus(torch.matmul(input, _ops.apply_mask(weight, mask, dtype=dtype)), bias)
-        weight = weight.to(dtype)
-    if weight.is_complex():  # whose gradient takes the conjugate
-        return _plus(torch.matmul(input, _ops.apply_mask(weight, mask)), bias)
-    return _plus(_by_input(_ops.linear_grad_input, input, weight, mask), bias)
+    reference.check_tensors(weight=weight)
+    if weight.is_complex() or (weight.is_cuda and _autocast_dtype(weight) is not None):
+        # The gradient of a complex product takes a conjugate. Under CUDA's autocast one pass masks and casts.
+        dtype = _autocast_dtype(weight)
+        out = torch.matmul(input, _ops.apply_mask(weight, mask, dtype=dtype))
+        return out if bias is None else out + (bias if dtype is None else bias.to(dtype))
+    return _by_input(_ops.direct.matmul, _ops.linear_grad_input, input, (weight, mask), bias)
 
 
 def packed_matmul(
@@ -162,15 +156,9 @@ def packed_matmul(
         tensor([[10., 60., 20.]])
     """
     _ops.load()
-    if not torch.compiler.is_dynamo_compiling():
-        out = _by_input(_ops.direct.packed_matmul, input, weight_values, weight_bits, out_features, bias)
-        if out is not None:
-            return out
-    dtype = _autocast_dtype(weight_values)
-    if dtype is not None:
-        input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
-        weight_values = weight_values.to(dtype)
-    return _plus(_by_input(_ops.packed_linear_grad_input, input, weight_values, weight_bits, out_features), bias)
+    reference.check_tensors(weight_values=weight_values)
+    operands = (weight_values, weight_bits, out_features)
+    return _by_input(_ops.direct.packed_matmul, _ops.packed_linear_grad_input, input, operands, bias)
 
 
 def _autocast_dtype(weight: Tensor) -> torch.dtype | None:
@@ -180,18 +168,29 @@ def _autocast_dtype(weight: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if casts else None
 
 
-def _by_input(gradient: Callable[..., Any], input: Tensor, *weight: Any) -> Any:
-    """A product that is the gradient of a linear layer's input."""
+def _by_input(
+    direct: Callable[..., Tensor | None],
+    gradient: Callable[..., Tensor],
+    input: Tensor,
+    weight: tuple[Any, ...],
+    bias: Tensor | None,
+) -> Tensor:
+    """A product that is the gradient of a linear layer's input, plus a bias."""
     try:
-        return gradient(input, *weight)
+        if not torch.compiler.is_dynamo_compiling():
+            out = direct(input, *weight, bias)
+            if out is not None:
+                return out
+        dtype = _autocast_dtype(weight[0])
+        if dtype is not None:
+            input, weight = input.to(dtype), (weight[0].to(dtype), *weight[1:])
+            bias = None if bias is None else bias.to(dtype)
+        out = gradient(input, *weight)
+        return out if bias is None else out + bias
     except RuntimeError as error:
         if type(error) is not RuntimeError or "grad_output" not in str(error):
             raise
         raise RuntimeError(str(error).replace("grad_output", "input")) from None
-
-
-def _plus(output: Tensor, bias: Tensor | None) -> Tensor:
-    return output if bias is None else output + bias
 
 
 def packed_linear(

@@ -108,6 +108,9 @@ def test_errors_name_the_argument() -> None:
     ):
         with pytest.raises(RuntimeError, match=message):
             masked_ops.masked_matmul(*arguments)
+    for call, operands in ((masked_ops.masked_matmul, (w,)), (masked_ops.packed_matmul, (bits_of(w != 0), 4))):
+        with pytest.raises(TypeError, match=r"weight.* must be a Tensor, got None"):
+            call(x, None, *operands)
     with pytest.raises(RuntimeError, match="input must have 3 features"):
         masked_ops.packed_matmul(x.T, torch.ones(12), bits_of(w != 0), 4)
 
