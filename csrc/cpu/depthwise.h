@@ -28,6 +28,7 @@ MASKED_OPS_INLINE void with_tile(int64_t size, const Body& body) {
 }
 
 // add(i, t, the vector i + t steps from `from`) for i < R and t < T, where bit i + t says that there is one.
+// A border lies in the first two or the last two, unless the padding is wide: those alone are asked one by one.
 template <int R, int T, typename Load, typename Add>
 MASKED_OPS_INLINE void for_run(const float* from, int64_t step, uint32_t inside, const Load& load, const Add& add) {
   constexpr int kVectors = R + T - 1, kEdge = 2;
