@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -22,6 +22,7 @@ from . import functional
 from .reference import is_float8
 
 _M = TypeVar("_M", bound="type[Masked]")
+_T = TypeVar("_T")
 _ABSENT = object()
 
 
@@ -172,14 +173,18 @@ def stands_in_for(torch_class: type[nn.Module], *names: str) -> Callable[[_M], _
     """Class decorator: the decorated class is a base where the parameters ``names`` of a ``torch_class`` are masked."""
 
     def decorate(cls: _M) -> _M:
-        cls._masked_dense = torch_class
-        cls._masked_names = names
-        for key, value in _overrides(torch_class, names).items():
-            setattr(cls, key, value)
-        _stand_ins[torch_class] = (cls, names)
+        _stand_ins[torch_class] = (_made_stand_in(cls, torch_class, names), names)
         return cls
 
     return decorate
+
+
+def _made_stand_in(cls: _M, dense: type[nn.Module], names: tuple[str, ...]) -> _M:
+    cls._masked_dense = dense
+    cls._masked_names = names
+    for key, value in _overrides(dense, names).items():
+        setattr(cls, key, value)
+    return cls
 
 
 _named: dict[tuple[str, str], tuple[type[Masked], tuple[str, ...]]] = {}
@@ -197,23 +202,24 @@ def stands_in_for_named(module: str, name: str, *names: str) -> Callable[[_M], _
 
 def stands_in_as(dense: type[nn.Module], base: type[Masked]) -> bool:
     """Whether the named class ``dense``, or one that it derives from, has ``base`` in its stand-in."""
-    return any(_named.get((cls.__module__, cls.__qualname__), (None,))[0] is base for cls in dense.__mro__)
+    return any(found is base for _, (found, _) in named_among(dense, _named))
 
 
 def _meet(dense: type[nn.Module]) -> None:
     """Make the stand-ins of the named classes that ``dense`` is or derives from."""
+    for cls, (base, names) in named_among(dense, _named):
+        if cls not in _stand_ins:
+            namespace = {"__module__": cls.__module__, "_masked_on_demand": True}
+            made = new_class(f"Masked{cls.__name__}", (base, cls), namespace)
+            # Threads that made one each agree on the first.
+            _stand_ins.setdefault(cls, (_made_stand_in(made, cls, names), names))
+
+
+def named_among(dense: type[nn.Module], named: dict[tuple[str, str], _T]) -> Iterator[tuple[type[nn.Module], _T]]:
+    """The classes that ``dense`` is or derives from whose module and name are in ``named``, and what is said there."""
     for cls in dense.__mro__:
-        base, names = _named.get((cls.__module__, cls.__qualname__), (None, ()))
-        if base is None or cls in _stand_ins:
-            continue
-        namespace = {
-            **_overrides(cls, names),
-            "__module__": cls.__module__,
-            "_masked_dense": cls,
-            "_masked_names": names,
-            "_masked_on_demand": True,
-        }
-        _stand_ins.setdefault(cls, (new_class(f"Masked{cls.__name__}", (base, cls), namespace), names))
+        if (found := named.get((cls.__module__, cls.__qualname__))) is not None:
+            yield cls, found
 
 
 def new_class(name: str, bases: tuple[type[nn.Module], ...], namespace: dict[str, Any]) -> Any:

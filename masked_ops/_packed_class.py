@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.parameter import Parameter
 
 from . import _ops
-from ._masked_class import _dense_view, _reduce_ex, is_sharded, new_class
+from ._masked_class import _dense_view, _reduce_ex, is_sharded, named_among, new_class
 
 _P = TypeVar("_P", bound="type[Packed]")
 
@@ -209,13 +209,17 @@ def packs(torch_class: type[nn.Module]) -> Callable[[_P], _P]:
     """Class decorator: a ``torch_class`` becomes the decorated class when it is packed."""
 
     def decorate(cls: _P) -> _P:
-        cls._packed_dense = torch_class
-        for key, value in _overrides(torch_class).items():
-            setattr(cls, key, value)
-        _packed_classes[torch_class] = cls
+        _packed_classes[torch_class] = _made_packed(cls, torch_class)
         return cls
 
     return decorate
+
+
+def _made_packed(cls: _P, dense: type[nn.Module]) -> _P:
+    cls._packed_dense = dense
+    for key, value in _overrides(dense).items():
+        setattr(cls, key, value)
+    return cls
 
 
 _named: dict[tuple[str, str], type[Packed]] = {}
@@ -233,16 +237,11 @@ def packs_named(module: str, name: str) -> Callable[[_P], _P]:
 
 def _meet(dense: type[nn.Module]) -> None:
     """Make the packed classes of the named ones that ``dense`` is or derives from."""
-    for cls in dense.__mro__:
-        base = _named.get((cls.__module__, cls.__qualname__))
-        if base is not None and cls not in _packed_classes:
-            namespace = {
-                **_overrides(cls),
-                "__module__": cls.__module__,
-                "_packed_dense": cls,
-                "_packed_on_demand": True,
-            }
-            _packed_classes.setdefault(cls, new_class(f"Packed{cls.__name__}", (base, cls), namespace))
+    for cls, base in named_among(dense, _named):
+        if cls not in _packed_classes:
+            namespace = {"__module__": cls.__module__, "_packed_on_demand": True}
+            made = new_class(f"Packed{cls.__name__}", (base, cls), namespace)
+            _packed_classes.setdefault(cls, _made_packed(made, cls))  # threads that made one each agree on the first
 
 
 def can_be_packed(module: nn.Module) -> bool:

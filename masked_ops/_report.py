@@ -238,7 +238,7 @@ def _describe(
     density = nnz / entries if entries else 1.0
     positions = call.positions if call else None
     path, reason = _path(module, name, parameter, mask, call)
-    multiplies = name == "weight" and (_is_linear(module) or isinstance(module, _ConvNd))
+    multiplies = name == "weight" and _multiplies(module)
     return LayerReport(
         name=label,
         kind=_kind(module),
@@ -256,6 +256,10 @@ def _describe(
 
 def _is_linear(module: Module) -> bool:
     return isinstance(module, Linear) or nn.is_matmul(module)
+
+
+def _multiplies(module: Module) -> bool:
+    return _is_linear(module) or isinstance(module, _ConvNd)
 
 
 def _kind(module: Module) -> str:
@@ -309,7 +313,7 @@ def _path(module: Module, name: str, parameter: Tensor, mask: Tensor | None, cal
         return _ops.explain_linear(parameter, mask, call.batch, nn.is_matmul(module))
     if path == "hook":
         return path, "the class cannot be swapped: masked in Python before each forward"
-    if name == "weight" and (_is_linear(module) or isinstance(module, _ConvNd)):
+    if name == "weight" and _multiplies(module):
         return path, "the module has its own forward: masked in one pass when the weight is read"
     return path, "no fused kernel for this parameter: masked in one pass when it is read"
 
@@ -359,7 +363,7 @@ def _measure(model: Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         measured[module] = _Call(batch, before + positions, size, channels_last)
 
     modes = [(module, module.training) for module in model.modules()]
-    layers = [module for module, _ in modes if _is_linear(module) or isinstance(module, _ConvNd)]
+    layers = [module for module, _ in modes if _multiplies(module)]
     handles = [module.register_forward_hook(hook, with_kwargs=True) for module in layers]
     try:
         model.eval()

@@ -119,9 +119,9 @@ def masked_matmul(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | No
     """
     _ops.load()
     reference.check_tensors(weight=weight)
-    if weight.is_complex() or (weight.is_cuda and _autocast_dtype(weight) is not None):
+    dtype = _autocast_dtype(weight) if weight.is_cuda else None
+    if weight.is_complex() or dtype is not None:
         # The gradient of a complex product takes a conjugate. Under CUDA's autocast one pass masks and casts.
-        dtype = _autocast_dtype(weight)
         out = torch.matmul(input, _ops.apply_mask(weight, mask, dtype=dtype))
         return out if bias is None else out + (bias if dtype is None else bias.to(dtype))
     return _by_input(_ops.direct.matmul, _ops.linear_grad_input, input, (weight, mask), bias)

@@ -30,19 +30,22 @@ struct Tile {
   const float *table, *bias;
   float* to;
   int64_t to_step;
-  const float* ahead;  // in the source, what the next row of results reads first; null if all is small
-  int64_t rows_ahead, row_floats, lines;
+  bool is_large;  // as Grids'
+  int64_t ahead;  // from source to the first row that the next row of results is the first to read
+  int64_t rows_ahead, row_floats, vectors;  // such rows; of each and for each vector of results, what it reads anew
 };
 
-// Prefetches of what the next row of results is the first to read: as many lines for each vector of channels as it
-// reads anew, in the order of memory.
+MASKED_OPS_INLINE void prefetch_vectors(const float* from, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) prefetch_l2(from + i * L);
+}
+
+// Of what the next row of results reads first, the part of these channels if all were shared out in the order of
+// memory.
 template <int R>
 MASKED_OPS_INLINE void prefetch_ahead(const Tile& tile, int64_t c) {
-  if (!tile.ahead) return;
-  for (int64_t row = 0; row < tile.rows_ahead; ++row) {
-    const float* const from = tile.ahead + row * tile.row_floats + c * R * tile.lines;
-    for (int64_t i = 0; i < R * tile.lines; ++i) prefetch_l2(from + i * L);
-  }
+  if (!tile.is_large) return;
+  const float* const from = tile.source + tile.ahead + c * R * tile.vectors;
+  for (int64_t row = 0; row < tile.rows_ahead; ++row) prefetch_vectors(from + row * tile.row_floats, R * tile.vectors);
 }
 
 // Results that read the source alike lie on grids: all of a forward pass on one; of a gradient, those that agree in
@@ -53,6 +56,7 @@ struct Grids {
   bool is_large;          // do images and results leave the caches before they are read again?
   int64_t remainders[2];  // of rows and columns
   Axis rows[kMaxStride], columns[kMaxStride];
+  int64_t apart[kMaxStride];           // see taps_apart
   const uint32_t* inside[kMaxStride];  // [tile][tap]
 
   Grids(const Convolution& c, bool transposed) : channels(c.in_channels), kernel_width(c.kernel[2]) {
@@ -66,6 +70,7 @@ struct Grids {
       }
     }
     for (int64_t i = 0; i < remainders[1]; ++i) {
+      apart[i] = taps_apart(columns[i]);
       for (int64_t left = columns[i].count; left > 0; left -= tile_of(left)) bits += columns[i].taps;
     }
     uint32_t* to = static_cast<uint32_t*>(scratch(Slot::kPlaces, size_t(bits) * sizeof(uint32_t)));
@@ -84,30 +89,30 @@ struct Grids {
     const Axis& of_rows = rows[y % remainders[0]];
     Tile tile = {};
     tile.runs = runs;
-    tile.end = runs + list_runs(of_rows, y / remainders[0], x, runs);
+    tile.end = runs + list_runs(of_rows, y / remainders[0], x, apart[column], runs);
     tile.inside = inside[column];
     tile.source = source;
     tile.step = x.step * channels;
     tile.rows_ahead = of_rows.step;
     tile.row_floats = x.size * channels;
-    tile.lines = x.step;
+    tile.vectors = x.step;
     const int64_t last_row = y / remainders[0] * of_rows.step + max(of_rows.at(0), of_rows.at(of_rows.taps - 1));
-    if (is_large) tile.ahead = source + (last_row + 1) * tile.row_floats;
-    tile.weight_step = (x.shift_step < 0 ? -1 : 1) * max<int64_t>(taps_apart(x), 1) * x.tap_period * pitch;
+    tile.is_large = is_large;
+    tile.ahead = (last_row + 1) * tile.row_floats;
+    tile.weight_step = (x.shift_step < 0 ? -1 : 1) * apart[column] * x.tap_period * pitch;
     for (int64_t position = 0; position < x.count;) {
       const int64_t positions = tile_of(x.count - position);
       with_tile(positions, [&](auto R) { body(tile, R, position); });
       tile.inside += x.taps;
       tile.source += positions * tile.step;
-      if (is_large) tile.ahead += positions * tile.step;
       position += positions;
     }
   }
 
  private:
-  int64_t list_runs(const Axis& y, int64_t row, const Axis& x, Run* runs) const {
+  int64_t list_runs(const Axis& y, int64_t row, const Axis& x, int64_t apart, Run* runs) const {
     const bool descending = x.shift_step < 0;
-    const int64_t apart = taps_apart(x), longest = apart ? kRunTaps * apart : x.taps;
+    const int64_t longest = apart ? kRunTaps * apart : x.taps;
     Run* run = runs;
     for (int64_t ty = 0; ty < y.taps; ++ty) {
       const int64_t source_row = row * y.step + y.at(ty), table_row = y.first_tap + ty * y.tap_period;
@@ -228,13 +233,10 @@ MASKED_OPS_INLINE void correlate_vector(const Tile& tile, int64_t c, const Load&
 template <int R>
 __attribute__((noinline)) void correlate_tile(const Tile& tile, const float* grad_output, int64_t channels,
                                               int64_t row_floats, float* sums) {
-  const float* const ahead = grad_output + row_floats;
   int64_t c = 0;
   for (; c + L <= channels; c += L) {
     prefetch_ahead<R>(tile, c);
-    if (tile.ahead) {
-      for (int r = 0; r < R; ++r) prefetch_l2(ahead + c * R + r * L);
-    }
+    if (tile.is_large) prefetch_vectors(grad_output + row_floats + c * R, R);
     correlate_vector<R>(tile, c, LoadAll(), grad_output, channels, sums);
   }
   if (c < channels) {
