@@ -13,9 +13,9 @@ using tuning::kTilesChunk;
 
 template <typename T>
 struct Dots {
-  static constexpr int64_t kMostFar = tuning::kMostFar;  // rows of input
-  const float* x;                                        // the chunk of the tile's operands
-  int64_t begin, end;                                    // elements of a row of the weight
+  static constexpr int64_t kMostFar = far_rows<T>(tuning::kMostFar);  // rows of input
+  const float* x;                                                     // the chunk of the tile's operands
+  int64_t begin, end;                                                 // elements of a row of the weight
   int64_t K;
   const T* weight;  // of the first row
   Bits bits;        // likewise
@@ -42,6 +42,8 @@ template <int M, int R, bool kFar, typename T>
 MASKED_OPS_INLINE void take_group(const Dots<T>& o) {
   constexpr int kStep = L * Operand<T>::kDepth;  // elements of a vector
   constexpr bool kWords = M == 1 && Vec::kWordVectors > 1;
+  constexpr bool kPlain = kFar && tuning::kFarPlain;
+  static_assert(kWords || !kPlain);
   constexpr int W = kWords ? Vec::kWordVectors : 1;
   constexpr int kSets = M * R == 1 ? W : 1;  // a single chain of sums would be slower than memory
   Vec sets[kSets][M][R] = {};
@@ -63,14 +65,18 @@ MASKED_OPS_INLINE void take_group(const Dots<T>& o) {
       MASKED_OPS_UNROLL
       for (int r = 0; r < R; ++r) {
         const T* const p = o.weight + r * K + at;
-        w[r] = kWords ? Operand<T>::along(words[r], j, K - at, p) : Operand<T>::along(o.bits.row(r), at, K - at, p);
+        if constexpr (kPlain) {
+          w[r] = load_plain(Vec::signs(words[r], j), K - at, p);
+        } else {
+          w[r] = kWords ? Operand<T>::along(words[r], j, K - at, p) : Operand<T>::along(o.bits.row(r), at, K - at, p);
+        }
       }
       MASKED_OPS_UNROLL
       for (int m = 0; m < M; ++m) {
         const Vec operand = in_register(Vec::load(x + (j * M + m) * L));
         MASKED_OPS_UNROLL
         for (int r = m * R / M; r < (m + 1) * R / M; ++r) {
-          if (fetches_with<T>(j)) prefetch<kFar>(ahead + r * K + j * o.pace);
+          if (!kPlain && fetches_with<T>(j)) prefetch<kFar>(ahead + r * K + j * o.pace);
         }
         MASKED_OPS_UNROLL
         for (int r = 0; r < R; ++r) {

@@ -111,10 +111,23 @@ int64_t row_chunk(bool cached) {
   return cached ? tuning::kCachedRowBytes / (Operand<T>::kDepth * int64_t{sizeof(T)}) : tuning::kRowChunk;
 }
 
+// The most rows of input, of operands, of a weight of T that is far.
+template <typename T>
+constexpr int64_t far_rows(int64_t most) {
+  return tuning::kFarPlain && !kIsFloat<T> ? 0 : most;
+}
+
+// A vector of a row of a weight that is read plainly.
+template <typename T>
+MASKED_OPS_INLINE Vec load_plain(Vec::Signs m, int64_t valid, const T* p) {
+  return valid >= Vec::kLanes ? load_floats(p).select(m) : load_floats(m, valid, p);
+}
+
 // How a weight is read.
 //
 // Where the CPU wants it (fetches_into_l2), one that does not stay in L2 is fetched there well ahead (far), in the
-// order of its groups, from as many pages at once as a group has rows.
+// order of its groups, from as many pages at once as a group has rows. With AVX2 (kFarPlain) that is a single row of
+// input over long rows of floats alone, and the hardware fetches them: vectors are loaded whole and masked afterwards.
 //
 // Elsewhere it is fetched into L1. A row or two of input leave time to spare: from memory, one row of the weight at a
 // time, as the hardware expects it. With more rows of input the order is another, and prefetches are dropped where too
@@ -125,11 +138,12 @@ struct Reading {
 
   // The weight has so many bytes and its rows so many columns of operands; most_far and most_by_row rows of input.
   static Reading of(int64_t M, int64_t bytes, int64_t columns, int64_t most_far, int64_t most_by_row, bool waits) {
-    const bool far = bytes > tuning::kFarBytes && M <= most_far && fetches_into_l2();
+    const bool far = bytes > tuning::kFarBytes && columns >= tuning::kFarColumns && M <= most_far && fetches_into_l2();
     const bool cached = bytes <= tuning::kCachedBytes;
     const bool by_row = !far && !cached && (M == 1 || (M <= most_by_row && columns <= tuning::kRowChunk));
     return {far, cached, by_row, waits && !far && !cached && !by_row};
   }
+  bool plain() const { return far && tuning::kFarPlain; }
   // Of operands, of which `depth` rows of the weight are one.
   int64_t group_rows(const RegisterTile& tile, const RowTiles& tiles, int64_t depth = 1) const {
     if (far && !cached && tiles.rows == 1) return tuning::kFarRows / depth;
@@ -138,7 +152,7 @@ struct Reading {
   // Columns of a chunk, of operands of so many elements of T along a row.
   template <typename T>
   int64_t chunk(const RowTiles& tiles, int64_t depth, int64_t otherwise) const {
-    if (tiles.rows == 1 && far && !cached) return tuning::kFarRowBytes / (depth * int64_t{sizeof(T)});
+    if (plain() || (tiles.rows == 1 && far && !cached)) return tuning::kFarRowBytes / (depth * int64_t{sizeof(T)});
     if (tiles.rows == 1) return row_chunk<T>(cached);
     if (by_row) return tuning::kRowChunk;
     if (!waits) return otherwise;

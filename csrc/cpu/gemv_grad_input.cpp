@@ -122,7 +122,7 @@ __attribute__((noinline)) void sum_down(const Tile<T>& tile) {
 
 template <typename T>
 struct Axpys {
-  static constexpr int64_t kMostFar = tuning::kMostFarSums * Operand<T>::kDepth;  // rows of input
+  static constexpr int64_t kMostFar = far_rows<T>(tuning::kMostFarSums) * Operand<T>::kDepth;  // rows of input
   const float* dy;     // operands [rows of the weight][kTile.rows], from the first one on
   int64_t rows;        // of the weight, from there to the end
   int64_t begin, end;  // columns
@@ -149,6 +149,8 @@ template <int M, int R, bool kFar, typename T>
 MASKED_OPS_INLINE void take_group(const Axpys<T>& o) {
   constexpr int kDepth = Operand<T>::kDepth;
   constexpr bool kWords = M == 1 && Vec::kWordVectors > 1;
+  constexpr bool kPlain = kFar && tuning::kFarPlain;
+  static_assert(kWords || !kPlain);
   constexpr int W = kWords ? Vec::kWordVectors : 1;
   Vec dy[M][R];
   MASKED_OPS_UNROLL
@@ -188,7 +190,12 @@ MASKED_OPS_INLINE void take_group(const Axpys<T>& o) {
             }
           }
         }
-        w[r] = Operand<T>::across(lanes, K - at, o.weight + r * kDepth * K + at, K);
+        const T* const p = o.weight + r * kDepth * K + at;
+        if constexpr (kPlain) {
+          w[r] = load_plain(lanes[0], K - at, p);
+        } else {
+          w[r] = Operand<T>::across(lanes, K - at, p, K);
+        }
       }
       MASKED_OPS_UNROLL
       for (int m = 0; m < M; ++m) {
@@ -196,7 +203,7 @@ MASKED_OPS_INLINE void take_group(const Axpys<T>& o) {
         Vec sum = Vec::load(to);
         MASKED_OPS_UNROLL
         for (int r = m * R / M * kDepth; r < (m + 1) * R / M * kDepth; ++r) {
-          if (fetches_with<T>(j)) prefetch<kFar>(ahead + r * K + j * o.pace);
+          if (!kPlain && fetches_with<T>(j)) prefetch<kFar>(ahead + r * K + j * o.pace);
         }
         MASKED_OPS_UNROLL
         for (int r = 0; r < R; ++r) sum = Operand<T>::multiply_add(dy[m][r], w[r], sum);
@@ -294,12 +301,12 @@ void by_tiles(const Team& team, int64_t M, int64_t N, int64_t K, const T* grad_o
 template <typename T>
 void by_rows(const Team& team, int64_t M, int64_t N, int64_t K, const T* grad_output, const T* weight, Bits bits,
              T* grad_input) {
-  // From memory, the weight comes in the order of its rows, of which every thread has a part; from caches in chunks,
-  // whose sums no other thread has.
+  // From memory, or if it is read plainly, the weight comes in the order of its rows, of which every thread has a part;
+  // from caches in chunks, whose sums no other thread has.
   const int64_t threads = team.threads;
   const Reading reading = Reading::of(M, N * K * int64_t{sizeof(T)}, K, Axpys<T>::kMostFar,
                                       kIsFloat<T> ? tuning::kMostByRow : 1, /*waits=*/false);
-  const bool cached = reading.cached;
+  const bool cached = reading.cached && !reading.plain();
   const int64_t most_parts = max(min(threads, N / tuning::kLeastPartRows), int64_t{1});
   const RowTiles tiles(M, kTile.rows);
   const Chunks chunks(M, K, reading.chunk<T>(tiles, 1, tuning::kSumsChunk),

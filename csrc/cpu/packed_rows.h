@@ -46,7 +46,7 @@ class PackedRows {
 // Whether values are fetched ahead, as in gemv.h's Reading.
 template <typename T>
 bool fetches_far(const PackedWeight& w) {
-  return w.offsets[w.rows] * int64_t{sizeof(T)} > tuning::kFarBytes && fetches_into_l2();
+  return w.offsets[w.rows] * int64_t{sizeof(T)} > tuning::kFarValuesBytes && fetches_into_l2();
 }
 
 // Bytes from a group's values to those of the next group, about: rows are taken to be equally long.

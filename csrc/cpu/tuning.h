@@ -201,14 +201,31 @@ constexpr int64_t kCachedBytes = int64_t{16} << 20;
 // and 1.50, 1.58 and 1.88, 16 1.20 and 1.09. Within L2, 512 x 512, 1.76 and 1.51. One row of the weight at a time 1.08
 // and .88; 16 and 64 KB ahead the same. Packed, at 50%, us, not fetched at all and into L2: float32 forward 1 row 2670
 // and 1980, 4 4050 and 3550, 12 6500 and 6250, grad_input 2890 and 2350, 3780 and 3070; bfloat16 1540 and 840, 2050 and
-// 1490, 4110 and 3700, 1420 and 1000, 2480 and 2140.
-constexpr int64_t kFarBytes = int64_t{2} << 20, kFarRowBytes = int64_t{8} << 10, kFarAhead = int64_t{32} << 10;
+// 1490, 4110 and 3700, 1420 and 1000, 2480 and 2140; Zen 3, AVX2, 8192 x 768, 1 row 1730 and 1040, 1730 and 1060, 8
+// 5030 and 3490, 5050 and 4030, bfloat16 1 930 and 850, 1080 and 860.
+//
+// On AVX2 (Zen 3, whose L2 has 512 KB) that is no faster than into L1. But a single row of input over rows of floats so
+// long that the hardware fetches them by itself, which masked loads do not make it do, is read plainly, one thread, us,
+// fetched into L1 and plainly: forward 128 x 1024 16.1 and 13.7, 128 x 2048 30.6 and 24.4, 768 x 3072 273 and 193,
+// grad_input 293 and 216, 4096 x 4096 5490 and 4020, 5670 and 4140 (dense torch takes about as long); two threads,
+// grad_input by chunks and by rows, 768 x 3072 169 and 127. Fewer columns want the prefetches: 16384 x 512 2140 and
+// 3310. From memory, six rows at once take .95 of the time of four.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr bool kFarPlain = true;
+constexpr int64_t kFarBytes = int64_t{256} << 10, kFarColumns = 1024, kFarRowBytes = int64_t{64} << 10;
+constexpr int64_t kMostFar = 1, kMostFarSums = 1;
+constexpr int kFarRows = 6;
+#else
+constexpr bool kFarPlain = false;
+constexpr int64_t kFarBytes = int64_t{2} << 20, kFarColumns = 0, kFarRowBytes = int64_t{8} << 10;
 constexpr int64_t kMostFar = 8, kMostFarSums = 6;
 #if defined(__AVX512F__)
 constexpr int kFarRows = 8;
 #else
 constexpr int kFarRows = 4;
 #endif
+#endif
+constexpr int64_t kFarAhead = int64_t{32} << 10, kFarValuesBytes = int64_t{2} << 20;
 // Elements of a weight per task, at least, and tasks a thread.
 constexpr int64_t kSmallGrain = int64_t{1} << 14, kSmallTasks = 8;
 // How far the passes over a row of remaining weights prefetch.
