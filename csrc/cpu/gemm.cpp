@@ -3,7 +3,8 @@
 // Packed A (shared by the team) is cut into blocks of kKC depths and panels of kMR rows, B into panels of kNR columns
 // and the same blocks. A worker takes one panel of B through K and runs the microkernel down the rows of A, so that the
 // block of B comes from L2, the panel of A from L1 or L2, and the C tile from registers. The microkernel packs on the
-// side: bit by bit, from lines that it has prefetched, the block of B that is next (with few rows: at once, before).
+// side: bit by bit, from lines that it has prefetched, the block of B that is next (with few rows, or where registers
+// are few: at once, before).
 // Tall and small products go the other way round: a worker packs a block of A for itself and takes all of B through it.
 // Where C is narrow, an element of A serves few panels of B: its rows are read as they lie, and not packed at all.
 //
@@ -197,8 +198,8 @@ class Gemm {
           static_cast<float*>(kDirect ? scratch(Slot::kPanelA, layout.pitch(0) * sizeof(float)) : nullptr);
       Block now = first_block(unit, layout);
       Packer packer = buffers.first(B_, now);
-      const bool at_once = Packer::kAtOnce && layout.panels <= tuning::kFewPanels &&
-                           N_ * K_ * int64_t{sizeof(float)} <= tuning::kMostAtOnceBytes;
+      const bool at_once = !Packer::kOnTheSide || (layout.panels <= Packer::kFewPanels &&
+                                                   N_ * K_ * int64_t{sizeof(float)} <= tuning::kMostAtOnceBytes);
       Sums sums = {nullptr, kNR};
       if (!kIsFloat<T> && layout.block < K_) {
         const int64_t most_rows = ceil_div(layout.panels, partition.splits()) * layout.height;
@@ -247,7 +248,8 @@ class Gemm {
         const Block next = {after.column, after.columns, k1, max<int64_t>(min(layout.block, K_ - k1), 0)};
         packer.start(next, buffers.next());
         multiply_block<false>(layout, m0, unit, now, A, buffers.now(), {sums ? sums + i * kNR : nullptr, ld_sums},
-                              packer, packer.steps());
+                              packer, Packer::kOnTheSide ? packer.steps() : 0);
+        if (!Packer::kOnTheSide && next.depth > 0) packer.all();
         now = next;
       }
     }

@@ -169,6 +169,7 @@ __attribute__((noinline)) void microkernel(int64_t depth, Panel A, const float* 
   }
 
   A.fetch_next();
+  if (!Packer::kOnTheSide) steps = 0;
   const int64_t period = steps > 0 ? max<int64_t>(depth / steps, 1) : depth;
   for (int64_t k = 0; k < depth;) {
     for (const int64_t end = min(k + period, depth); k < end; ++k) {

@@ -17,7 +17,7 @@ struct Block {
 
 // The packers below fill a block of B in small steps, which the microkernel takes between multiplications: while those
 // keep the arithmetic units busy, the loads, shuffles and stores of packing cost next to nothing. A step also
-// prefetches what a later one reads; the first steps of a block do only that.
+// prefetches what a later one reads; the first steps of a block do only that. Or all() fills it before it is needed.
 
 // B[k][j] = masked(weight)[column + j][k0 + k], for whole groups of four columns and whole vectors of depths (which may
 // pass the block's by less than one). A step transposes four rows of one vector each.
@@ -25,7 +25,8 @@ template <typename T>
 class MaskedRows {
  public:
   static constexpr bool kMasksB = true;
-  static constexpr bool kAtOnce = true;  // where there are few panels of A, all() takes less than steps on the side
+  static constexpr bool kOnTheSide = tuning::kRowsOnTheSide;  // unless all() always takes less
+  static constexpr int64_t kFewPanels = tuning::kFewPanels;   // of A, up to which it does
 
   MaskedRows(const T* weight, int64_t ldw, Bits bits) : weight_(weight), ldw_(ldw), bits_(bits) {}
 
@@ -133,7 +134,8 @@ template <typename T, bool kMasked>
 class Columns {
  public:
   static constexpr bool kMasksB = kMasked;  // else the result of the product is what is masked
-  static constexpr bool kAtOnce = false;
+  static constexpr bool kOnTheSide = true;
+  static constexpr int64_t kFewPanels = 0;
 
   Columns(const T* matrix, int64_t rows, int64_t ld, Bits bits) : matrix_(matrix), rows_(rows), ld_(ld), bits_(bits) {}
 

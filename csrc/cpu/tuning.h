@@ -66,13 +66,18 @@ constexpr int64_t kFetchedBytes = int64_t{8} << 20;
 // Up to this many panels of A and bytes of B, rows are packed at once, so many vectors ahead, and not on the side: a
 // step takes longer than the multiplications beside it. bfloat16, one thread, us: 17, 1024 -> 1024 136 to 114, 24 154
 // to 141, 32 and more 5 to 10% longer; float32, 17, 271 to 231. But from memory, where nothing comes during the
-// multiplications, 24, 2048 -> 2048 650 to 705. AVX2, where panels are of half the rows and a step beside the sums
-// leaves no registers, 24, 64 -> 1024 35 to 32, 512 -> 512 137 to 132; 32, 512 -> 512 on the side 159, at once 173.
+// multiplications, 24, 2048 -> 2048 650 to 705. With AVX2, where panels are of half the rows and a step, which the sums
+// leave no registers, moves half as much, always. Zen 3, one thread, us, on the side and at once: float32 32, 512 ->
+// 512 314 and 274, 64 -> 2048 173 and 138, 64, 768 -> 768 1157 and 1076, 128, 4096 -> 4096 ms 64 and 57; bfloat16 32,
+// 512
+// -> 512 364 and 272, 64, 768 -> 768 1617 and 1040, float16 504 and 270, 1595 and 1002. (Columns: 32, 512 -> 512 at
+// once 257 and 266.)
 #if defined(__AVX2__) && !defined(__AVX512F__)
-constexpr int64_t kFewPanels = 6;
+constexpr bool kRowsOnTheSide = false;
 #else
-constexpr int64_t kFewPanels = 3;
+constexpr bool kRowsOnTheSide = true;
 #endif
+constexpr int64_t kFewPanels = 3;
 constexpr int64_t kVectorsAheadAtOnce = 2, kMostAtOnceBytes = int64_t{4} << 20;
 
 // Up to this many rows of input, a weight is not packed (gemv.h); they are taken kSmallTile at a time, with as many
