@@ -185,7 +185,7 @@ def test_few_rows_against_a_weight_beyond_l2(dtype: torch.dtype, capability: str
     torch.set_num_threads(2)
     rows = (*range(1, 14), 16, 17, 20, 21, 24, 25)
     for columns, some in ((1100, rows), (17000, (1, 2))):  # the second of more than a chunk of kFarRowBytes
-        check_few_rows((5 << 19) // (dtype.itemsize * columns) + 5, columns, some, dtype, capability)
+        check_few_rows((9 << 19) // (dtype.itemsize * columns) + 5, columns, some, dtype, capability)
 
 
 @pytest.mark.cpu_only("about a path of the CPU's")

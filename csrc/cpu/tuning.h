@@ -139,7 +139,7 @@ constexpr int64_t kDownRows = 256, kDownAhead = 3;
 constexpr int64_t kDownMost = 24, kDownMostApart = 16, kDownMostConverted = 12;
 #elif defined(__AVX2__)
 constexpr int kDownTile = 6, kDownVectors[kDownTile] = {8, 4, 3, 2, 2, 2};
-constexpr int64_t kDownRows = 128, kDownAhead = 2;
+constexpr int64_t kDownRows = 128, kDownAhead = 8;
 constexpr int64_t kDownMost = 16, kDownMostApart = 16, kDownMostConverted = 12;
 #else
 constexpr int kDownTile = 6, kDownVectors[kDownTile] = {4, 4, 3, 2, 2, 2};
@@ -151,7 +151,7 @@ constexpr int64_t kDownMost = 8, kDownMostApart = 8, kDownMostConverted = 8;
 // 140; 8, 1024 -> 1024 262 and 238, or 429 and 296; 8, 4096 -> 1024 4890 and 1290 from memory; float16, 4, 512 -> 256
 // 21.6 and 16.9, 8, 1024 -> 1024 356 and 270; bfloat16 22.1 and 18.0, 357 and 285.
 #if defined(__AVX2__) && !defined(__AVX512F__)
-constexpr int64_t kDownBytes = int64_t{1} << 20, kDownBytesConverted = 0;
+constexpr int64_t kDownBytes = int64_t{2} << 20, kDownBytesConverted = 0;
 #else
 constexpr int64_t kDownBytes = int64_t{16} << 20, kDownBytesConverted = kDownBytes;
 #endif
@@ -165,8 +165,19 @@ constexpr int64_t kDownBytes = int64_t{16} << 20, kDownBytesConverted = kDownByt
 // 24 takes 1.1 to 1.3 times as long by rows. Packed, 2048 x 2048 at 50%, us, by tiles and by rows, from memory: float32
 // 4 1910 and 980, 8 3170 and 1390, 16 4210 and 2400, bfloat16 1010 and 460, 1800 and 660, 2260 and 1180; from L3 591
 // and 556, 1412 and 1054, 2910 and 2120, 368 and 400, 656 and 619, 1504 and 1264.
+// Zen 3, AVX2, dense torch's time over ours, by rows and by tiles that are fetched 8 rows ahead, from L3: one thread,
+// 768 x 512, 12 .75 and 1.1, 16 .67 and 1.0, two threads .72 and 1.5, .72 and 1.1; 2048 x 768, one thread, 6 1.6 and
+// 1.1, 8 1.1 and 1.0. Within 1 MB, fetched 2 and 8 rows ahead, 512 x 512 and 1024 x 256: 8 1.0 and 1.05, 1.0 and 1.1,
+// 12 .98 and 1.1, .94 and 1.1. More rows of input by rows and by the GEMM: 2048 x 768, 24 .90 and 1.0, two threads .98
+// and 1.2, 16 1.04 and .99, 1.0 and 1.3; from memory, 4096 x 2048, 24 1.04 and 1.1, 1.7 and 1.7, 16 1.3 and 1.1, 2.4
+// and 1.9.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int64_t kDownBytesFar = int64_t{2} << 20;
+constexpr int64_t kSmallRowsFar = 16, kSmallRowsFarConverted = 20;
+#else
 constexpr int64_t kDownBytesFar = int64_t{1280} << 10;
 constexpr int64_t kSmallRowsFar = 24, kSmallRowsFarConverted = 20;
+#endif
 // Columns and bytes of a weight of floats up to which kShortTile rows of input, or fewer, go by tiles too. AVX2, one
 // thread, us, by rows and by tiles: 1, 1024 x 64 3.3 and 2.1, 1024 x 256 11.7 and 9.6, 1024 x 512 25 and 22 (another
 // time 21), 1024 x 1024 41 and 54; 2, 1024 x 512 30 and 28.
