@@ -69,9 +69,8 @@ constexpr int64_t kFetchedBytes = int64_t{8} << 20;
 // multiplications, 24, 2048 -> 2048 650 to 705. With AVX2, where panels are of half the rows and a step, which the sums
 // leave no registers, moves half as much, always. Zen 3, one thread, us, on the side and at once: float32 32, 512 ->
 // 512 314 and 274, 64 -> 2048 173 and 138, 64, 768 -> 768 1157 and 1076, 128, 4096 -> 4096 ms 64 and 57; bfloat16 32,
-// 512
-// -> 512 364 and 272, 64, 768 -> 768 1617 and 1040, float16 504 and 270, 1595 and 1002. (Columns: 32, 512 -> 512 at
-// once 257 and 266.)
+// 512 -> 512 364 and 272, 64, 768 -> 768 1617 and 1040, float16 504 and 270, 1595 and 1002. (Columns: 32, 512 -> 512
+// 257 and 266.)
 #if defined(__AVX2__) && !defined(__AVX512F__)
 constexpr bool kRowsOnTheSide = false;
 #else
